@@ -1,0 +1,319 @@
+"""RAJNI, training-free pruning by centred values and class attention, its keep ratio set block by
+block from how sensitive the class token is (formulas as in RAJNI's published README and code).
+
+The published code averages the decision over the batch and keeps the same patches in every image;
+here each image has its own. `budget="calibrated"` freezes the counts found on calibration images
+(static shapes, exportable); `budget="image"` lets every image decide, padded in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import PUBLISHED_PATCHES, Method, Paper, Preset, batches, register
+from methods.parameters import BadInput, Choice, Counts, Float, Int, Layers
+from methods.shape import ModelShape
+from methods.staged import pruned_blocks
+from methods.tokens import Tokens, keep, keep_padded, top_k
+from methods.vit import Attended, Reduction, _Reduced
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What RAJNI reads off one block: rho [B], eta [B], importance [B, n] (0 for padding)."""
+
+    rho: Tensor
+    eta: Tensor
+    importance: Tensor
+
+
+def read(tokens: Tokens, attended: Attended, score: str) -> Reading:
+    """Sensitivity rho, mass eta and the patches' importance, from one block's attention and values.
+
+    Without a class token the patch queries stand in for it: rho is 1 + the mean over them of
+    self-attention times value norm.
+    """
+    prefix, valid = tokens.prefix, tokens.valid
+    value = attended.v.mean(dim=1)
+    norms = value.norm(dim=-1)
+    if attended.class_token:
+        heads = attended.class_row()
+        row = heads.mean(dim=1)
+        rho = 1 + row[:, 0] * norms[:, 0]
+    else:
+        rows = attended.attention(prefix, attended.q.shape[2])
+        heads = attended.mean_row(rows)
+        row = heads.mean(dim=1)
+        own = rows[..., prefix:].mean(dim=1).diagonal(dim1=-2, dim2=-1) * norms[:, prefix:]
+        rho = 1 + masked_mean(own, valid)
+    if score == "jacobian":
+        importance = (heads[..., prefix:] * attended.v[:, :, prefix:].norm(dim=-1)).sum(dim=1)
+    else:
+        patches = value[:, prefix:]
+        weight = None if valid is None else valid.to(patches.dtype)[..., None]
+        if weight is None:
+            centre = patches.mean(dim=1, keepdim=True)
+        else:
+            centre = (patches * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True)
+        length = (patches - centre).norm(dim=-1)
+        mean = masked_mean(length, valid)[:, None]
+        z = (length - mean) / (masked_std(length, valid)[:, None] + 1e-6)
+        importance = row[:, prefix:] * z.relu()
+    if valid is not None:
+        importance = importance.masked_fill(~valid, 0.0)
+    return Reading(rho, importance.sum(dim=1), importance)
+
+
+def masked_mean(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Mean over the valid entries of values [B, n]: [B]."""
+    if valid is None:
+        return values.mean(dim=1)
+    return values.masked_fill(~valid, 0.0).sum(dim=1) / valid.sum(dim=1)
+
+
+def masked_std(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Unbiased standard deviation over the valid entries of values [B, n]: [B]."""
+    if valid is None:
+        return values.std(dim=1)
+    off = (values - masked_mean(values, valid)[:, None]).masked_fill(~valid, 0.0)
+    return (off.square().sum(dim=1) / (valid.sum(dim=1) - 1)).sqrt()
+
+
+def keep_ratio(rho: Tensor, eta: Tensor, before: Tensor, gamma: float) -> Tensor:
+    """min(1, clamp(rho * eta / (eta_prev + 1e-6), 0.25, 4) ** -gamma), elementwise."""
+    return (rho * eta / (before + 1e-6)).clamp(0.25, 4.0).pow(-gamma).clamp(max=1.0)
+
+
+def ranking(importance: Tensor) -> Tensor:
+    """Importance with its zeros (about half, from the relu) ordered by position, lowest first.
+
+    Every runtime and every padding then picks the same patches; a plain top-k breaks ties at will.
+    """
+    place = torch.arange(importance.shape[1], device=importance.device, dtype=importance.dtype)
+    return torch.where(importance > 0, importance, -(place + 1))
+
+
+class RajniReduction(Reduction):
+    """counts: frozen patches after each block, or None: each image finds its own at `layers`."""
+
+    site = "after-block"
+
+    def __init__(
+        self,
+        score: str,
+        counts: tuple[int, ...] | None,
+        gamma: float,
+        min_tokens: int,
+        layers: tuple[int, ...],
+    ):
+        super().__init__()
+        self.score, self.counts = score, counts
+        self.gamma, self.min_tokens, self.layers = gamma, min_tokens, layers
+
+    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
+        if self.counts is not None:
+            count = self.counts[block]
+            if count >= tokens.patches:
+                return tokens
+            found = read(tokens, attended, self.score)
+            return keep(tokens, top_k(ranking(found.importance), count))
+        if block not in self.layers:
+            return tokens
+        return self._reduce_by_image(tokens, attended)
+
+    def _reduce_by_image(self, tokens: Tokens, attended: Attended) -> Tokens:
+        n = tokens.counts() - tokens.prefix
+        if int(n.max()) <= self.min_tokens:
+            return tokens
+        found = read(tokens, attended, self.score)
+        active = n > self.min_tokens
+        before = tokens.per_image.get("eta")
+        ratio = torch.ones_like(found.eta)
+        if before is not None:
+            ratio = keep_ratio(found.rho, found.eta, before, self.gamma)
+        eta = found.eta if before is None else torch.where(active, found.eta, before)
+        tokens = replace(
+            tokens,
+            per_image={**tokens.per_image, "eta": eta},
+            figures={"rho": found.rho, "eta": found.eta, "keep_ratio": ratio},
+        )
+        wanted = (n.to(ratio.dtype) * ratio).to(torch.int64).clamp(min=self.min_tokens)
+        wanted = torch.where(active, torch.minimum(wanted, n), n)
+        if bool((wanted == n).all()):
+            return tokens
+        return keep_padded(tokens, ranking(found.importance), wanted)
+
+
+@register
+class Rajni(Method):
+    """Keeps the most important patches; how many follows from gamma and the class token."""
+
+    name = "rajni"
+    summary = "keep patches by class attention x centred values; count from the class's sensitivity"
+    paper = Paper("RAJNI: training-free adaptive token pruning", "as published in RAJNI's README")
+    site = "after-block"
+    training = "calibration"
+    parameters = (
+        Float("gamma", "strength; 0 prunes nothing", low=0.0, high=10.0),
+        Int("min_tokens", "patches below which nothing is dropped", low=1, high=4096),
+        Choice("score", "standardized: published code; jacobian: the README's formula",
+               default="standardized", choices=("standardized", "jacobian")),
+        Choice("budget", "calibrated: counts frozen on calibration images; image: each its own",
+               default="calibrated", choices=("calibrated", "image")),
+        Layers("prune_layers", "blocks that take part; default: all", default=None),
+        Counts("counts", "what calibration found: the patches left after each block"),
+    )  # fmt: skip
+    space = (
+        Float("gamma", "strength", low=0.002, high=1.0, log=True),
+        Float("min_tokens_fraction", "floor, as a fraction of the patches", low=0.02, high=0.5,
+              log=True),
+        Choice("score", "", choices=("standardized", "jacobian")),
+        Float("last", "last block that prunes, as a fraction of the depth", low=0.25, high=1.0),
+    )  # fmt: skip
+    presets = tuple(
+        Preset(
+            f"gamma={g:g}",
+            {
+                "gamma": g,
+                "min_tokens_fraction": 16 / PUBLISHED_PATCHES,
+                "score": "standardized",
+                "last": 1.0,
+            },
+            "RAJNI README",
+        )
+        for g in (0.01, 0.02, 0.05)
+    )
+    identity = {"gamma": 0.0, "min_tokens": 1, "budget": "image"}
+
+    def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        last = max(1, round(choices["last"] * shape.depth) - 1)
+        return {
+            "gamma": float(f"{choices['gamma']:.4g}"),
+            "min_tokens": max(1, round(choices["min_tokens_fraction"] * shape.patches)),
+            "score": choices["score"],
+            "prune_layers": None if last >= shape.depth - 1 else tuple(range(last + 1)),
+        }
+
+    def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
+        layers = params.get("prune_layers") or ()
+        if layers and layers[-1] >= shape.depth:
+            raise BadInput(
+                f"rajni.prune_layers names block {layers[-1]}: the model's blocks are 0 to "
+                f"{shape.depth - 1}"
+            )
+        if params.get("min_tokens") is not None and params["min_tokens"] > shape.patches:
+            raise BadInput(
+                f"rajni.min_tokens is {params['min_tokens']}: the model has {shape.patches} patches"
+            )
+        if params["budget"] == "image" and params.get("counts") is not None:
+            raise BadInput("rajni.counts is for budget=calibrated: with budget=image each image "
+                           "finds its own")  # fmt: skip
+
+    def _layers(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
+        layers = params.get("prune_layers")
+        return tuple(range(shape.depth)) if layers is None else layers
+
+    def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...] | None:
+        if params.get("counts") is not None:
+            return params["counts"]
+        nothing = params["gamma"] == 0 or len(self._layers(params, shape)) < 2
+        return shape.dense_counts() if nothing else None
+
+    def bounds(
+        self, params: dict[str, Any], shape: ModelShape
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Fewest: every block after the first drops to 4^-gamma of its patches; most: none does."""
+        known = self.counts(params, shape)
+        if known is not None:
+            return known, known
+        n, low = shape.patches, []
+        layers = self._layers(params, shape)
+        for block in range(shape.depth):
+            if block in layers[1:] and n > params["min_tokens"]:
+                n = max(params["min_tokens"], int(n * 4.0 ** -params["gamma"]))
+            low.append(n)
+        return tuple(low), shape.dense_counts()
+
+    def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
+        """The class row wherever it is read: blocks that reduce, or all that could."""
+        if params["budget"] == "calibrated":
+            return sum(shape.row_macs(b, n) for b, n in pruned_blocks(counts, shape))
+        before = (shape.patches, *counts[:-1])
+        layers = self._layers(params, shape)
+        return sum(
+            shape.row_macs(b, n)
+            for b, n in enumerate(before)
+            if b in layers and n > params["min_tokens"]
+        )
+
+    def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        if params.get("counts") is not None:
+            return {"counts": params["counts"], "score": params["score"]}
+        return {k: v for k, v in params.items() if k != "counts"}
+
+    def needs_calibration(self, params: dict[str, Any]) -> bool:
+        return params["budget"] == "calibrated" and params.get("counts") is None
+
+    def calibrate(
+        self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]
+    ) -> dict[str, Any]:
+        """Block after block, earlier blocks already pruned at their frozen counts: rho and eta are
+        averaged over the calibration images, and the block's count follows and is frozen.
+        """
+        vit = cast(_Reduced, model)
+        vit.reduction = probe = RajniReduction(params["score"], (), 0.0, 1, ())
+        states = [vit.embed(batch) for part in images for batch in batches(part)]
+        if not states:
+            raise BadInput("rajni needs at least one calibration image, got none")
+        depth, n = len(vit.blocks), states[0].patches
+        layers = params["prune_layers"]
+        layers = tuple(range(depth)) if layers is None else layers
+        counts: list[int] = []
+        before: float | None = None
+        for block in range(depth):
+            reads = block in layers and n > params["min_tokens"]
+            found: list[Reading] = []
+
+            def act(
+                _: int, tokens: Tokens, attended: Attended, reads=reads, found=found
+            ) -> Tokens:
+                if reads:
+                    found.append(read(tokens, attended, params["score"]))
+                return tokens
+
+            states = [vit.run_block(block, tokens, act) for tokens in states]
+            if reads:
+                rho = torch.cat([f.rho for f in found]).double().mean()
+                eta = torch.cat([f.eta for f in found]).double().mean()
+                if before is not None:
+                    ratio = keep_ratio(rho, eta, torch.as_tensor(before).to(eta), params["gamma"])
+                    count = min(n, max(params["min_tokens"], int(n * float(ratio))))
+                    if count < n:
+                        states = [
+                            keep(tokens, top_k(ranking(f.importance), count))
+                            for tokens, f in zip(states, found, strict=True)
+                        ]
+                        n = count
+                before = float(eta)
+            counts.append(n)
+        del probe
+        return {**params, "counts": tuple(counts)}
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> RajniReduction:
+        counts = params.get("counts")
+        if counts is None and params["budget"] == "calibrated":
+            counts = self.counts(params, shape)
+        if counts is not None:
+            return RajniReduction(params["score"], counts, 0.0, 1, ())
+        return RajniReduction(
+            params["score"],
+            None,
+            params["gamma"],
+            params["min_tokens"],
+            self._layers(params, shape),
+        )

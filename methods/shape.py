@@ -1,0 +1,174 @@
+"""The dimensions of a ViT and the multiply-accumulates that follow from them, in closed form.
+
+What a method needs to know of a model (`ModelShape`) and what the dense parts of the reduced forward
+cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm 5 per element
+(4 without weights), softmax, GELU, additions, gathers and scatters 0.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from methods.vit import check_supported
+
+
+def _norm_cost(module: nn.Module) -> int:
+    """What fvcore counts per normalised element."""
+    if isinstance(module, nn.LayerNorm):
+        return 5 if module.weight is not None else 4
+    return 0
+
+
+def _linear_cost(module: nn.Module) -> int:
+    """Multiply-accumulates per token of all Linear layers below `module`."""
+    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _inner_norms(module: nn.Module) -> int:
+    """What all LayerNorms below `module` cost per token."""
+    return sum(
+        _norm_cost(m) * m.normalized_shape[-1]
+        for m in module.modules()
+        if isinstance(m, nn.LayerNorm)
+    )
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One block. Widths are per head; `attn` and `mlp` are MACs per token of everything linear or
+    normalised before and after the mid-block site (attention itself, N² terms, not in it).
+    """
+
+    heads: int
+    qk: int
+    v: int
+    attn: int
+    mlp: int
+
+    def macs(self, before: int, after: int) -> int:
+        """`before` tokens enter attention, `after` the MLP; prefix included."""
+        pairs = before * before * self.heads * (self.qk + self.v)
+        return before * self.attn + pairs + after * self.mlp
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model's dimensions. grid: patches (rows, columns); image: input (height, width) in pixels.
+
+    `stem` and `tail` are MACs an image before and after the blocks, `final` those a token of the
+    final norm, `pooled` those a token of a MAP pooling, which sees `pooled_prefix` prefix tokens.
+    """
+
+    depth: int
+    grid: tuple[int, int]
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    prefix: int
+    class_token: bool
+    dim: int
+    blocks: tuple[BlockShape, ...]
+    stem: int
+    tail: int
+    final: int
+    pooled: int
+    pooled_prefix: int
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def dense_counts(self) -> tuple[int, ...]:
+        return (self.patches,) * self.depth
+
+    def macs(self, counts: Sequence[int], site: str) -> int:
+        """MACs of one image with `counts` patches left after each block, reductions at `site`.
+
+        A method's own arithmetic is not in it (`Method.extra_macs`).
+        """
+        total, n = self.stem, self.patches
+        for block, after in zip(self.blocks, counts, strict=True):
+            in_mlp = after if site == "mid-block" else n
+            total += block.macs(n + self.prefix, in_mlp + self.prefix)
+            n = after
+        total += (n + self.prefix) * self.final + (n + self.pooled_prefix) * self.pooled
+        return total + self.tail
+
+    def row_macs(self, block: int, patches: int) -> int:
+        """MACs of the class row in `block` with `patches` patches (see `Attended.class_row`)."""
+        b = self.blocks[block]
+        queries = 1 if self.class_token else patches
+        return queries * (patches + self.prefix) * b.heads * b.qk
+
+
+def block_shape(block: Block) -> BlockShape:
+    attn = cast(Attention, block.attn)
+    dim = attn.qkv.in_features
+    before = _norm_cost(block.norm1) * dim + _linear_cost(attn) + _norm_cost(attn.norm) * attn.attn_dim
+    before += (_norm_cost(attn.q_norm) + _norm_cost(attn.k_norm)) * attn.attn_dim
+    after = _norm_cost(block.norm2) * dim + _linear_cost(block.mlp) + _inner_norms(block.mlp)
+    return BlockShape(attn.num_heads, attn.head_dim, attn.head_dim, before, after)
+
+
+def model_shape(model: nn.Module) -> ModelShape:
+    """The dimensions of a supported model (dense or reduced); UnsupportedModel otherwise."""
+    check_supported(model)
+    vit = cast(VisionTransformer, model)
+    embed = vit.patch_embed
+    grid = cast("tuple[int, int]", tuple(embed.grid_size))
+    patches = grid[0] * grid[1]
+    # a resized model takes the original images and shrinks them itself, at no counted cost
+    image = cast("tuple[int, int]", tuple(embed.img_size))
+    patch = cast("tuple[int, int]", tuple(embed.patch_size))
+    stem = _stem_macs(embed, image, patches)
+    stem += _norm_cost(vit.norm_pre) * (patches + vit.num_prefix_tokens) * vit.embed_dim
+    pooled = 0
+    tail = _norm_cost(vit.fc_norm) * vit.embed_dim + _linear_cost(vit.head)
+    if hasattr(vit, "head_dist"):
+        tail += _linear_cost(vit.head_dist)
+    if vit.attn_pool is not None:
+        pool = cast(AttentionPoolLatent, vit.attn_pool)
+        width = pool.num_heads * pool.head_dim
+        pooled += _linear_cost(pool.kv) + 2 * pool.latent_len * width
+        pooled += _norm_cost(pool.k_norm) * width
+        rest = _linear_cost(pool.q) + _linear_cost(pool.proj) + _norm_cost(pool.norm) * width
+        rest += _norm_cost(pool.q_norm) * width
+        tail += pool.latent_len * (rest + (_linear_cost(pool.mlp) if pool.mlp is not None else 0))
+    return ModelShape(
+        depth=len(vit.blocks),
+        grid=grid,
+        image=image,
+        patch=patch,
+        prefix=vit.num_prefix_tokens,
+        class_token=vit.cls_token is not None,
+        dim=vit.embed_dim,
+        blocks=tuple(block_shape(cast(Block, b)) for b in vit.blocks),
+        stem=stem,
+        tail=tail,
+        final=_norm_cost(vit.norm) * vit.embed_dim,
+        pooled=pooled,
+        pooled_prefix=vit.num_prefix_tokens if vit.pool_include_prefix else 0,
+    )
+
+
+def _stem_macs(embed: nn.Module, image: tuple[int, int], patches: int) -> int:
+    """MACs of the patch embedding: one convolution, or whatever a hybrid stem holds (traced)."""
+    if type(embed) is PatchEmbed:
+        conv = cast(nn.Conv2d, embed.proj)
+        area = conv.kernel_size[0] * conv.kernel_size[1]
+        macs = patches * conv.out_channels * conv.in_channels // conv.groups * area
+        return macs + _norm_cost(cast(nn.Module, embed.norm)) * patches * conv.out_channels
+    meta = copy.deepcopy(embed).to("meta").eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        meta(torch.empty(1, 3, *image, device="meta"))
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,105 @@
+"""What the methods share that keep `int(n * keep_rate)` patches at a few prune layers.
+
+TopK's schedule, and that of its controls: declared once here. A method adds its score.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from methods.base import PUBLISHED_DEPTH, Method, Preset
+from methods.parameters import BadInput, Counts, Float, Int, Layers
+from methods.shape import ModelShape
+from methods.tokens import Tokens, keep, scale_layers, staged_counts, top_k
+from methods.vit import Attended, Reduction
+
+#: every third block of 12
+PUBLISHED_LAYERS = (3, 6, 9)
+
+STAGED_PARAMETERS = (
+    Float("keep_rate", "fraction of the current patches kept at each prune layer", low=0, high=1,
+          open_low=True),
+    Layers("prune_layers", "blocks that reduce; default: every quarter of the depth", default=None),
+    Counts("counts", "instead of both: the patches left after each block"),
+)  # fmt: skip
+
+STAGED_SPACE = (
+    Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
+    Float("first", "first prune layer, as a fraction of the depth", low=0.0, high=0.75),
+    Int("stages", "number of prune layers", low=1, high=4),
+    Float("spacing", "blocks between prune layers, as a fraction of the depth",
+          low=1 / 12, high=1 / 3, when=("stages", (2, 3, 4))),
+)  # fmt: skip
+
+
+def staged_presets(source: str) -> tuple[Preset, ...]:
+    """The published 75 % and 50 % at every third block."""
+    shared = {"first": 0.25, "stages": 3, "spacing": 0.25}
+    return tuple(
+        Preset(f"{round(100 * rate)}%", {"keep_rate": rate, **shared}, source)
+        for rate in (0.75, 0.5)
+    )
+
+
+class StagedMethod(Method):
+    """A token method with TopK's schedule."""
+
+    parameters = STAGED_PARAMETERS
+    space = STAGED_SPACE
+    identity = {"keep_rate": 1.0, "prune_layers": ()}
+
+    def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        layers = scale_layers(
+            shape.depth, choices["first"], choices["stages"], choices.get("spacing", 0.0)
+        )
+        return {"keep_rate": round(choices["keep_rate"], 4), "prune_layers": layers}
+
+    def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
+        counts, others = params.get("counts"), {"keep_rate", "prune_layers"}
+        if counts is not None and any(params.get(name) is not None for name in others):
+            raise BadInput(f"{self.name} takes counts or keep_rate and prune_layers, not both")
+        checked = super().check(params)
+        if shape is not None:
+            if counts is None and checked["prune_layers"] is None:
+                scaled = {round(i * shape.depth / PUBLISHED_DEPTH) for i in PUBLISHED_LAYERS}
+                checked["prune_layers"] = tuple(sorted(scaled))
+            checked = super().check(checked, shape)
+        return checked
+
+    def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
+        if params.get("counts") is not None:
+            return params["counts"]
+        layers = params["prune_layers"]
+        rates = (params["keep_rate"],) * len(layers)
+        return staged_counts(shape.depth, shape.patches, layers, rates, self.name)
+
+    def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        own = {p.name for p in STAGED_PARAMETERS}
+        rest = {k: v for k, v in params.items() if k not in own}
+        return {"counts": self.counts(params, shape), **rest}
+
+
+class StagedReduction(Reduction):
+    """Keeps the highest-scored patches wherever the schedule has fewer than there are."""
+
+    def __init__(self, counts: tuple[int, ...]):
+        super().__init__()
+        self.counts = counts
+
+    def score(self, block: int, tokens: Tokens, attended: Attended) -> Tensor:
+        """What decides, [B, n]; higher stays."""
+        raise NotImplementedError
+
+    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
+        count = self.counts[block]
+        if count >= tokens.patches:
+            return tokens
+        return keep(tokens, top_k(self.score(block, tokens, attended), count))
+
+
+def pruned_blocks(counts: tuple[int, ...], shape: ModelShape) -> list[tuple[int, int]]:
+    """(block, patches entering it) for every block at which a schedule reduces."""
+    before = (shape.patches, *counts[:-1])
+    return [(b, n) for b, (n, after) in enumerate(zip(before, counts, strict=True)) if after < n]

@@ -1,0 +1,281 @@
+"""The one place that knows timm's VisionTransformer, Block and Attention: the reduced forward.
+
+`reduced(model, reduction)` swaps the class of a copied timm model for one whose forward carries the
+tokens' state explicitly through the blocks and lets a `Reduction` act mid-block or after a block.
+Parameter names stay timm's; what a method adds sits under `reduction.`. Nothing is set on a module
+during forward, so that a model exports, pickles and runs in several threads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers.attention import Attention
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from methods.parameters import BadInput
+from methods.tokens import Tokens
+
+POOLS = ("token", "avg", "map", "")
+
+
+class UnsupportedModel(BadInput):
+    """The model is not one whose tokens can be reduced correctly; the message says which part."""
+
+
+@dataclass(frozen=True)
+class Attended:
+    """What a block's attention saw: q, k, v [B, H, N, D] after any q/k-norm, and the key bias."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+    prefix: int
+    class_token: bool
+    valid: Tensor | None
+
+    def attention(self, first: int, last: int) -> Tensor:
+        """Attention of the queries first..last-1 over all tokens: [B, H, last - first, N]."""
+        logits = (self.q[:, :, first:last] * self.scale) @ self.k.transpose(-2, -1)
+        if self.bias is not None:
+            logits = logits + self.bias
+        return logits.softmax(dim=-1)
+
+    def class_row(self) -> Tensor:
+        """The class token's attention over all tokens, [B, H, N]; N * C multiply-accumulates.
+
+        Without a class token: the mean over the patch queries (padding left out), n * N * C.
+        """
+        if self.class_token:
+            return self.attention(0, 1)[:, :, 0]
+        return self.mean_row(self.attention(self.prefix, self.q.shape[2]))
+
+    def mean_row(self, rows: Tensor) -> Tensor:
+        """Mean over the patch queries of rows [B, H, n, …], padding left out: [B, H, …]."""
+        if self.valid is None:
+            return rows.mean(dim=2)
+        weight = self.valid.to(rows.dtype)
+        weight = weight / weight.sum(dim=1, keepdim=True)
+        return (rows * weight[:, None, :, None]).sum(dim=2)
+
+
+class Reduction(nn.Module):
+    """A token step inside the forward. `site`: "mid-block" (after the attention residual, before
+    the MLP) or "after-block" (after the MLP residual). `proportional`: attention adds log size.
+    """
+
+    site = "mid-block"
+    proportional = False
+
+    def begin(self, images: Tensor, tokens: Tokens) -> Tokens:
+        """Before block 0: set up per-image state. images: the normalised input [B, 3, H, W]."""
+        return tokens
+
+    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
+        """At this reduction's site of `block`; returning `tokens` unchanged is the identity."""
+        return tokens
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What became of the tokens. tokens[b] [B]: tokens of each image after block b, prefix
+    included; group[b] [B, n0]: the patch token that holds each original patch, -1 once dropped;
+    figures[b]: the method's own numbers, each [B].
+    """
+
+    tokens: list[Tensor]
+    group: list[Tensor]
+    figures: list[dict[str, Tensor]]
+
+
+def attend(attn: Attention, x: Tensor, tokens: Tokens, class_token: bool, proportional: bool):
+    """Attention over x [B, N, C] with everything timm's has: q/k-norm, gate, scale norm, dropout.
+
+    Returns (output [B, N, C], Attended). No mask is passed before the first merge or padding: a
+    mask costs the flash kernel on CUDA.
+    """
+    batch, total, _ = x.shape
+    qkv = attn.qkv(x).view(batch, total, 3, attn.num_heads, attn.head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    bias = tokens.key_bias(proportional)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    if attn.fused_attn:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+    else:
+        weights = (q * attn.scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            weights = weights + bias
+        out = F.dropout(weights.softmax(dim=-1), dropout, attn.training) @ v
+    out = attn.norm(out.transpose(1, 2).reshape(batch, total, attn.attn_dim))
+    if attn.gate is not None:
+        out = out * attn.gate(x).sigmoid()
+    out = attn.proj_drop(attn.proj(out))
+    seen = Attended(q, k, v, attn.scale, bias, tokens.prefix, class_token, tokens.valid)
+    return out, seen
+
+
+class _Reduced(VisionTransformer):
+    """The forward shared by every reduced model. Never constructed: a copied model becomes one."""
+
+    reduction: Reduction
+    resize_to: tuple[int, int] | None
+    recipe: Any
+
+    def embed(self, images: Tensor, trace: bool = False) -> Tokens:
+        """Images [B, 3, H, W] -> tokens before block 0."""
+        if self.resize_to is not None:
+            images = F.interpolate(
+                images, size=self.resize_to, mode="bicubic", antialias=True, align_corners=False
+            )
+        x = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        tokens = Tokens(x, self.num_prefix_tokens)
+        if trace:
+            place = torch.arange(tokens.patches, device=x.device)
+            tokens = replace(tokens, group=place.repeat(x.shape[0], 1))
+        return self.reduction.begin(images, tokens)
+
+    def run_block(
+        self,
+        index: int,
+        tokens: Tokens,
+        reduce: Callable[[int, Tokens, Attended], Tokens] | None = None,
+    ) -> Tokens:
+        """Block `index` with the reduction at its site; `reduce` stands in for it (calibration)."""
+        block = cast(Block, self.blocks[index])
+        act = reduce or self.reduction.reduce
+        y, seen = attend(
+            cast(Attention, block.attn),
+            block.norm1(tokens.x),
+            tokens,
+            self.cls_token is not None,
+            self.reduction.proportional,
+        )
+        tokens = replace(tokens, x=tokens.x + block.drop_path1(block.ls1(y)))
+        if self.reduction.site == "mid-block":
+            tokens = act(index, tokens, seen)
+        y = block.mlp(block.norm2(tokens.x))
+        tokens = replace(tokens, x=tokens.x + block.drop_path2(block.ls2(y)))
+        if self.reduction.site == "after-block":
+            tokens = act(index, tokens, seen)
+        return tokens
+
+    def run(self, images: Tensor, trace: bool = False) -> tuple[Tokens, Trace]:
+        """All blocks, the final norm not applied."""
+        tokens = self.embed(images, trace)
+        record = Trace([], [], [])
+        for index in range(len(self.blocks)):
+            tokens = self.run_block(index, tokens)
+            if trace:
+                record.tokens.append(tokens.counts())
+                record.group.append(cast(Tensor, tokens.group))
+                record.figures.append(tokens.figures)
+                tokens = replace(tokens, figures={})
+        return tokens, record
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Final norm, pooling (by size after a merge, padding left out) and head."""
+        x = self.norm(tokens.x)
+        weight = tokens.pool_weight()
+        if weight is None or self.global_pool in ("token", ""):
+            return self.forward_head(x)
+        if self.pool_include_prefix:
+            weight = torch.cat([weight.new_ones(x.shape[0], tokens.prefix), weight], dim=1)
+        else:
+            x = x[:, tokens.prefix :]
+        if self.global_pool == "map":
+            bias = weight.log()[:, None, None, :]
+            pooled = cast(AttentionPoolLatent, self.attn_pool)(x, attn_mask=bias)
+        else:
+            # where, not only a product: padding may hold anything, and 0 * inf is not 0
+            x = torch.where(weight[..., None] > 0, x * weight[..., None], x.new_zeros(()))
+            pooled = x.sum(dim=1) / weight.sum(dim=1, keepdim=True)
+        return self.head(self.head_drop(self.fc_norm(pooled)))
+
+    def forward_features(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
+        """Normalised tokens after the last block, [B, N', C] (padding included)."""
+        return self.norm(self.run(images)[0].x)
+
+    def forward(self, images: Tensor, trace: bool = False) -> Any:
+        """images [B, 3, H, W] -> logits [B, classes]; with trace=True (logits, Trace)."""
+        tokens, record = self.run(images, trace)
+        logits = self.classify(tokens)
+        return (logits, record) if trace else logits
+
+
+class ReducedVisionTransformer(_Reduced, VisionTransformer):
+    """timm's VisionTransformer with a reduction."""
+
+
+class ReducedVisionTransformerDistilled(_Reduced, VisionTransformerDistilled):
+    """DeiT's distilled VisionTransformer with a reduction."""
+
+
+_REDUCED: dict[type, type] = {
+    VisionTransformer: ReducedVisionTransformer,
+    VisionTransformerDistilled: ReducedVisionTransformerDistilled,
+    ReducedVisionTransformer: ReducedVisionTransformer,
+    ReducedVisionTransformerDistilled: ReducedVisionTransformerDistilled,
+}
+
+
+def check_supported(model: nn.Module) -> None:
+    """UnsupportedModel, naming the part and the reason, unless the reduced forward is exact for it.
+
+    Types are compared exactly: a subclass may compute anything, and would be silently wrong.
+    """
+
+    def refuse(part: str, module: object, accepted: str) -> UnsupportedModel:
+        kind = type(module)
+        return UnsupportedModel(
+            f"{type(model).__name__} cannot be pruned: its {part} is "
+            f"{kind.__module__}.{kind.__name__}, accepted is {accepted}"
+        )
+
+    if type(model) not in _REDUCED:
+        raise refuse("class", model, "timm's VisionTransformer or VisionTransformerDistilled itself")
+    vit = cast(VisionTransformer, model)
+    for index, block in enumerate(vit.blocks):
+        if type(block) is not Block:
+            raise refuse(f"block {index}", block, "timm.models.vision_transformer.Block")
+        if type(block.attn) is not Attention:
+            raise refuse(f"attention in block {index}", block.attn, "timm.layers.attention.Attention")
+    if not isinstance(vit.patch_drop, nn.Identity):
+        raise refuse("patch_drop", vit.patch_drop, "none (patch_drop_rate=0)")
+    if vit.global_pool not in POOLS:
+        raise UnsupportedModel(
+            f"{type(model).__name__} cannot be pruned: its pooling is {vit.global_pool!r}, "
+            f"accepted is one of {', '.join(repr(p) for p in POOLS if p)}"
+        )
+    if vit.attn_pool is not None:
+        if type(vit.attn_pool) is not AttentionPoolLatent:
+            raise refuse("pooling", vit.attn_pool, "AttentionPoolLatent")
+        if vit.attn_pool.pos_embed is not None:
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot be pruned: its pooling adds a position to every "
+                "token slot, which has no meaning once tokens are gone"
+            )
+
+
+def reduced(model: nn.Module, reduction: Reduction | None, recipe: Any = None) -> _Reduced:
+    """A copy of `model` whose forward applies `reduction` (None: dense); `model` stays as it was."""
+    check_supported(model)
+    out = copy.deepcopy(model)
+    out.__class__ = _REDUCED[type(model)]
+    made = cast(_Reduced, out)
+    if not hasattr(made, "resize_to"):
+        made.resize_to = None
+    made.reduction = reduction if reduction is not None else Reduction()
+    made.reduction.train(model.training)
+    made.recipe = recipe
+    return made
