@@ -1,8 +1,8 @@
 """What a method is, and the registry in which each file of this folder enters its own.
 
-A method declares its name, paper, parameters, search space, presets, schedule and extra MACs in one
-file; everything else (search space, command line, tests, tables) reads them here. Registering is all
-it takes: `@register` above the class.
+A method declares its name, paper, parameters, search space, presets, schedule and extra MACs in
+one file; everything else (search space, command line, tests, tables) reads them here. Registering
+is all it takes: `@register` above the class.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published setting, as relative choices: `Method.resolve` makes it absolute for any model."""
+    """A published setting, as relative choices: `Method.resolve` makes it absolute."""
 
     name: str
     choices: dict[str, Any]
@@ -119,7 +119,7 @@ class Method:
         return 0
 
     def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        """What makes two settings the same candidate on this model: equal signatures, equal models."""
+        """What decides the result: settings with equal signatures are the same candidate."""
         return dict(params)
 
     # -- models ------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Method:
         raise NotImplementedError
 
     def restructure(self, model: nn.Module, params: dict[str, Any]) -> nn.Module:
-        """The structural step applied to `model`, which may be changed in place (kind "structure")."""
+        """The structural step (kind "structure") on `model`, which may be changed in place."""
         raise NotImplementedError
 
     def calibrate(
@@ -168,7 +168,7 @@ def get(name: str) -> Method:
 
 
 def batches(images: Tensor | Iterable[Tensor], size: int = 64) -> list[Tensor]:
-    """Calibration images as a list of batches: a tensor [M, 3, H, W] is cut, an iterable is taken."""
+    """Calibration images as batches: a tensor [M, 3, H, W] is cut, an iterable is taken."""
     if isinstance(images, Tensor):
         return list(torch.split(images, size))
     return list(images)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from methods.base import Method, Preset, register
 from methods.parameters import BadInput, Float, Int
-from methods.shape import ModelShape
+from methods.shape import ModelShape, model_shape
 from methods.staged import StagedMethod, StagedReduction, staged_presets
 from methods.tokens import Tokens
-from methods.vit import Attended, Reduction, _Reduced, reduced
+from methods.vit import Attended, Reduction, reduced
 
 #: a prime below 2**31: products of two residues stay inside int64
 _PRIME = 2147483629
@@ -30,7 +30,7 @@ class Dense(Method):
     name = "dense"
     summary = "the model as it is"
     control = True
-    identity: dict[str, Any] = {}
+    identity = {}
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> Reduction:
         return Reduction()
@@ -72,7 +72,10 @@ class Random(StagedMethod):
     name = "random"
     summary = "drop patches at random, on TopK's schedule"
     control = True
-    parameters = (*StagedMethod.parameters, Int("seed", "of the draw", default=0, low=0, high=2**30))
+    parameters = (
+        *StagedMethod.parameters,
+        Int("seed", "of the draw", default=0, low=0, high=2**30),
+    )
     presets = staged_presets("TopK's schedule")
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> RandomReduction:
@@ -118,7 +121,8 @@ class Centre(StagedMethod):
 @register
 class Resize(Method):
     """The dense model at a smaller input: an antialiased bicubic resize inside the model, position
-    embeddings interpolated by timm. The cheapest trick there is, and a strong one.
+    embeddings interpolated by timm. The cheapest trick there is, and a strong one. Its identity is
+    the model's own height, so no constant of the class.
     """
 
     name = "resize"
@@ -126,14 +130,18 @@ class Resize(Method):
     kind = "structure"
     site = "before the model"
     control = True
-    parameters = (Int("size", "input height in pixels, a multiple of the patch's", low=1, high=4096),)
+    parameters = (
+        Int("size", "input height in pixels, a multiple of the patch's", low=1, high=4096),
+    )
     space = (Float("scale", "input side, as a fraction of the model's own", low=0.4, high=0.95),)
     presets = tuple(
         Preset(f"{round(100 * s)}% side", {"scale": s}) for s in (0.857, 0.714)
     )  # 192 and 160 of 224
 
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        rows = max(1, round(choices["scale"] * shape.grid[0]))
+        # on a coarse grid a scale near 1 would round to the dense model itself
+        rows = min(round(choices["scale"] * shape.grid[0]), shape.grid[0] - 1)
+        rows = max(1, rows)
         return {"size": rows * shape.patch[0]}
 
     def target(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, int]:
@@ -150,18 +158,10 @@ class Resize(Method):
             )
 
     def restructure(self, model: nn.Module, params: dict[str, Any]) -> nn.Module:
-        small = reduced(model, None)
-        height = cast("tuple[int, int]", tuple(small.patch_embed.img_size))[0]
-        if params["size"] == height:
+        small, shape = reduced(model, None), model_shape(model)
+        if params["size"] == shape.image[0]:
             return small
-        return _shrink(small, params, self)
-
-
-def _shrink(model: _Reduced, params: dict[str, Any], method: Resize) -> nn.Module:
-    grid = cast("tuple[int, int]", tuple(model.patch_embed.grid_size))
-    patch = cast("tuple[int, int]", tuple(model.patch_embed.patch_size))
-    rows = params["size"] // patch[0]
-    size = (params["size"], max(1, round(rows * grid[1] / grid[0])) * patch[1])
-    model.set_input_size(img_size=size)
-    model.resize_to = size
-    return model
+        size = self.target(params, shape)
+        small.set_input_size(img_size=size)
+        small.resize_to = size
+        return small

@@ -1,14 +1,15 @@
 """What a method can be told: typed parameters with bounds, defaults and conditions.
 
 Two uses share these classes. `Method.parameters` are what a recipe holds (absolute: block indices,
-token counts); `Method.space` are what a search chooses (relative to depth and patch count, so that a
-finding carries over). Knows nothing of Optuna: `search.space` translates.
+token counts); `Method.space` are what a search chooses (relative to depth and patch count, so that
+a finding carries over). Knows nothing of Optuna: `search.space` translates.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,10 +29,11 @@ class Required:
 REQUIRED = Required()
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """`": did you mean 'x'?"` for the closest known word, or the whole list where none is close."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    # YAML keys may be numbers
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     if close:
         return f": did you mean {close[0]!r}?"
     return f"; known: {', '.join(known) or 'none'}"
@@ -39,7 +41,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Common to all kinds. `when=("other", (values…))`: searched only if `other` has one of them."""
+    """Common to all. `when=("other", (values…))`: searched only if `other` has one of them."""
 
     name: str
     doc: str = ""
@@ -58,15 +60,20 @@ class Parameter:
         return BadInput(f"{where}.{self.name} is {value!r}: accepted is {self.accepts}")
 
 
-def _whole(value: Any) -> bool:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _real(value: Any) -> bool:
+    """A finite number of any library (NumPy's too), not a bool."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return False
-    return math.isfinite(value) and float(value).is_integer()
+    return math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return _real(value) and float(value).is_integer()
 
 
 @dataclass(frozen=True)
 class Float(Parameter):
-    """A real number, low <= value <= high (`open_low`: low < value). `log`: searched on a log scale."""
+    """A real number, low <= value <= high (`open_low`: low < value). `log`: searched in logs."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -75,10 +82,11 @@ class Float(Parameter):
 
     @property
     def accepts(self) -> str:
-        return f"a number, {self.low:g} {'<' if self.open_low else '<='} {self.name} <= {self.high:g}"
+        least = "<" if self.open_low else "<="
+        return f"a number, {self.low:g} {least} {self.name} <= {self.high:g}"
 
     def check(self, value: Any, where: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if not _real(value):
             raise self.reject(value, where)
         below = value <= self.low if self.open_low else value < self.low
         if below or value > self.high:
@@ -118,15 +126,15 @@ class Choice(Parameter):
         for choice in self.choices:
             if type(choice) is type(value) and choice == value:
                 return choice
-        if isinstance(value, str):
-            strings = [c for c in self.choices if isinstance(c, str)]
+        strings = [c for c in self.choices if isinstance(c, str)]
+        if isinstance(value, str) and strings:
             raise BadInput(f"{where}.{self.name} is {value!r}{nearest(value, strings)}")
         raise self.reject(value, where)
 
 
 @dataclass(frozen=True)
 class Layers(Parameter):
-    """Block indices at which a method reduces: increasing, each from 0 to depth - 1; () for none."""
+    """Block indices at which a method reduces: increasing, from 0 to depth - 1; () for none."""
 
     @property
     def accepts(self) -> str:
@@ -181,9 +189,9 @@ class IntOrList(Parameter):
     def check(self, value: Any, where: str) -> int | tuple[int, ...]:
         if _whole(value) and value >= self.low:
             return int(value)
-        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) and value:
-            if all(_whole(v) and v >= self.low for v in value):
-                return tuple(int(v) for v in value)
+        several = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+        if several and value and all(_whole(v) and v >= self.low for v in value):
+            return tuple(int(v) for v in value)
         raise self.reject(value, where)
 
 

@@ -94,6 +94,8 @@ def ranking(importance: Tensor) -> Tensor:
 
     Every runtime and every padding then picks the same patches; a plain top-k breaks ties at will.
     """
+    # at least float32: bfloat16 has no whole numbers of its own above 256
+    importance = importance.to(torch.promote_types(importance.dtype, torch.float32))
     place = torch.arange(importance.shape[1], device=importance.device, dtype=importance.dtype)
     return torch.where(importance > 0, importance, -(place + 1))
 
@@ -142,7 +144,9 @@ class RajniReduction(Reduction):
             per_image={**tokens.per_image, "eta": eta},
             figures={"rho": found.rho, "eta": found.eta, "keep_ratio": ratio},
         )
-        wanted = (n.to(ratio.dtype) * ratio).to(torch.int64).clamp(min=self.min_tokens)
+        # at least float32: n times 1 must be n in every dtype of the model
+        exact = torch.promote_types(ratio.dtype, torch.float32)
+        wanted = (n.to(exact) * ratio.to(exact)).to(torch.int64).clamp(min=self.min_tokens)
         wanted = torch.where(active, torch.minimum(wanted, n), n)
         if bool((wanted == n).all()):
             return tokens
@@ -257,7 +261,9 @@ class Rajni(Method):
         return {k: v for k, v in params.items() if k != "counts"}
 
     def needs_calibration(self, params: dict[str, Any]) -> bool:
-        return params["budget"] == "calibrated" and params.get("counts") is None
+        if params["budget"] == "image" or params.get("counts") is not None:
+            return False
+        return params["gamma"] > 0
 
     def calibrate(
         self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]
@@ -279,9 +285,7 @@ class Rajni(Method):
             reads = block in layers and n > params["min_tokens"]
             found: list[Reading] = []
 
-            def act(
-                _: int, tokens: Tokens, attended: Attended, reads=reads, found=found
-            ) -> Tokens:
+            def act(_: int, tokens: Tokens, attended: Attended, reads=reads, found=found) -> Tokens:
                 if reads:
                     found.append(read(tokens, attended, params["score"]))
                 return tokens

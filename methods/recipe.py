@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,6 +27,17 @@ from methods.base import Method, get
 from methods.parameters import BadInput, nearest
 from methods.shape import ModelShape, model_shape
 from methods.vit import check_supported, reduced
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,8 @@ class Recipe:
         steps: dict[str, Step | None] = {}
         for part, step in data.items():
             if part not in ("structure", "tokens"):
-                raise BadInput(f"a recipe has no part {part!r}{nearest(part, ['structure', 'tokens'])}")
+                known = nearest(part, ["structure", "tokens"])
+                raise BadInput(f"a recipe has no part {part!r}{known}")
             if step is None:
                 continue
             if not isinstance(step, Mapping) or "method" not in step:
@@ -84,7 +97,9 @@ class Recipe:
             if declared.name == "dense":
                 continue
             if declared.kind != part:
-                raise BadInput(f"{declared.name} is a {declared.kind} method: it cannot be the {part}")
+                raise BadInput(
+                    f"{declared.name} is a {declared.kind} method: it cannot be the {part}"
+                )
             params = {k: v for k, v in step.items() if k != "method"}
             steps[part] = Step(declared.name, declared.check(params))
         return cls(**steps)
@@ -93,7 +108,7 @@ class Recipe:
     def from_yaml(cls, text: str) -> Recipe:
         """From YAML text; BadInput if it is not YAML or not a recipe."""
         try:
-            data = yaml.safe_load(text)
+            data = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise BadInput(f"the recipe is not YAML: {error}") from None
         return cls.from_dict(data)
@@ -169,6 +184,12 @@ class Recipe:
         model. Raises UnsupportedModel, BadInput.
         """
         check_supported(model)
+        done = getattr(model, "recipe", None)
+        if done is not None and done != Recipe():
+            raise BadInput(
+                f"the model is already reduced ({done}): give the dense model, and both parts in "
+                "one recipe"
+            )
         shape, changed = self.reshape(model_shape(model), model)
         recipe = self.checked(shape)
         if recipe.tokens is None:
@@ -183,7 +204,7 @@ class Recipe:
                     )
                 with torch.no_grad():
                     images = [calibration] if isinstance(calibration, Tensor) else calibration
-                    params = declared.calibrate(reduced(changed, None), params, images)
+                    params = declared.calibrate(reduced(changed, None).eval(), params, images)
                 recipe = Recipe(recipe.structure, Step(declared.name, params))
             reduction = declared.reduction(params, shape)
             reference = next(changed.parameters())

@@ -1,8 +1,8 @@
 """The dimensions of a ViT and the multiply-accumulates that follow from them, in closed form.
 
-What a method needs to know of a model (`ModelShape`) and what the dense parts of the reduced forward
-cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm 5 per element
-(4 without weights), softmax, GELU, additions, gathers and scatters 0.
+What a method needs to know of a model (`ModelShape`) and what the dense parts of the reduced
+forward cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm 5 per
+element (4 without weights), softmax, GELU, additions, gathers and scatters 0.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class ModelShape:
 def block_shape(block: Block) -> BlockShape:
     attn = cast(Attention, block.attn)
     dim = attn.qkv.in_features
-    before = _norm_cost(block.norm1) * dim + _linear_cost(attn) + _norm_cost(attn.norm) * attn.attn_dim
+    before = _norm_cost(block.norm1) * dim + _linear_cost(attn)
+    before += _norm_cost(attn.norm) * attn.attn_dim
     before += (_norm_cost(attn.q_norm) + _norm_cost(attn.k_norm)) * attn.attn_dim
     after = _norm_cost(block.norm2) * dim + _linear_cost(block.mlp) + _inner_norms(block.mlp)
     return BlockShape(attn.num_heads, attn.head_dim, attn.head_dim, before, after)
@@ -129,13 +130,14 @@ def model_shape(model: nn.Module) -> ModelShape:
     patches = grid[0] * grid[1]
     # a resized model takes the original images and shrinks them itself, at no counted cost
     image = cast("tuple[int, int]", tuple(embed.img_size))
-    patch = cast("tuple[int, int]", tuple(embed.patch_size))
+    # a hybrid stem's own patch_size is in cells of its feature map; this is in pixels for all
+    patch = cast("tuple[int, int]", tuple(embed.feat_ratio(as_scalar=False)))
     stem = _stem_macs(embed, image, patches)
     stem += _norm_cost(vit.norm_pre) * (patches + vit.num_prefix_tokens) * vit.embed_dim
     pooled = 0
     tail = _norm_cost(vit.fc_norm) * vit.embed_dim + _linear_cost(vit.head)
     if hasattr(vit, "head_dist"):
-        tail += _linear_cost(vit.head_dist)
+        tail += _linear_cost(cast(nn.Module, vit.head_dist))
     if vit.attn_pool is not None:
         pool = cast(AttentionPoolLatent, vit.attn_pool)
         width = pool.num_heads * pool.head_dim

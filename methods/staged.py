@@ -5,12 +5,12 @@ TopK's schedule, and that of its controls: declared once here. A method adds its
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from methods.base import PUBLISHED_DEPTH, Method, Preset
-from methods.parameters import BadInput, Counts, Float, Int, Layers
+from methods.parameters import BadInput, Counts, Float, Int, Layers, Parameter
 from methods.shape import ModelShape
 from methods.tokens import Tokens, keep, scale_layers, staged_counts, top_k
 from methods.vit import Attended, Reduction
@@ -46,7 +46,7 @@ def staged_presets(source: str) -> tuple[Preset, ...]:
 class StagedMethod(Method):
     """A token method with TopK's schedule."""
 
-    parameters = STAGED_PARAMETERS
+    parameters: ClassVar[tuple[Parameter, ...]] = STAGED_PARAMETERS
     space = STAGED_SPACE
     identity = {"keep_rate": 1.0, "prune_layers": ()}
 
@@ -54,7 +54,13 @@ class StagedMethod(Method):
         layers = scale_layers(
             shape.depth, choices["first"], choices["stages"], choices.get("spacing", 0.0)
         )
-        return {"keep_rate": round(choices["keep_rate"], 4), "prune_layers": layers}
+        rate = round(choices["keep_rate"], 4)
+        # the last stages go where a low rate would leave no patch on this model
+        n, possible = shape.patches, 0
+        for _ in layers:
+            n = int(n * rate)
+            possible += n >= 1
+        return {"keep_rate": rate, "prune_layers": layers[:possible]}
 
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         counts, others = params.get("counts"), {"keep_rate", "prune_layers"}
@@ -63,7 +69,10 @@ class StagedMethod(Method):
         checked = super().check(params)
         if shape is not None:
             if counts is None and checked["prune_layers"] is None:
-                scaled = {round(i * shape.depth / PUBLISHED_DEPTH) for i in PUBLISHED_LAYERS}
+                last = shape.depth - 1
+                scaled = {
+                    min(last, round(i * shape.depth / PUBLISHED_DEPTH)) for i in PUBLISHED_LAYERS
+                }
                 checked["prune_layers"] = tuple(sorted(scaled))
             checked = super().check(checked, shape)
         return checked

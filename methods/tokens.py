@@ -93,7 +93,7 @@ def top_k(score: Tensor, k: int) -> Tensor:
 
 
 def regroup(group: Tensor | None, moved: Tensor) -> Tensor | None:
-    """Follow the original patches. group [B, n0], moved [B, n]: the new index of each patch or -1."""
+    """Follow the original patches. group [B, n0]; moved [B, n]: each patch's new index or -1."""
     if group is None:
         return None
     there = moved.gather(1, group.clamp(min=0))
@@ -148,8 +148,8 @@ def bipartite_match(metric: Tensor, prefix: int, r: int) -> tuple[Tensor, Tensor
     """ToMe's matching (Bolya et al., ICLR 2023, section 3.2): which r patches go where.
 
     metric [B, N, D], prefix tokens included: even positions are set A, odd ones B, as the paper
-    counts them; a prefix token is neither source nor destination. Each patch of A has an edge to its
-    most similar (cosine) patch of B; the r best edges are taken.
+    counts them; a prefix token is neither source nor destination. Each patch of A has an edge to
+    its most similar (cosine) patch of B; the r best edges are taken.
 
     Returns (rest [B, a - r], source [B, r], target [B, r]): indices into A's and, for `target`,
     B's patches (see `bipartite_split`), `rest` in rising order.
@@ -208,7 +208,8 @@ def staged_counts(
     """
     if layers and layers[-1] >= depth:
         raise BadInput(
-            f"{where}.prune_layers names block {layers[-1]}: the model's blocks are 0 to {depth - 1}"
+            f"{where}.prune_layers names block {layers[-1]}: the model's blocks are 0 to "
+            f"{depth - 1}"
         )
     at = dict(zip(layers, rates, strict=True))
     counts, n = [], patches

@@ -1,5 +1,5 @@
 """ToMe, Token Merging (Bolya, Fu, Dai, Zhang, Feichtenhofer and Hoffman, "Token Merging: Your ViT
-But Faster", ICLR 2023, arXiv:2210.09461): merges the r most similar pairs of patches in every block.
+But Faster", ICLR 2023, arXiv:2210.09461): merges the r most similar pairs of patches per block.
 """
 
 from __future__ import annotations

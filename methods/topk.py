@@ -28,7 +28,9 @@ class TopK(StagedMethod):
 
     name = "topk"
     summary = "keep the patches with the highest class attention (maximum over heads)"
-    paper = Paper("TopK pruning by class attention, as compared in TRAM", "as defined in TRAM's README")
+    paper = Paper(
+        "TopK pruning by class attention, as compared in TRAM", "as defined in TRAM's README"
+    )
     presets = staged_presets("TRAM's table, TopK rows")
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from methods.parameters import BadInput
 from methods.tokens import Tokens
 
-POOLS = ("token", "avg", "map", "")
+POOLS = ("token", "avg", "map")
 
 
 class UnsupportedModel(BadInput):
@@ -135,11 +135,20 @@ class _Reduced(VisionTransformer):
     def embed(self, images: Tensor, trace: bool = False) -> Tokens:
         """Images [B, 3, H, W] -> tokens before block 0."""
         if self.resize_to is not None:
+            # at least float32: CPUs have no bicubic resize in half precision
+            wide = images.to(torch.promote_types(images.dtype, torch.float32))
             images = F.interpolate(
-                images, size=self.resize_to, mode="bicubic", antialias=True, align_corners=False
-            )
+                wide, size=self.resize_to, mode="bicubic", antialias=True, align_corners=False
+            ).to(images.dtype)
         x = self.norm_pre(self._pos_embed(self.patch_embed(images)))
         tokens = Tokens(x, self.num_prefix_tokens)
+        rows, columns = cast("tuple[int, int]", tuple(self.patch_embed.grid_size))
+        if tokens.patches != rows * columns and type(self.reduction) is not Reduction:
+            # dynamic_img_size: the schedule's counts would be those of another image
+            raise BadInput(
+                f"the images give {tokens.patches} patches: this model is pruned for {rows} x "
+                f"{columns}; call set_input_size before pruning"
+            )
         if trace:
             place = torch.arange(tokens.patches, device=x.device)
             tokens = replace(tokens, group=place.repeat(x.shape[0], 1))
@@ -187,7 +196,7 @@ class _Reduced(VisionTransformer):
         """Final norm, pooling (by size after a merge, padding left out) and head."""
         x = self.norm(tokens.x)
         weight = tokens.pool_weight()
-        if weight is None or self.global_pool in ("token", ""):
+        if weight is None or self.global_pool == "token":
             return self.forward_head(x)
         if self.pool_include_prefix:
             weight = torch.cat([weight.new_ones(x.shape[0], tokens.prefix), weight], dim=1)
@@ -202,11 +211,18 @@ class _Reduced(VisionTransformer):
             pooled = x.sum(dim=1) / weight.sum(dim=1, keepdim=True)
         return self.head(self.head_drop(self.fc_norm(pooled)))
 
-    def forward_features(self, images: Tensor, *_: Any, **__: Any) -> Tensor:
+    def forward_features(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Normalised tokens after the last block, [B, N', C] (padding included)."""
         return self.norm(self.run(images)[0].x)
 
-    def forward(self, images: Tensor, trace: bool = False) -> Any:
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: timm's own would run the blocks without the reduction."""
+        raise NotImplementedError(
+            "a reduced model has no forward_intermediates: its tokens are not a grid; "
+            "use trace=True, or the dense model"
+        )
+
+    def forward(self, images: Tensor, trace: bool = False) -> Any:  # type: ignore[override]
         """images [B, 3, H, W] -> logits [B, classes]; with trace=True (logits, Trace)."""
         tokens, record = self.run(images, trace)
         logits = self.classify(tokens)
@@ -243,19 +259,21 @@ def check_supported(model: nn.Module) -> None:
         )
 
     if type(model) not in _REDUCED:
-        raise refuse("class", model, "timm's VisionTransformer or VisionTransformerDistilled itself")
+        accepted = "timm's VisionTransformer or VisionTransformerDistilled itself"
+        raise refuse("class", model, accepted)
     vit = cast(VisionTransformer, model)
     for index, block in enumerate(vit.blocks):
         if type(block) is not Block:
             raise refuse(f"block {index}", block, "timm.models.vision_transformer.Block")
         if type(block.attn) is not Attention:
-            raise refuse(f"attention in block {index}", block.attn, "timm.layers.attention.Attention")
+            accepted = "timm.layers.attention.Attention"
+            raise refuse(f"attention in block {index}", block.attn, accepted)
     if not isinstance(vit.patch_drop, nn.Identity):
         raise refuse("patch_drop", vit.patch_drop, "none (patch_drop_rate=0)")
     if vit.global_pool not in POOLS:
         raise UnsupportedModel(
             f"{type(model).__name__} cannot be pruned: its pooling is {vit.global_pool!r}, "
-            f"accepted is one of {', '.join(repr(p) for p in POOLS if p)}"
+            f"accepted is one of {', '.join(repr(p) for p in POOLS)}"
         )
     if vit.attn_pool is not None:
         if type(vit.attn_pool) is not AttentionPoolLatent:
@@ -268,7 +286,7 @@ def check_supported(model: nn.Module) -> None:
 
 
 def reduced(model: nn.Module, reduction: Reduction | None, recipe: Any = None) -> _Reduced:
-    """A copy of `model` whose forward applies `reduction` (None: dense); `model` stays as it was."""
+    """A copy of `model` whose forward applies `reduction` (None: dense); `model` stays as is."""
     check_supported(model)
     out = copy.deepcopy(model)
     out.__class__ = _REDUCED[type(model)]

@@ -1,0 +1,110 @@
+"""The settings every registered method is tested at: one table. A method missing here breaks
+collection, so that none goes untested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tiny_models import MODELS, dense, images
+from torch import nn
+
+import methods
+from methods import ModelShape
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, given the dense model's shape. per_image: each image decides its count."""
+
+    method: str
+    label: str
+    params: Callable[[ModelShape], dict[str, Any]]
+    per_image: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.method}-{self.label}"
+
+    def build(self, model: nn.Module) -> nn.Module:
+        """The pruned model; calibrated on images that no test prunes."""
+        declared = methods.get(self.method)
+        params = self.params(methods.model_shape(model))
+        needs = declared.needs_calibration(declared.check(params))
+        calibration = images(model, 6, seed=99) if needs else None
+        return methods.prune(model, self.method, calibration=calibration, **params)
+
+
+def _fixed(**params: Any) -> Callable[[ModelShape], dict[str, Any]]:
+    return lambda _: params
+
+
+_STAGED = {
+    "staged": _fixed(keep_rate=0.6, prune_layers=(0, 1)),
+    "counts": lambda s: {"counts": [s.patches - 1 - b for b in range(s.depth)]},
+}
+_RAJNI = {"gamma": 1.0, "min_tokens": 2}
+
+SETTINGS: dict[str, dict[str, Callable[[ModelShape], dict[str, Any]]]] = {
+    "dense": {"": _fixed()},
+    "resize": {"smaller": lambda s: {"size": (s.grid[0] - 1) * s.patch[0]}},
+    "random": {"staged": _STAGED["staged"]},
+    "centre": {"staged": _STAGED["staged"]},
+    "topk": _STAGED,
+    "tome": {
+        "constant": _fixed(r=3),
+        "decreasing": _fixed(r=2, inflection=-1.0, prop_attn=False),
+        "list": lambda s: {"r": [0, 4] + [1] * (s.depth - 2)},
+        "counts": lambda s: {"counts": [s.patches - 2 - b for b in range(s.depth)]},
+    },
+    "rajni": {
+        "image": _fixed(**_RAJNI, budget="image"),
+        "image-jacobian": _fixed(**_RAJNI, budget="image", score="jacobian"),
+        "image-layers": _fixed(gamma=1.5, min_tokens=1, budget="image", prune_layers=(0, 1)),
+        "calibrated": _fixed(**_RAJNI),
+        "calibrated-jacobian": _fixed(**_RAJNI, score="jacobian"),
+        "counts": lambda s: {"counts": [s.patches - 1 - b for b in range(s.depth)]},
+    },
+}
+
+_MISSING = set(methods.names()) - set(SETTINGS)
+if _MISSING:
+    raise LookupError(f"no settings to test {', '.join(sorted(_MISSING))}: add them to SETTINGS")
+
+CASES = [
+    Case(name, label, params, per_image=name == "rajni" and label.startswith("image"))
+    for name, settings in SETTINGS.items()
+    for label, params in settings.items()
+]
+
+#: for what costs time: each method's first setting on every kind of model, every setting on two
+FIRST = list({case.method: case for case in reversed(CASES)}.values())
+PAIRS = [(kind, case) for kind in MODELS for case in FIRST]
+PAIRS += [(kind, case) for kind in ("class", "map") for case in CASES if case not in FIRST]
+
+#: where the identity depends on the model, so that it cannot be a constant of the class
+IDENTITY: dict[str, Callable[[ModelShape], dict[str, Any]]] = {
+    "resize": lambda s: {"size": s.image[0]},
+}
+
+
+def identity(method: str, shape: ModelShape) -> dict[str, Any] | None:
+    """Parameters at which the method leaves the model dense; None where there are none."""
+    if method in IDENTITY:
+        return IDENTITY[method](shape)
+    return methods.get(method).identity
+
+
+@cache
+def pruned(kind: str, case: Case) -> nn.Module:
+    """The tiny model of that kind, float64, at that setting. Shared: no changes."""
+    return case.build(dense(kind))
+
+
+def recorded(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, methods.Trace]:
+    """Logits and trace, without gradients."""
+    with torch.no_grad():
+        return model(batch, trace=True)

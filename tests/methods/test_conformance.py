@@ -1,0 +1,255 @@
+"""Every method at every setting on every kind of model: what all methods promise, in one table."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import pytest
+import torch
+from method_settings import CASES, PAIRS, SETTINGS, Case, identity, pruned, recorded
+from tiny_models import MODELS, dense, images
+
+import methods
+from methods.vit import Reduction
+
+every_model = pytest.mark.parametrize("kind", MODELS)
+some_pairs = pytest.mark.parametrize(
+    "kind, case", PAIRS, ids=[f"{kind}-{case}" for kind, case in PAIRS]
+)
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(batch)
+
+
+def close(a, b, off=1e-10):
+    torch.testing.assert_close(a, b, rtol=0, atol=off)
+
+
+@every_model
+@pytest.mark.parametrize("method", methods.names())
+def test_identity_gives_the_dense_logits(kind, method):
+    model = dense(kind)
+    params = identity(method, methods.model_shape(model))
+    if params is None:
+        assert (methods.get(method).__doc__ or "").find("no identity") >= 0
+        return
+    batch = images(model)
+    close(logits(methods.prune(model, method, **params), batch), logits(model, batch), 1e-12)
+
+
+@every_model
+@pytest.mark.parametrize("method", [m for m in methods.names() if not methods.get(m).control])
+def test_identity_is_dense_in_training_too(kind, method):
+    """Same dropout draws, same drop path: the reduced forward asks for them in timm's order."""
+    model = copy.deepcopy(dense(kind)).train()
+    params = identity(method, methods.model_shape(model))
+    if params is None:
+        return
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.1
+    reduced, batch = methods.prune(model, method, **params), images(model)
+    torch.manual_seed(5)
+    expected = model(batch)
+    torch.manual_seed(5)
+    close(reduced(batch), expected, 1e-12)
+
+
+@every_model
+@every_case
+def test_an_image_does_not_depend_on_its_batch(kind, case: Case):
+    model, reduced = dense(kind), pruned(kind, case)
+    batch = images(model)
+    together, trace = recorded(reduced, batch)
+    plain = logits(model, batch)
+    assert together.shape == plain.shape
+    assert together.isfinite().all()
+    if case.method != "dense":
+        # a method that quietly does nothing would pass every other test; what only the last block
+        # drops does not reach a class token
+        full = methods.model_shape(model).patches + model.num_prefix_tokens
+        assert trace.tokens[-1].sum() < len(batch) * full
+        if trace.tokens[-2].sum() < len(batch) * full:
+            assert (together - plain).abs().max() > 1e-4
+    for i in (0, 2):
+        alone, own = recorded(reduced, batch[i : i + 1])
+        # different kernels for different batch sizes: float64 rounding, no more
+        close(alone[0], together[i])
+        for block, tokens in enumerate(own.tokens):
+            assert tokens[0] == trace.tokens[block][i]
+            assert torch.equal(own.group[block][0], trace.group[block][i])
+
+
+@some_pairs
+def test_fused_and_plain_attention_agree(kind, case: Case):
+    fused, batch = copy.deepcopy(pruned(kind, case)).float(), images(dense(kind)).float()
+    expected = logits(fused, batch)
+    for module in fused.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    # float32 through four blocks of peaked attention
+    close(logits(fused, batch), expected, 1e-4)
+
+
+@some_pairs
+def test_state_dict_is_timms_and_the_model_stays_as_it_was(kind, case: Case):
+    model = copy.deepcopy(dense(kind))
+    before, batch = copy.deepcopy(model.state_dict()), images(model)
+    said, names = logits(model, batch), dict(model.named_modules()).keys()
+    reduced = case.build(model)
+    own = reduced.state_dict()
+    assert [k for k in own if not k.startswith("reduction.")] == list(before)
+    if methods.get(case.method).kind == "tokens":
+        assert all(torch.equal(own[k], before[k]) for k in before)
+    assert type(model) is type(MODELS[kind]())
+    assert list(dict(model.named_modules())) == list(names)
+    with torch.no_grad():
+        for p in reduced.parameters():
+            p.zero_()
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert torch.equal(logits(model, batch), said)
+
+
+@some_pairs
+def test_copies_pickles_and_rebuilds(kind, case: Case):
+    model, reduced = dense(kind), pruned(kind, case)
+    batch = images(model, 2)
+    expected = logits(reduced, batch)
+    assert torch.equal(logits(copy.deepcopy(reduced), batch), expected)
+    assert torch.equal(logits(pickle.loads(pickle.dumps(reduced)), batch), expected)
+    recipe = methods.Recipe.from_yaml(reduced.recipe.to_yaml())
+    assert recipe.checked(methods.model_shape(reduced)) == reduced.recipe
+    assert torch.equal(logits(recipe.build(model, weights=reduced.state_dict()), batch), expected)
+
+
+@every_case
+def test_two_threads_at_once(case: Case):
+    reduced = pruned("registers", case)
+    batches = [images(dense("registers"), 3, seed) for seed in range(6)]
+    one_by_one = [logits(reduced, batch) for batch in batches]
+    with ThreadPoolExecutor(2) as threads:
+        at_once = list(threads.map(lambda batch: logits(reduced, batch), batches))
+    for a, b in zip(one_by_one, at_once, strict=True):
+        assert torch.equal(a, b)
+
+
+@cache
+def reached(kind):
+    """The dense model's parameters that get a gradient."""
+    model = copy.deepcopy(dense(kind)).train()
+    model(images(model, 2)).square().sum().backward()
+    return {name for name, p in model.named_parameters() if p.grad is not None}
+
+
+@some_pairs
+def test_gradients_reach_what_they_reach_in_the_dense_model(kind, case: Case):
+    reduced, batch = copy.deepcopy(pruned(kind, case)).train(), images(dense(kind), 2)
+    reduced(batch).square().sum().backward()
+    own = {n: p.grad for n, p in reduced.named_parameters() if not n.startswith("reduction.")}
+    expected = reached(kind)
+    assert {name for name, grad in own.items() if grad is not None} == expected
+    assert all(grad.isfinite().all() for grad in own.values() if grad is not None)
+    for name in expected:
+        assert own[name].abs().max() > 0, name
+
+
+@every_model
+@every_case
+def test_trace_tells_where_every_patch_went(kind, case: Case):
+    reduced, batch = pruned(kind, case), images(dense(kind))
+    shape, declared = methods.model_shape(reduced), methods.get(case.method)
+    _, trace = recorded(reduced, batch)
+    assert len(trace.tokens) == len(trace.group) == len(trace.figures) == shape.depth
+    step = reduced.recipe.tokens
+    counts, bounds = shape.dense_counts(), (shape.dense_counts(),) * 2
+    if step is not None:
+        counts = declared.counts(step.params, shape)
+        bounds = declared.bounds(step.params, shape)
+    assert (counts is None) == case.per_image
+    before = torch.arange(shape.patches).repeat(len(batch), 1)
+    for block, (tokens, group) in enumerate(zip(trace.tokens, trace.group, strict=True)):
+        patches = tokens - shape.prefix
+        if counts is not None:
+            assert (patches == counts[block]).all()
+        assert (patches >= bounds[0][block]).all()
+        assert (patches <= bounds[1][block]).all()
+        assert group.shape == (len(batch), shape.patches)
+        assert group.min() >= -1
+        for own, was, left in zip(group, before, patches, strict=True):
+            held = own[own >= 0].unique()
+            assert torch.equal(held, torch.arange(int(left)))
+            assert (own[was == -1] == -1).all()
+            # what was merged stays together
+            for token in was[was >= 0].unique():
+                assert own[was == token].unique().numel() == 1
+        before = group
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.method in ("rajni",)], ids=str)
+def test_after_block_keeps_rows_as_they_are(case: Case):
+    """At the first block that drops, the tokens left are those of the dense model, by `group`."""
+    model, reduced = dense("avg"), pruned("avg", case)
+    batch, plain = images(model), methods.prune(model, "dense")
+    with torch.no_grad():
+        own, full = reduced.embed(batch, trace=True), plain.embed(batch)
+        for block in range(len(model.blocks)):
+            own, full = reduced.run_block(block, own), plain.run_block(block, full)
+            if own.counts().sum() < full.counts().sum():
+                break
+        else:
+            pytest.fail("nothing was dropped")
+    for image, group in enumerate(own.group):
+        for patch, place in enumerate(group.tolist()):
+            if place >= 0:
+                close(own.x[image, place], full.x[image, patch])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_runs_and_keeps_the_counts(case: Case, dtype):
+    reduced, batch = copy.deepcopy(pruned("registers", case)), images(dense("registers"), 2)
+    _, exact = recorded(reduced, batch)
+    half, trace = recorded(reduced.to(dtype), batch.to(dtype))
+    assert half.dtype is dtype
+    assert half.isfinite().all()
+    if not case.per_image:
+        assert all(torch.equal(a, b) for a, b in zip(trace.tokens, exact.tokens, strict=True))
+
+
+@every_case
+def test_autocast_runs(case: Case):
+    reduced, batch = case.build(dense("avg", torch.float32)), images(dense("avg", torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert logits(reduced, batch).isfinite().all()
+
+
+@pytest.mark.parametrize("method", [m for m in methods.names() if methods.get(m).kind == "tokens"])
+def test_presets_and_spaces_resolve_on_every_model(method):
+    declared = methods.get(method)
+    for kind in MODELS:
+        shape = methods.model_shape(dense(kind))
+        for preset in declared.presets:
+            params = declared.preset(preset, shape)
+            assert isinstance(declared.reduction(params, shape), Reduction) or (
+                declared.needs_calibration(params)
+            )
+
+
+def test_another_image_size_is_refused_where_a_schedule_is_fixed():
+    model = dense("dynamic")
+    larger = torch.zeros(1, 3, 48, 48, dtype=torch.float64)
+    assert logits(methods.prune(model, "dense"), larger).shape == (1, 7)
+    with pytest.raises(methods.BadInput, match="36 patches: this model is pruned for 4 x 4"):
+        methods.prune(model, "topk", keep_rate=0.5)(larger)
+
+
+def test_a_setting_for_what_is_not_registered_is_noticed():
+    assert set(SETTINGS) == set(methods.names())

@@ -1,0 +1,89 @@
+"""Tiny ones of every kind of model `methods` accepts: real timm classes, random but peaked weights.
+
+Peaked: attention that differs between patches, so that a wrong index or a missing rescale shows.
+A new kind of model is one line in `MODELS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from timm.layers import RmsNorm
+from timm.layers.attention import Attention
+from timm.layers.mlp import SwiGLU
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+
+def vit(kind: type[VisionTransformer] = VisionTransformer, **settings: Any) -> VisionTransformer:
+    """A tiny one with these settings of timm's."""
+    small = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    return kind(**{**small, "num_classes": 7, **settings})
+
+
+def _gated() -> VisionTransformer:
+    model = vit()
+    for block in model.blocks:
+        block.attn = Attention(32, num_heads=2, qkv_bias=True, gated=True)
+    return model
+
+
+MODELS: dict[str, Callable[[], VisionTransformer]] = {
+    "class": vit,
+    "distilled": lambda: vit(VisionTransformerDistilled, num_heads=4),
+    "registers": lambda: vit(reg_tokens=3, no_embed_class=True, init_values=0.5),
+    "avg": lambda: vit(class_token=False, global_pool="avg", img_size=40),
+    "map": lambda: vit(class_token=False, global_pool="map"),
+    "class_avg": lambda: vit(global_pool="avg", fc_norm=True),
+    "qk_norm": lambda: vit(qk_norm=True, qkv_bias=False),
+    "pre_norm": lambda: vit(pre_norm=True, norm_layer=nn.LayerNorm),
+    "layer_scale": lambda: vit(no_embed_class=True, init_values=0.5, depth=3, num_heads=4),
+    "pool_prefix": lambda: vit(global_pool="avg", reg_tokens=2, pool_include_prefix=True),
+    "scale_norm": lambda: vit(scale_attn_norm=True, scale_mlp_norm=True),
+    "gated": _gated,
+    "dynamic": lambda: vit(dynamic_img_size=True),
+    "oblong": lambda: vit(img_size=(48, 24), embed_dim=48, num_heads=3),
+    "swiglu": lambda: vit(mlp_layer=SwiGLU, act_layer=nn.SiLU, norm_layer=RmsNorm, mlp_ratio=3),
+    "registers_avg": lambda: vit(class_token=False, reg_tokens=4, global_pool="avg"),
+    "map_class": lambda: vit(global_pool="map", pool_include_prefix=True),
+    "no_position": lambda: vit(pos_embed="none", class_token=False, global_pool="avg"),
+}
+
+
+def peak(model: nn.Module, seed: int) -> None:
+    """Fill all weights at random, large enough that attention is far from uniform."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.dtype)
+            if p.dim() == 1:
+                centre = 1.0 if name.endswith(("weight", "gamma")) else 0.0
+                p.copy_(centre + 0.2 * noise)
+            elif p.dim() == 2:
+                gain = 2.0 if "qkv" in name else 1.0
+                p.copy_(gain * noise / p.shape[1] ** 0.5)
+            else:
+                p.copy_(0.3 * noise)
+
+
+@cache
+def _dense(kind: str, dtype: torch.dtype) -> nn.Module:
+    model = MODELS[kind]().eval()
+    peak(model, seed=1 + list(MODELS).index(kind))
+    return model.to(dtype)
+
+
+def dense(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """The model of that kind, in eval mode, weights drawn from a fixed seed. Shared: no changes."""
+    return _dense(kind, dtype)
+
+
+def images(model: nn.Module, count: int = 4, seed: int = 0) -> Tensor:
+    """Random normalised images that fit the model, in its dtype."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(count, 3, *model.patch_embed.img_size, generator=draw, dtype=torch.float64)
+    return drawn.to(next(model.parameters()).dtype)
