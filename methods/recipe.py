@@ -29,11 +29,11 @@ from methods.shape import ModelShape, model_shape
 from methods.vit import check_supported, reduced
 
 
-class _Loader(yaml.SafeLoader):
+class YamlLoader(yaml.SafeLoader):
     """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5)."""
 
 
-_Loader.add_implicit_resolver(
+YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -108,7 +108,7 @@ class Recipe:
     def from_yaml(cls, text: str) -> Recipe:
         """From YAML text; BadInput if it is not YAML or not a recipe."""
         try:
-            data = yaml.load(text, _Loader)
+            data = yaml.load(text, YamlLoader)
         except yaml.YAMLError as error:
             raise BadInput(f"the recipe is not YAML: {error}") from None
         return cls.from_dict(data)

@@ -134,13 +134,14 @@ class _Reduced(VisionTransformer):
 
     def embed(self, images: Tensor, trace: bool = False) -> Tokens:
         """Images [B, 3, H, W] -> tokens before block 0."""
+        seen = images
         if self.resize_to is not None:
             # at least float32: CPUs have no bicubic resize in half precision
             wide = images.to(torch.promote_types(images.dtype, torch.float32))
-            images = F.interpolate(
+            seen = F.interpolate(
                 wide, size=self.resize_to, mode="bicubic", antialias=True, align_corners=False
             ).to(images.dtype)
-        x = self.norm_pre(self._pos_embed(self.patch_embed(images)))
+        x = self.norm_pre(self._pos_embed(self.patch_embed(seen)))
         tokens = Tokens(x, self.num_prefix_tokens)
         rows, columns = cast("tuple[int, int]", tuple(self.patch_embed.grid_size))
         if tokens.patches != rows * columns and type(self.reduction) is not Reduction:
@@ -173,6 +174,7 @@ class _Reduced(VisionTransformer):
         tokens = replace(tokens, x=tokens.x + block.drop_path1(block.ls1(y)))
         if self.reduction.site == "mid-block":
             tokens = act(index, tokens, seen)
+            del seen  # q, k and v need not outlive the reduction
         y = block.mlp(block.norm2(tokens.x))
         tokens = replace(tokens, x=tokens.x + block.drop_path2(block.ls2(y)))
         if self.reduction.site == "after-block":
