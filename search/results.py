@@ -1,0 +1,123 @@
+"""What is known about a trial, and the one table of objectives with their units and directions.
+
+Data only: nothing here measures, reads or writes anything.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+TrialState = Literal["finished", "raced_out", "failed", "running"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One axis of the search.
+
+    `direction` is "maximize" or "minimize"; `unit` is what a column header shows.
+    """
+
+    name: str
+    unit: str
+    direction: Literal["maximize", "minimize"]
+    label: str
+
+    @property
+    def sign(self) -> int:
+        """+1 where less is better, -1 where more is better: `sign * value` is always minimised."""
+        return 1 if self.direction == "minimize" else -1
+
+
+#: Every quantity a trial can be judged by, under the name it has in results, columns and metrics.
+OBJECTIVES: dict[str, Objective] = {
+    o.name: o
+    for o in (
+        Objective("top1", "%", "maximize", "top-1 accuracy"),
+        Objective("top5", "%", "maximize", "top-5 accuracy"),
+        Objective("gmacs", "G", "minimize", "GMACs per image"),
+        Objective("params_m", "M", "minimize", "parameters"),
+        Objective("latency_ms", "ms", "minimize", "latency per batch, p50"),
+        Objective("images_per_s", "1/s", "maximize", "throughput"),
+        Objective("peak_mb", "MB", "minimize", "peak memory"),
+    )
+}
+
+
+def wilson_interval(correct: int, images: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval for a proportion, in percent (Wilson 1927; 95 % at the default z)."""
+    if images <= 0:
+        raise ValueError(f"an interval needs at least one image, got {images}")
+    p, zz = correct / images, z * z
+    centre = (p + zz / (2 * images)) / (1 + zz / images)
+    half = z / (1 + zz / images) * math.sqrt(p * (1 - p) / images + zz / (4 * images * images))
+    # it always holds p; at 0 and 1, where p is its end, rounding must not leave it out
+    return 100 * max(0.0, min(p, centre - half)), 100 * min(1.0, max(p, centre + half))
+
+
+def pack_bits(correct: np.ndarray) -> str:
+    """Per-image correctness, bool [M], as base64 text: one bit an image, first image first."""
+    return base64.b64encode(np.packbits(np.asarray(correct, dtype=bool)).tobytes()).decode("ascii")
+
+
+def unpack_bits(text: str, images: int) -> np.ndarray:
+    """The inverse of `pack_bits`: bool [images]."""
+    raw = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    if (images + 7) // 8 != len(raw):
+        raise ValueError(f"{len(raw)} bytes do not hold the correctness of {images} images")
+    return np.unpackbits(raw, count=images).astype(bool)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Candidate and dense timed in turn on one target. Milliseconds per batch."""
+
+    p50_ms: float
+    p95_ms: float
+    dense_p50_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    rounds: int
+    target: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """One recipe measured, or the reason why it was not.
+
+    `values` holds the objectives by name (top1 and top5 in percent, gmacs in G, params_m in M,
+    peak_mb in MB); `images` is how many search images were seen, `bits` their correctness
+    (`pack_bits`). `resolved` is the recipe with everything that was calibrated written into it,
+    so that it rebuilds without calibration images.
+    """
+
+    trial: int
+    state: TrialState
+    recipe: dict[str, Any]
+    key: str
+    values: dict[str, float] = field(default_factory=dict)
+    resolved: dict[str, Any] | None = None
+    images: int = 0
+    bits: str = ""
+    top1_low: float | None = None
+    top1_high: float | None = None
+    seconds: float = 0.0
+    reason: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> str:
+        """The token method's name, or the structural one's, or "dense"."""
+        for part in ("tokens", "structure"):
+            if self.recipe.get(part):
+                return str(self.recipe[part]["method"])
+        return "dense"
+
+    @property
+    def is_reference(self) -> bool:
+        return self.method == "dense"
