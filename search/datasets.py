@@ -1,0 +1,544 @@
+"""Which images, labels and splits a study sees: fixed by the data and a seed, the same everywhere.
+
+Nothing here reads a pixel: `search.decode` does that, once per node, for the splits asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+from timm.data import ImageNetInfo
+from timm.utils.misc import natural_key
+from torchvision.datasets import CIFAR10
+
+from search.decode import Preprocess, Progress, Source, Split, decode_split, locked
+from search.errors import UserError
+
+__all__ = ["Data", "Preprocess", "Split", "check_head", "default_cache", "open_data"]
+
+#: Decisions are made on search, certified on held-out; calibration is what methods may look at.
+EVALUATION = ("calibration", "search", "held-out")
+NAMES = ("digits", "cifar10")
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"))
+VALIDATION_FOLDERS = ("val", "validation")
+SPLIT_FOLDERS = frozenset((*EVALUATION, *VALIDATION_FOLDERS, "test", "train"))
+CALIBRATION_IMAGES, CALIBRATION_FROM = 1024, 5000
+SAMPLED_FILES = 32
+
+logger = logging.getLogger(__name__)
+
+
+class _Listed(Source, Protocol):
+    """A split before it is decoded."""
+
+    def stamp(self) -> str:
+        """Changes when the images, their labels or their order change; not where they lie."""
+
+    def first(self, images: int) -> _Listed:
+        """The same split, cut to a prefix."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images with labels, split for a study. Pickles with its file list, without an image.
+
+    `classes` are the label names, label 0 first. `head_indices` are the logits those labels stand
+    for in an ImageNet-1k head, ascending; None where the head has the data's own classes (see
+    `check_head`). `sizes` is images listed per split: a decoded split has fewer where some are
+    corrupt. `fingerprint` covers classes, preprocessing and the evaluation splits in their order,
+    not the folder's place nor any library's version.
+    """
+
+    spec: str
+    classes: tuple[str, ...]
+    head_indices: tuple[int, ...] | None
+    fingerprint: str
+    sizes: dict[str, int]
+    _listed: dict[str, _Listed] = field(repr=False, compare=False)
+    _preprocess: Preprocess = field(repr=False)
+    _cache: Path = field(repr=False, compare=False)
+    _workers: int | None = field(repr=False, compare=False)
+    _progress: Progress | None = field(repr=False, compare=False)
+
+    def split(self, name: str) -> Split:
+        """The decoded split, from the cache where this node has decoded it before.
+
+        Raises `UserError` for a split that is not there, and what `decode_split` raises.
+        """
+        if name not in self._listed:
+            hint = "; put a train/ folder beside val/ to have one" if name == "train" else ""
+            raise UserError(
+                f"{self.spec} has no split '{name}'{_did_you_mean(name, self._listed)}: "
+                f"it has {', '.join(self._listed)}{hint}"
+            )
+        listed = self._listed[name]
+        return decode_split(
+            name,
+            listed,
+            self._preprocess,
+            self._cache,
+            stamp=listed.stamp(),
+            workers=self._workers,
+            progress=self._progress,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_progress": None}  # a console's callback stays in its process
+
+
+def open_data(
+    spec: str,
+    preprocess: Preprocess,
+    *,
+    cache: Path,
+    seed: int = 0,
+    images: int | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> Data:
+    """List the images that `spec` names and split them; nothing is decoded yet.
+
+    `spec` is "digits" (embedded), "cifar10" or "cifar10:ROOT" (downloaded where it is not there),
+    or an image folder `DIR/CLASS/*.jpg`, or one that holds such folders: val/ with train/ beside
+    it, or calibration/, search/ and held-out/. `images` keeps that many of the search split, its
+    prefix. `seed` fixes splits and order, save for digits, which brings its own. `workers` and
+    `progress` are `decode_split`'s.
+
+    Raises `UserError` for anything that is not so.
+    """
+    if workers is not None and workers < 0:
+        raise UserError(f"workers cannot be negative but got {workers}")
+    cache = cache.expanduser().absolute()
+    name, _, root = spec.partition(":")
+    if spec == "digits":
+        classes, listed = _list_digits()
+    elif name == "cifar10":
+        classes, listed = _list_cifar10(
+            Path(root).expanduser().absolute() if root else None, cache, seed
+        )
+    else:
+        classes, listed = _list_folder(_existing_folder(spec), seed)
+    if images is not None:
+        there = len(listed["search"])
+        if not 1 <= images <= there:
+            raise UserError(f"images must be 1 to {there}, the size of the search split: {images}")
+        listed["search"] = listed["search"].first(images)
+    head_indices = _imagenet_indices(classes)
+    identity = {
+        "classes": classes,
+        "preprocess": preprocess.describe(),
+        "splits": {split: listed[split].stamp() for split in EVALUATION},
+    }
+    fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    sizes = {split: len(source) for split, source in listed.items()}
+    return Data(
+        spec, classes, head_indices, fingerprint, sizes,
+        listed, preprocess, cache, workers, progress,
+    )  # fmt: skip
+
+
+def check_head(num_classes: int, data: Data) -> tuple[int, ...] | None:
+    """The logits that stand for `data`'s labels, in order; None where all do as they are.
+
+    Raises `UserError` where a head of `num_classes` cannot be judged on these labels.
+    """
+    if num_classes == len(data.classes):
+        return None
+    if data.head_indices is not None and num_classes == 1000:
+        return data.head_indices
+    also = " (or an ImageNet-1k head of 1000)" if data.head_indices is not None else ""
+    raise UserError(
+        f"the model has {num_classes} classes and {data.spec} has {len(data.classes)}: "
+        f"they must be the same{also}"
+    )
+
+
+def default_cache() -> Path:
+    """The platform's cache folder for this program; `XDG_CACHE_HOME` is respected everywhere."""
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "vitpareto"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "vitpareto"
+    return Path.home() / ".cache" / "vitpareto"
+
+
+# --- order and splits
+
+
+def stratified_order(keys: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:
+    """A shuffled order whose every prefix is nearly balanced by class: positions, int64 [M].
+
+    Within a class the keys are shuffled; the image of rank r among the n of its class is placed
+    at (r + u) / n, u uniform in [0, 1). At any such place t, each class has given t * n images
+    to within one. Shuffled by hash, not by a generator: the same with every version of every
+    library, and a new image leaves the order of the others as it was.
+    """
+    draws = np.empty((len(keys), 2), dtype=np.uint64)
+    for i, key in enumerate(keys):
+        digest = hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogateescape"), digest_size=16)
+        draws[i] = np.frombuffer(digest.digest(), dtype="<u8")
+    shuffled = np.lexsort((draws[:, 0], labels))
+    counts = np.bincount(labels)
+    starts = np.cumsum(counts) - counts
+    rank = np.empty(len(keys))
+    rank[shuffled] = np.arange(len(keys)) - starts[labels[shuffled]]
+    place = (rank + draws[:, 1] / 2.0**64) / counts[labels]
+    return np.lexsort((draws[:, 0], place))
+
+
+def divide(keys: Sequence[str], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """Calibration, search and held-out out of one set: disjoint positions, each in its order.
+
+    Raises `UserError` where there are too few images for three splits.
+    """
+    total = len(keys)
+    if total < 5:
+        raise UserError(f"three splits need at least 5 images, got {total}")
+    calibration = CALIBRATION_IMAGES if total >= CALIBRATION_FROM else total // 5
+    order = stratified_order(keys, labels, seed)
+    ends = (calibration, calibration + total // 5)
+    splits = {}
+    for name, members in zip(EVALUATION, np.split(order, ends), strict=True):
+        own = stratified_order([f"{name}/{keys[i]}" for i in members], labels[members], seed)
+        splits[name] = members[own]
+    return splits
+
+
+# --- image folders
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Image files below `root`, by their paths relative to it."""
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.root / self.paths[index])
+
+    def load(self, index: int) -> Image.Image:
+        with Image.open(self.root / self.paths[index]) as image:
+            return image.convert("RGB")
+
+    def first(self, images: int) -> _Files:
+        return _Files(self.root, self.paths[:images], self.labels[:images])
+
+    def stamp(self) -> str:
+        return self._stamp
+
+    @cached_property
+    def _stamp(self) -> str:
+        """Paths, sizes and labels in order, and the content of a few files.
+
+        The content is for formats whose files all have one size: there, other images under the
+        same names would otherwise pass for the old ones.
+        """
+        digest = hashlib.sha256()
+        step = max(1, len(self.paths) // SAMPLED_FILES)
+        for i, (path, label) in enumerate(zip(self.paths, self.labels, strict=True)):
+            try:
+                size = os.stat(self.root / path).st_size
+                content = (self.root / path).read_bytes() if i % step == 0 else b""
+            except OSError:  # reported when it is decoded
+                size, content = -1, b""
+            digest.update(f"{path}\t{size}\t{label}\n".encode(errors="surrogateescape"))
+            digest.update(hashlib.sha256(content).digest() if content else b"")
+        return digest.hexdigest()
+
+
+def _existing_folder(spec: str) -> Path:
+    folder = Path(spec).expanduser().absolute()  # Ray's workers run in folders of their own
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{spec} is a file: data is a folder DIR/CLASS/*.jpg")
+    if spec == Path(spec).name:  # no separator in it: as likely a name as a path
+        raise UserError(
+            f"unknown data '{spec}'{_did_you_mean(spec, NAMES)}: accepted are digits, cifar10, "
+            "cifar10:ROOT and a folder DIR/CLASS/*.jpg"
+        )
+    raise UserError(f"no such folder: {spec}")
+
+
+def _list_folder(root: Path, seed: int) -> tuple[tuple[str, ...], dict[str, _Listed]]:
+    folders, train = _layout(root)
+    trees = {name: _class_tree(folder) for name, folder in folders.items()}
+    names = set().union(*trees.values())
+    train_tree = _class_tree(train) if train is not None else {}
+    if _imagenet_indices(tuple(names)) is None:
+        names |= set(train_tree)  # a head trained there has them all, in their order
+    classes = tuple(sorted(names))
+    trees["train"] = {name: paths for name, paths in train_tree.items() if name in names}
+    empty = [c for c in classes if not any(tree.get(c) for tree in trees.values())]
+    if len(empty) == len(classes):
+        raise UserError(f"no images in {root} (looked for {', '.join(sorted(EXTENSIONS))})")
+    if empty:
+        raise UserError(f"the class folder '{empty[0]}' in {root} holds no image: remove it")
+    if len(classes) == 1:
+        raise UserError(f"{root} has one class only, '{classes[0]}': accuracy needs two or more")
+    natural = sorted(classes, key=natural_key)
+    if natural != list(classes):
+        logger.warning(
+            "the class folders of %s are labelled in the order of their names (%s, ...), as "
+            "torchvision does; a model trained with timm's reader has them in the order %s, ...",
+            root, ", ".join(classes[:3]), ", ".join(natural[:3]),
+        )  # fmt: skip
+    listed: dict[str, _Listed] = {}
+    if trees["train"]:
+        assert train is not None
+        listed["train"] = _ordered(train, trees["train"], classes, seed)
+    if "" in folders:
+        paths, labels = _flatten(trees[""], classes)
+        for name, members in divide(paths, labels, seed).items():
+            own = tuple(paths[i] for i in members)
+            listed[name] = _Files(folders[""], own, labels[members])
+    for name in EVALUATION:
+        if name in folders:
+            listed[name] = _ordered(folders[name], trees[name], classes, seed)
+            if not len(listed[name]):
+                raise UserError(f"no images in {folders[name]}")
+    return classes, listed
+
+
+def _layout(root: Path) -> tuple[dict[str, Path], Path | None]:
+    """The split folders a user named, or {"": the one to divide}; and the train folder if any."""
+    names = _subfolders(root)
+    named = {name: root / name for name in EVALUATION if name in names}
+    train = root / "train" if "train" in names else None
+    only_splits = bool(names) and set(names) <= SPLIT_FOLDERS
+    if len(named) == len(EVALUATION):
+        places = [folder.resolve() for folder in (*named.values(), *([train] if train else []))]
+        if len(set(places)) < len(places):
+            raise UserError(f"two split folders of {root} are one and the same: {places[0]}")
+        return named, train
+    if named and only_splits:
+        missing = ", ".join(f"{name}/" for name in EVALUATION if name not in named)
+        raise UserError(f"{root} names split folders but has no {missing}")
+    for name in VALIDATION_FOLDERS:
+        if name in names and _subfolders(root / name):
+            return {"": root / name}, train
+    if "test" in names and only_splits:
+        return {"": root / "test"}, train
+    if names == ["train"]:
+        raise UserError(f"{root} holds only train/: add val/, or give {root / 'train'} to split it")
+    beside = root.parent / "train"
+    if root.name in (*VALIDATION_FOLDERS, "test") and beside.is_dir():
+        return {"": root}, beside
+    return {"": root}, None
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Names, sorted; hidden folders and `__MACOSX` and its like are none of a user's classes."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if e.is_dir() and not e.name.startswith((".", "__"))]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
+    return sorted(names)
+
+
+def _class_tree(folder: Path) -> dict[str, list[str]]:
+    """Class -> paths of its images relative to `folder`, sorted, at any depth."""
+    classes = _subfolders(folder)
+    if not classes:
+        if any(folder.iterdir()):
+            raise UserError(f"{folder} has no class folders: images belong in {folder}/CLASS/")
+        raise UserError(f"{folder} is empty")
+    return {name: _images_below(folder, name) for name in classes}
+
+
+def _images_below(folder: Path, name: str) -> list[str]:
+    def stop(error: OSError) -> None:
+        raise UserError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    found = []
+    for place, _, files in os.walk(folder / name, onerror=stop, followlinks=True):
+        below = Path(place).relative_to(folder).as_posix()
+        found += [
+            f"{below}/{file}"
+            for file in files
+            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith(".")
+        ]
+    return sorted(found)
+
+
+def _flatten(tree: dict[str, list[str]], classes: tuple[str, ...]) -> tuple[list[str], np.ndarray]:
+    paths = [path for name in classes for path in tree.get(name, [])]
+    counts = [len(tree.get(name, [])) for name in classes]
+    return paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+
+
+def _ordered(
+    folder: Path, tree: dict[str, list[str]], classes: tuple[str, ...], seed: int
+) -> _Files:
+    paths, labels = _flatten(tree, classes)
+    order = stratified_order(paths, labels, seed)
+    return _Files(folder, tuple(paths[i] for i in order), labels[order])
+
+
+@lru_cache(maxsize=1)
+def _imagenet_position() -> dict[str, int]:
+    return {name: i for i, name in enumerate(ImageNetInfo("imagenet-1k").label_names())}
+
+
+def _imagenet_indices(classes: tuple[str, ...]) -> tuple[int, ...] | None:
+    """Where the classes lie among ImageNet-1k's 1,000; None unless all of them do."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in classes):
+        return None
+    position = _imagenet_position()
+    if not all(name in position for name in classes):
+        return None
+    return tuple(position[name] for name in classes)
+
+
+# --- CIFAR-10, through torchvision
+
+
+@lru_cache(maxsize=1)  # the training images are 150 MB
+def _cifar10_images(root: Path, train: bool) -> np.ndarray:
+    return _cifar10_read(root, train).data
+
+
+@lru_cache(maxsize=4)
+def _cifar10_labels(root: Path, train: bool) -> tuple[np.ndarray, tuple[str, ...]]:
+    """int64 [M] and the class names; RuntimeError where they are not in `root`."""
+    whole = _cifar10_read(root, train)
+    return np.asarray(whole.targets, dtype=np.int64), tuple(whole.classes)
+
+
+def _cifar10_read(root: Path, train: bool) -> CIFAR10:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy 2.4 on the archive's own old pickles
+        return CIFAR10(str(root), train=train, download=False)
+
+
+@dataclass(frozen=True)
+class _Cifar10:
+    root: Path
+    train: bool
+    order: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return _cifar10_labels(self.root, self.train)[0][self.order]
+
+    def name(self, index: int) -> str:
+        return f"cifar10 {'train' if self.train else 'test'} image {self.order[index]}"
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(_cifar10_images(self.root, self.train)[self.order[index]])
+
+    def first(self, images: int) -> _Cifar10:
+        return _Cifar10(self.root, self.train, self.order[:images])
+
+    def stamp(self) -> str:
+        # torchvision refuses files whose MD5 are not the published ones: the archive is its name.
+        order = hashlib.sha256(np.asarray(self.order, dtype="<i8").tobytes()).hexdigest()
+        return f"{CIFAR10.tgz_md5} {'train' if self.train else 'test'} {order}"
+
+
+def _list_cifar10(
+    root: Path | None, cache: Path, seed: int
+) -> tuple[tuple[str, ...], dict[str, _Listed]]:
+    place = cache / "datasets" if root is None else root
+    if place.name == CIFAR10.base_folder:
+        place = place.parent
+    try:
+        labels, classes = _cifar10_labels(place, False)
+    except RuntimeError:
+        _download_cifar10(place)
+        labels, classes = _cifar10_labels(place, False)
+    listed: dict[str, _Listed] = {}
+    train, _ = _cifar10_labels(place, True)
+    order = stratified_order([f"train/{i}" for i in range(len(train))], train, seed)
+    listed["train"] = _Cifar10(place, True, order)
+    divided = divide([f"test/{i}" for i in range(len(labels))], labels, seed)
+    for name, members in divided.items():
+        listed[name] = _Cifar10(place, False, members)
+    return classes, listed
+
+
+def _download_cifar10(root: Path) -> None:
+    logger.info("CIFAR-10 is not in %s: downloading it", root)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with locked(root / "cifar-10.lock"):
+            CIFAR10(str(root), train=False, download=True)
+    except (OSError, RuntimeError) as error:  # a URLError is an OSError
+        raise UserError(
+            f"CIFAR-10 is not in {root} and cannot be downloaded there ({error}): give "
+            f"cifar10:ROOT, where ROOT/{CIFAR10.base_folder} is the unpacked archive"
+        ) from error
+
+
+# --- the embedded digits
+
+
+@lru_cache(maxsize=4)
+def _drawn(split: str) -> tuple[np.ndarray, np.ndarray]:
+    from search import embedded  # not above: it takes scikit-learn, which only digits need
+
+    images, labels = embedded.draw(split)
+    return np.asarray(images), np.asarray(labels, dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class _Digits:
+    split: str
+    images: int
+
+    def __len__(self) -> int:
+        return self.images
+
+    @property
+    def labels(self) -> np.ndarray:
+        return _drawn(self.split)[1][: self.images]
+
+    def name(self, index: int) -> str:
+        return f"digits {self.split} image {index}"
+
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(_drawn(self.split)[0][index])
+
+    def first(self, images: int) -> _Digits:
+        return _Digits(self.split, images)
+
+    def stamp(self) -> str:
+        drawn = _drawn(self.split)[0][: self.images].tobytes()
+        return hashlib.sha256(drawn + self.labels.tobytes()).hexdigest()
+
+
+def _list_digits() -> tuple[tuple[str, ...], dict[str, _Listed]]:
+    from search import embedded
+
+    listed: dict[str, _Listed] = {s: _Digits(s, n) for s, n in embedded.SPLITS.items()}
+    return tuple(embedded.CLASSES), listed
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
