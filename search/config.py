@@ -1,0 +1,196 @@
+"""SearchConfig: a validated job, from a YAML file, `--set key=value` and command-line options."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import methods
+from methods.parameters import Choice, Float, Int, Parameter, check_values, nearest
+from methods.recipe import YamlLoader
+from search.datasets import default_cache
+from search.errors import UserError
+from search.evaluate import DTYPES
+from search.results import OBJECTIVES
+
+SAMPLERS = ("tpe", "nsga2", "random")
+SEARCHABLE_OBJECTIVES = ("top1", "top5", "gmacs", "params_m", "latency_ms", "peak_mb")
+
+#: What a study's numbers depend on: a study refuses to continue with another one.
+IDENTITY = (
+    "model", "data", "weights", "dtype", "device", "images", "seed", "objectives", "methods",
+    "space", "fixed", "min_gmacs", "max_gmacs", "batch", "latency_batch", "sampler",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """One search job. Every field is a job key and, with dashes, a command-line option."""
+
+    name: str = "study"
+    model: str = "digits"
+    data: str = "digits"
+    weights: str | None = None
+    trials: int = 100
+    methods: tuple[str, ...] = ()
+    objectives: tuple[str, ...] = ("top1", "gmacs")
+    sampler: str = "tpe"
+    seed: int = 0
+    workers: int | None = None
+    device: str = "auto"
+    dtype: str = "float32"
+    batch: int = 64
+    gpus_per_trial: float | None = None
+    images: int | None = None
+    min_gmacs: float | None = None
+    max_gmacs: float | None = None
+    latency: str = "front"
+    latency_batch: int = 1
+    space: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    store: str = ""
+    cache: str = ""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> SearchConfig:
+        """Checked and completed; UserError naming the key, what came and what is accepted."""
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise UserError(f"a job has no key {key!r}{nearest(str(key), known)}")
+        values = {k: v for k, v in given.items() if v is not None}
+        if values.get("latency") is False:  # YAML reads a bare `off` as false
+            values["latency"] = "off"
+        lists = {k: _names(k, values.pop(k)) for k in ("methods", "objectives") if k in values}
+        maps = {k: _mapping(k, values.pop(k)) for k in ("space", "fixed") if k in values}
+        strings = {
+            k: _string(k, values.pop(k))
+            for k in ("name", "model", "data", "weights", "device", "store", "cache")
+            if k in values
+        }
+        plain = {k: v for k, v in check_values(_PLAIN, values, "job").items() if v is not _UNSET}
+        config = cls(**plain, **lists, **maps, **strings)  # type: ignore[arg-type]
+        return dataclasses.replace(
+            config,
+            store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
+            cache=config.cache or str(default_cache()),
+        )._checked()
+
+    def _checked(self) -> SearchConfig:
+        plain = self.name == Path(self.name).name and self.name.isprintable()
+        if not self.name or not plain or self.name.startswith(".") or len(self.name.encode()) > 200:
+            raise UserError(f"job.name is {self.name!r}: accepted is a plain folder name")
+        for name in self.methods:
+            methods.get(name)
+        if len(set(self.methods)) != len(self.methods):
+            raise UserError(f"job.methods is {list(self.methods)}: accepted is each name once")
+        for name in self.objectives:
+            if name not in SEARCHABLE_OBJECTIVES:
+                hint = nearest(name, SEARCHABLE_OBJECTIVES)
+                raise UserError(f"unknown objective {name!r}{hint}")
+        if "top1" not in self.objectives or len(set(self.objectives)) != len(self.objectives):
+            raise UserError(
+                f"job.objectives is {list(self.objectives)}: top1 and others, each once"
+            )
+        if all(OBJECTIVES[o].direction == "maximize" for o in self.objectives):
+            raise UserError(f"job.objectives is {list(self.objectives)}: a cost is missing (gmacs)")
+        low, high = self.min_gmacs, self.max_gmacs
+        if low is not None and high is not None and low > high:
+            raise UserError(f"min_gmacs {low:g} is above max_gmacs {high:g}: no recipe fits")
+        share = self.gpus_per_trial
+        if share is not None and share > 1 and not share.is_integer():
+            raise UserError(
+                f"job.gpus_per_trial is {share:g}: accepted is a fraction of one GPU, or whole GPUs"
+            )
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise UserError(f"job.device is {self.device!r}: accepted is auto, cpu, cuda or cuda:N")
+        return self
+
+    @property
+    def study_methods(self) -> tuple[str, ...]:
+        """What is searched: as asked, or everything that needs no gradient training. Not dense."""
+        chosen = self.methods or tuple(
+            n for n in methods.names() if methods.get(n).training != "required"
+        )
+        return tuple(n for n in chosen if n != "dense")
+
+    def plain(self) -> dict[str, Any]:
+        """For YAML and JSON; keys at their default of None left out."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items() if v is not None}
+
+
+_UNSET = None
+_PLAIN: tuple[Parameter, ...] = (
+    Int("trials", low=1, high=1_000_000, default=100),
+    Choice("sampler", choices=SAMPLERS, default="tpe"),
+    Int("seed", low=0, high=2**31 - 1, default=0),
+    Int("workers", low=1, high=100_000, default=_UNSET),
+    Choice("dtype", choices=tuple(DTYPES), default="float32"),
+    Int("batch", low=1, high=65536, default=64),
+    Float("gpus_per_trial", low=0.0, high=1024, default=_UNSET, open_low=True),
+    Int("images", low=1, high=2**31 - 1, default=_UNSET),
+    Float("min_gmacs", low=0.0, high=1e9, default=_UNSET),
+    Float("max_gmacs", low=0.0, high=1e9, default=_UNSET),
+    Choice("latency", choices=("front", "off"), default="front"),
+    Int("latency_batch", low=1, high=65536, default=1),
+)
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(i, str) for i in items):
+        raise UserError(f"job.{key} is {value!r}: accepted is a list of names")
+    return tuple(i.strip() for i in items if i.strip())
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise UserError(f"job.{key} is {value!r}: accepted is a mapping from METHOD.PARAMETER")
+    return {str(k): v for k, v in value.items()}
+
+
+def _string(key: str, value: Any) -> str:
+    if not isinstance(value, (str, Path)):
+        raise UserError(f"job.{key} is {value!r}: accepted is text")
+    return str(value)
+
+
+def read_job(path: Path | None, sets: list[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What a user gave, later wins: the job file, `--set key=value`, options (None: not given).
+
+    `--set space.topk.keep_rate=[0.5,0.9]` sets one entry of a mapping. Values are read as YAML.
+    """
+    job: dict[str, Any] = {}
+    if path is not None:
+        try:
+            loaded = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
+        except OSError as error:
+            raise UserError(f"job file {path} cannot be read: {error.strerror}") from error
+        except (yaml.YAMLError, ValueError) as error:  # a ValueError: not UTF-8, or no such date
+            raise UserError(f"job file {path} is not YAML: {error}") from error
+        if not isinstance(loaded, Mapping):
+            raise UserError(f"job file {path} must hold keys and values, got {loaded!r}")
+        job.update(loaded)
+    for text in sets:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"--set takes KEY=VALUE, got {text!r}")
+        try:
+            parsed = yaml.load(value, YamlLoader)
+        except (yaml.YAMLError, ValueError) as error:
+            raise UserError(f"--set {key}: {value!r} is not a YAML value") from error
+        head, _, rest = key.partition(".")
+        if rest and head in ("space", "fixed"):
+            job[head] = {**_mapping(head, job.get(head) or {}), rest: parsed}
+        else:
+            job[key] = parsed
+    job.update({k: v for k, v in options.items() if v is not None})
+    return job

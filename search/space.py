@@ -1,0 +1,139 @@
+"""The methods' declared parameters -> Optuna's define-by-run space, narrowed by the job.
+
+One categorical `method`, then that method's parameters as `method.parameter`: conditional, and in
+relative units, so that a finding carries over to another depth or patch count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optuna
+
+import methods
+from methods import ModelShape, Recipe, Step
+from methods.parameters import Choice, Float, Int, Parameter, nearest
+from search.errors import UserError
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a study may propose: `parameters[method]` are asked, `fixed[method]` are given."""
+
+    methods: tuple[str, ...]
+    parameters: dict[str, tuple[Parameter, ...]]
+    fixed: dict[str, dict[str, Any]]
+
+    @classmethod
+    def of(
+        cls, names: tuple[str, ...], space: Mapping[str, Any], fixed: Mapping[str, Any]
+    ) -> Space:
+        """UserError for an unknown method or parameter (nearest) and for what is out of range."""
+        if not names:
+            raise UserError("no method to search: name at least one besides dense")
+        declared = {n: {p.name: p for p in methods.get(n).space} for n in names}
+        held: dict[str, dict[str, Any]] = {n: {} for n in names}
+        for where, given in (("space", space), ("fixed", fixed)):
+            for key, value in given.items():
+                method, parameter = _find(where, key, declared)
+                if where == "space":
+                    declared[method][parameter.name] = _narrow(key, parameter, value)
+                else:
+                    held[method][parameter.name] = parameter.check(value, f"fixed: {method}")
+        return cls(tuple(names), {n: tuple(declared[n].values()) for n in names}, held)
+
+    def suggest(self, trial: optuna.Trial, shape: ModelShape) -> Recipe:
+        """Ask the trial for a method and its choices, and resolve them for this model."""
+        name = str(trial.suggest_categorical("method", list(self.methods)))
+        choices: dict[str, Any] = {}
+        for p in self.parameters[name]:
+            if p.when is not None and choices.get(p.when[0]) not in p.when[1]:
+                continue
+            if p.name in self.fixed[name]:
+                choices[p.name] = self.fixed[name][p.name]
+            else:
+                choices[p.name] = _ask(trial, f"{name}.{p.name}", p)
+        return resolve(name, choices, shape)
+
+    def preset_params(self) -> list[tuple[str, dict[str, Any]]]:
+        """The published settings inside this space, as (name, Optuna parameters)."""
+        out = []
+        for name in self.methods:
+            for preset in methods.get(name).presets:
+                params = self._params_of(name, preset.choices)
+                if params is not None:
+                    out.append((f"{name} {preset.name}", params))
+        return out
+
+    def _params_of(self, name: str, choices: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Choices as Optuna parameters; None where the job's narrowing leaves them out."""
+        params: dict[str, Any] = {"method": name}
+        for p in self.parameters[name]:
+            if p.when is not None and choices.get(p.when[0]) not in p.when[1]:
+                continue
+            value = choices[p.name]
+            if p.name in self.fixed[name]:
+                if self.fixed[name][p.name] != value:
+                    return None
+            elif not _contains(p, value):
+                return None
+            else:
+                params[f"{name}.{p.name}"] = value
+        return params
+
+
+def resolve(name: str, choices: dict[str, Any], shape: ModelShape) -> Recipe:
+    """Relative choices -> the absolute recipe for a model of this shape."""
+    method = methods.get(name)
+    step = Step(name, method.check(method.resolve(choices, shape), shape))
+    return Recipe(structure=step) if method.kind == "structure" else Recipe(tokens=step)
+
+
+def _find(
+    where: str, key: str, declared: Mapping[str, Mapping[str, Parameter]]
+) -> tuple[str, Parameter]:
+    method, _, name = key.partition(".")
+    if method not in declared:
+        raise UserError(
+            f"{where}: {key!r} names no method of this search{nearest(method, declared)}"
+        )
+    if name not in declared[method]:
+        raise UserError(
+            f"{where}: {method} has no searched parameter {name!r}{nearest(name, declared[method])}"
+        )
+    return method, declared[method][name]
+
+
+def _narrow(key: str, p: Parameter, value: Any) -> Parameter:
+    """`p` with the user's bounds [low, high], or its list of choices, if these are inside `p`."""
+    where = f"space: {key.partition('.')[0]}"
+    if isinstance(p, Choice):
+        wanted = value if isinstance(value, (list, tuple)) else [value]
+        if not wanted:
+            raise UserError(f"space: {key} is {value!r}: accepted are some of {p.accepts}")
+        return replace(p, choices=tuple(dict.fromkeys(p.check(v, where) for v in wanted)))
+    assert isinstance(p, (Float, Int))
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise UserError(f"space: {key} is {value!r}: accepted is [low, high]")
+    low, high = (p.check(v, where) for v in value)
+    if low > high:
+        raise UserError(f"space: {key} is {value!r}: low is above high")
+    return replace(p, low=low, high=high)  # type: ignore[arg-type]
+
+
+def _contains(p: Parameter, value: Any) -> bool:
+    if isinstance(p, Choice):
+        return value in p.choices
+    assert isinstance(p, (Float, Int))
+    return p.low <= value <= p.high
+
+
+def _ask(trial: optuna.Trial, name: str, p: Parameter) -> Any:
+    if isinstance(p, Float):
+        return trial.suggest_float(name, p.low, p.high, log=p.log)
+    if isinstance(p, Int):
+        return trial.suggest_int(name, p.low, p.high, log=p.log)
+    assert isinstance(p, Choice), f"{type(p).__name__} cannot be searched"
+    return trial.suggest_categorical(name, list(p.choices))

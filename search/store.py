@@ -1,0 +1,273 @@
+"""A study on disk: one folder that is the whole truth, and the rules that keep it so.
+
+STORE/NAME/study.json     what the numbers depend on; a study refuses to mix
+STORE/NAME/job.yaml       the job, as last asked for
+STORE/NAME/model.safetensors   the dense weights, mapped by every worker
+STORE/NAME/optuna.journal Optuna's storage
+STORE/NAME/trials/*.json  one result a trial, in place before anybody hears of it
+STORE/NAME/by_key/*.json  the same files by candidate, so that nothing is measured twice
+STORE/NAME/latency.json   latencies of the front
+STORE/NAME/lock           held (flock) by the one driver; the kernel frees it if the driver dies
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from methods.parameters import nearest
+from search.errors import UserError
+from search.results import Latency, TrialResult
+
+SCHEMA = 1
+LOCK_ATTEMPTS = 4
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write beside `path`, flush to the disk, rename over it: whole, old or new, never half."""
+    # not tempfile: its files are for their owner alone, and a study is read by others
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(partial, "x", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    # the rename itself is on the disk only once its folder is
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def studies_in(store: Path) -> tuple[str, ...]:
+    """Names of the studies in a store."""
+    if not store.is_dir():
+        return ()
+    return tuple(sorted(p.parent.name for p in store.glob("*/study.json")))
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """One study's files. Frozen and small: workers carry it."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, store: str | Path, name: str) -> StudyFolder:
+        """An existing study; UserError with the nearest name if there is none, or where a newer
+        version wrote it.
+        """
+        store = Path(store)
+        there = cls(store / name)
+        if not there.exists:
+            known = studies_in(store)
+            raise UserError(f"there is no study {name!r} in {store}{nearest(name, known)}")
+        there.identity()
+        return there
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def exists(self) -> bool:
+        # not Path.is_file: that raises where a folder above may not be entered
+        return os.path.isfile(self.folder / "study.json")
+
+    @property
+    def journal(self) -> Path:
+        return self.folder / "optuna.journal"
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / "model.safetensors"
+
+    def create(self) -> None:
+        """Make the folder and prove that it can be written; UserError if not."""
+        try:
+            for sub in ("trials", "by_key"):
+                (self.folder / sub).mkdir(parents=True, exist_ok=True)
+            write_atomic(self.folder / ".writable", "")
+            (self.folder / ".writable").unlink()
+        except OSError as error:
+            raise UserError(
+                f"the store cannot be written: {error.filename or self.folder}: {error.strerror}"
+            ) from error
+
+    # -- what it depends on ------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """What the study's numbers depend on, with its schema; UserError if unreadable or newer."""
+        try:
+            found = json.loads((self.folder / "study.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"study {self.name}: study.json cannot be read: {error}") from error
+        schema = found.get("schema") if isinstance(found, dict) else None
+        if not isinstance(schema, int):
+            raise UserError(f"study {self.name}: study.json names no schema: it is not ours")
+        if schema > SCHEMA:
+            raise UserError(
+                f"study {self.name} has schema {schema}, this version reads up to {SCHEMA}"
+            )
+        return found
+
+    def settle(self, identity: dict[str, Any]) -> None:
+        """Write the identity of a new study, or refuse to mix: UserError naming what differs."""
+        identity = json.loads(json.dumps({"schema": SCHEMA, **identity}))
+        if not self.exists:
+            write_atomic(self.folder / "study.json", json.dumps(identity, indent=1))
+            return
+        before = self.identity()
+        differs = [k for k in {**identity, **before} if identity.get(k) != before.get(k)]
+        if differs:
+            said = "; ".join(
+                f"{k} was {_brief(before.get(k))}, now {_brief(identity.get(k))}" for k in differs
+            )
+            raise UserError(
+                f"study {self.name} exists with other settings, and numbers are not mixed: {said}. "
+                "Use another --name, or leave these settings as they were"
+            )
+
+    def job(self) -> dict[str, Any]:
+        path = self.folder / "job.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    def write_job(self, job: dict[str, Any]) -> None:
+        write_atomic(self.folder / "job.yaml", yaml.safe_dump(job, sort_keys=False))
+
+    # -- one driver --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[TextIO]:
+        """Held by the driver; a second one is refused with a UserError."""
+        with open(self.folder / "lock", "a+", encoding="utf-8") as lock:
+            try:
+                for attempt in range(LOCK_ATTEMPTS):
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    # `running` holds the lock for an instant; a driver holds it for good
+                    time.sleep(0.05 * attempt)
+                else:
+                    raise UserError(
+                        f"study {self.name} is being searched by another process; wait, or stop it"
+                    )
+            except OSError as error:
+                raise UserError(
+                    f"the store cannot lock files: {lock.name}: {error.strerror}"
+                ) from error
+            yield lock
+
+    @property
+    def running(self) -> bool:
+        """Whether a driver holds the study now."""
+        try:
+            with open(self.folder / "lock", encoding="utf-8") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        return False
+
+    # -- results -----------------------------------------------------------------------------
+
+    def write(self, result: TrialResult, epoch: str | None = None) -> None:
+        """Make a result durable. `epoch`: the driver's session; a worker of an older one is late,
+        its trial is running again elsewhere, and it must not write (StaleWorker).
+        """
+        text = json.dumps(dataclasses.asdict(result))
+        path = self.folder / "trials" / f"{result.trial:06d}.json"
+        if epoch is not None and self.epoch() != epoch:
+            raise StaleWorker(f"trial {result.trial} belongs to an earlier run of {self.name}")
+        write_atomic(path, text)
+        if result.state == "finished":
+            by_key = self.folder / "by_key" / f"{result.key}.json"
+            try:
+                os.link(path, by_key)
+            except FileExistsError:
+                pass  # the first measurement of a candidate is the one that counts
+            except OSError:  # a file system without hard links
+                write_atomic(by_key, text)
+
+    def results(self) -> list[TrialResult]:
+        """All durable results, by trial number."""
+        paths = sorted((self.folder / "trials").glob("[0-9]*.json"))
+        return [_result(path) for path in paths]
+
+    def result(self, trial: int) -> TrialResult | None:
+        path = self.folder / "trials" / f"{trial:06d}.json"
+        return _result(path) if path.is_file() else None
+
+    def known(self, key: str) -> TrialResult | None:
+        """The finished measurement of this candidate, if there is one."""
+        path = self.folder / "by_key" / f"{key}.json"
+        return _result(path) if path.is_file() else None
+
+    def epoch(self) -> str:
+        try:
+            return (self.folder / "epoch").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
+
+    def start_epoch(self, epoch: str) -> None:
+        """Called by a driver that holds the lock: from now on only its workers may write."""
+        write_atomic(self.folder / "epoch", epoch)
+
+    # -- latencies of the front ----------------------------------------------------------------
+
+    def latencies(self) -> dict[int, Latency]:
+        path = self.folder / "latency.json"
+        if not path.is_file():
+            return {}
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return {int(k): Latency(**v) for k, v in raw.items()}
+
+    def write_latencies(self, latencies: dict[int, Latency]) -> None:
+        plain = {str(k): dataclasses.asdict(v) for k, v in sorted(latencies.items())}
+        write_atomic(self.folder / "latency.json", json.dumps(plain, indent=1))
+
+    def measured(self) -> list[TrialResult]:
+        """All results, with the front's latencies written into their values."""
+        found = self.latencies()
+        out = []
+        for result in self.results():
+            timed = found.get(result.trial)
+            if timed is not None and "latency_ms" not in result.values:
+                values = {
+                    **result.values,
+                    "latency_ms": timed.p50_ms,
+                    "images_per_s": 1e3 * timed.target["batch"] / timed.p50_ms,
+                }
+                result = dataclasses.replace(result, values=values)
+            out.append(result)
+        return out
+
+
+class StaleWorker(RuntimeError):
+    """A worker of an earlier driver tried to write."""
+
+
+def _result(path: Path) -> TrialResult:
+    return TrialResult(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

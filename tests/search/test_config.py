@@ -1,0 +1,205 @@
+"""A job is checked whole before anything starts: each kind of bad input gets one clear message."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import methods
+from methods import BadInput
+from search.config import IDENTITY, SearchConfig, read_job
+from search.errors import UserError
+
+GOOD: dict[str, Any] = {
+    "name": "deit-s", "model": "deit_small_patch16_224", "data": "/imagenet/val",
+    "weights": "w.safetensors", "trials": 200, "methods": ["rajni", "tome"],
+    "objectives": ["top1", "gmacs", "params_m"], "sampler": "nsga2", "seed": 7, "workers": 3,
+    "device": "cuda:1", "dtype": "bfloat16", "batch": 32, "gpus_per_trial": 0.25, "images": 500,
+    "min_gmacs": 1.5, "max_gmacs": 4, "latency": "off", "latency_batch": 8,
+    "space": {"rajni.gamma": [0.005, 0.1]}, "fixed": {"tome.inflection": 0},
+    "store": "/studies", "cache": "/cache",
+}  # fmt: skip
+
+
+def refused(given: dict[str, Any]) -> str:
+    with pytest.raises(BadInput) as caught:
+        SearchConfig.of(given)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"modell": "x"}, "a job has no key 'modell': did you mean 'model'?"),
+        ({"gpus-per-trial": 1}, "no key 'gpus-per-trial': did you mean 'gpus_per_trial'?"),
+        ({3: "x"}, "a job has no key 3"),
+        ({"methods": ["tomee"]}, "unknown method 'tomee': did you mean 'tome'?"),
+        ({"methods": "rajni,topkk"}, "unknown method 'topkk': did you mean 'topk'?"),
+        ({"methods": ["tome", "tome"]}, "job.methods is ['tome', 'tome']: accepted is each"),
+        ({"methods": 3}, "job.methods is 3: accepted is a list of names"),
+        ({"methods": ["tome", 3]}, "job.methods is ['tome', 3]: accepted is a list of names"),
+        ({"objectives": ["top1", "gmac"]}, "unknown objective 'gmac': did you mean 'gmacs'?"),
+        ({"objectives": ["gmacs"]}, "job.objectives is ['gmacs']: top1 and others, each once"),
+        ({"objectives": "top1,gmacs,gmacs"}, "each once"),
+        ({"objectives": []}, "job.objectives is []: top1"),
+        ({"objectives": ["top1", "top5"]}, "a cost is missing"),
+        ({"sampler": "tpee"}, "job.sampler is 'tpee': did you mean 'tpe'?"),
+        ({"sampler": 3}, "job.sampler is 3: accepted is one of 'tpe', 'nsga2', 'random'"),
+        ({"dtype": "bfloat61"}, "job.dtype is 'bfloat61': did you mean 'bfloat16'?"),
+        ({"latency": "frnt"}, "job.latency is 'frnt': did you mean 'front'?"),
+        ({"latency": True}, "job.latency is True: accepted is one of 'front', 'off'"),
+        ({"trials": 0}, "job.trials is 0: accepted is a whole number, 1 <= trials"),
+        ({"trials": 2.5}, "job.trials is 2.5: accepted is a whole number"),
+        ({"trials": True}, "job.trials is True"),
+        ({"trials": "many"}, "job.trials is 'many'"),
+        ({"seed": -1}, "job.seed is -1"),
+        ({"workers": 0}, "job.workers is 0"),
+        ({"batch": 0}, "job.batch is 0"),
+        ({"images": 0}, "job.images is 0"),
+        ({"latency_batch": 0}, "job.latency_batch is 0"),
+        ({"gpus_per_trial": 0}, "job.gpus_per_trial is 0: accepted is a number, 0 < "),
+        ({"gpus_per_trial": 1.5}, "a fraction of one GPU, or whole GPUs"),
+        ({"min_gmacs": -1}, "job.min_gmacs is -1"),
+        ({"max_gmacs": float("nan")}, "job.max_gmacs is nan"),
+        ({"max_gmacs": float("inf")}, "job.max_gmacs is inf"),
+        ({"min_gmacs": 3, "max_gmacs": 2}, "min_gmacs 3 is above max_gmacs 2"),
+        ({"name": ""}, "job.name is ''"),
+        ({"name": "a/b"}, "job.name is 'a/b': accepted is a plain folder name"),
+        ({"name": ".."}, "job.name is '..'"),
+        ({"name": ".hidden"}, "job.name is '.hidden'"),
+        ({"name": "a\nb"}, "job.name is 'a\\nb'"),
+        ({"name": "a\0b"}, "job.name is"),
+        ({"name": "x" * 300}, "job.name is"),
+        ({"name": 12}, "job.name is 12: accepted is text"),
+        ({"model": ["deit"]}, "job.model is ['deit']: accepted is text"),
+        ({"device": "gpu"}, "job.device is 'gpu': accepted is auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:x"}, "job.device is 'cuda:x'"),
+        ({"space": ["rajni.gamma"]}, "job.space is ['rajni.gamma']: accepted is a mapping"),
+        ({"fixed": "tome.inflection"}, "job.fixed is 'tome.inflection': accepted is a mapping"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_named(given: dict[str, Any], said: str) -> None:
+    assert said in refused(given)
+
+
+def test_a_full_job_is_taken_as_it_is() -> None:
+    config = SearchConfig.of(GOOD)
+    assert set(GOOD) == {f.name for f in fields(SearchConfig)}, "every key is tried here"
+    for key, value in GOOD.items():
+        got = getattr(config, key)
+        assert (list(got) if isinstance(got, tuple) else got) == value, key
+    assert isinstance(config.max_gmacs, float)
+    assert set(IDENTITY) <= set(GOOD)
+
+
+@pytest.mark.parametrize("given", [GOOD, {}, {"methods": "topk, tome", "max_gmacs": 3}])
+def test_round_trip_through_plain_and_yaml(given: dict[str, Any]) -> None:
+    config = SearchConfig.of(given)
+    assert SearchConfig.of(config.plain()) == config
+    assert SearchConfig.of(yaml.safe_load(yaml.safe_dump(config.plain()))) == config
+
+
+def test_defaults_and_none_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VITPARETO_STORE", raising=False)
+    config = SearchConfig.of({f.name: None for f in fields(SearchConfig)})
+    assert config == SearchConfig.of({})
+    assert (config.model, config.data, config.store) == ("digits", "digits", "studies")
+    assert config.cache
+
+
+def test_store_from_the_environment_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VITPARETO_STORE", "/shared/studies")
+    assert SearchConfig.of({}).store == "/shared/studies"
+    assert SearchConfig.of({"store": "mine"}).store == "mine"
+
+
+def test_what_is_searched_by_default_needs_no_training() -> None:
+    searched = SearchConfig.of({}).study_methods
+    assert "dense" not in searched
+    assert {"random", "centre", "resize", "topk", "rajni", "tome"} <= set(searched)
+    assert all(methods.get(n).training != "required" for n in searched)
+    assert SearchConfig.of({"methods": "dense,tome"}).study_methods == ("tome",)
+
+
+# --- job file, --set, options
+
+
+def job_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_options_beat_set_and_set_beats_the_file(tmp_path: Path) -> None:
+    path = job_file(
+        tmp_path,
+        "trials: 10\nseed: 1\nbatch: 8\n"
+        "space: {rajni.gamma: [0.01, 0.1], topk.first: [0.1, 0.2]}\n",
+    )
+    sets = ["seed=2", "batch=9", "space.topk.keep_rate=[0.5,0.9]", "space.topk.first=[0.2,0.3]",
+            "fixed.tome.inflection=0", "methods=[topk, rajni, tome]"]  # fmt: skip
+    config = SearchConfig.of(read_job(path, sets, {"batch": 10, "trials": None}))
+    assert (config.trials, config.seed, config.batch) == (10, 2, 10)
+    assert config.space == {
+        "rajni.gamma": [0.01, 0.1], "topk.first": [0.2, 0.3], "topk.keep_rate": [0.5, 0.9],
+    }  # fmt: skip
+    assert config.fixed == {"tome.inflection": 0}
+    assert config.methods == ("topk", "rajni", "tome")
+
+
+def test_numbers_with_an_exponent_and_a_bare_off_mean_what_they_say(tmp_path: Path) -> None:
+    """YAML 1.1 reads 5e-3 as text and `off` as false."""
+    path = job_file(tmp_path, "latency: off\nspace: {rajni.gamma: [5e-3, 1e-1]}\n")
+    config = SearchConfig.of(read_job(path, ["max_gmacs=2e0", "trials=1e3"], {}))
+    assert (config.latency, config.max_gmacs, config.trials) == ("off", 2.0, 1000)
+    assert config.space == {"rajni.gamma": [0.005, 0.1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b\n", "must hold keys and values, got ['a', 'b']"),
+        ("", "must hold keys and values, got None"),
+        ("a: [1\n", "is not YAML"),
+        ("name: 2024-13-45\n", "is not YAML"),
+        ("model: !!python/object/apply:os.system ['true']\n", "is not YAML"),
+    ],
+)
+def test_job_files_that_are_none(tmp_path: Path, text: str, said: str) -> None:
+    path = job_file(tmp_path, text)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        read_job(path, [], {})
+    assert str(path) in str(caught.value)
+
+
+def test_job_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="job file .*none.yaml cannot be read: No such file"):
+        read_job(tmp_path / "none.yaml", [], {})
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        read_job(tmp_path, [], {})
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfa\x00")
+    with pytest.raises(UserError, match="binary.yaml is not YAML"):
+        read_job(tmp_path / "binary.yaml", [], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("trials", "--set takes KEY=VALUE, got 'trials'"),
+        ("trials=[1", "--set trials: '[1' is not a YAML value"),
+        ("name=2024-13-45", "--set name: '2024-13-45' is not a YAML value"),
+        ("space=3", "job.space is 3"),
+        ("trails=3", "a job has no key 'trails': did you mean 'trials'?"),
+        ("trials.x=3", "a job has no key 'trials.x'"),
+    ],
+)
+def test_bad_sets(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        SearchConfig.of(read_job(None, [text], {}))

@@ -1,0 +1,355 @@
+"""Names and files to models: what cannot be had or pruned is told, and no pickle runs."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from small import images, vit
+from timm.layers import LayerNorm
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from methods import BadInput, UnsupportedModel
+from search import embedded
+from search.errors import UserError
+from search.models import (
+    MappedModel,
+    fingerprint,
+    load_model,
+    num_classes,
+    read_weights,
+)
+
+#: timm's smallest entry point of the supported family, 5.7 M parameters
+NAME = "deit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fresh weights for `NAME` with 7 classes."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.safetensors"
+    state = timm.create_model(NAME, num_classes=7).state_dict()
+    safetensors.torch.save_file(state, path)
+    return path
+
+
+@pytest.fixture
+def digits_state() -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return dict(embedded.build(pretrained=False).state_dict())
+
+
+# --- loading
+
+
+def test_a_timm_name_and_a_file_with_other_classes(weights: Path) -> None:
+    model = load_model(NAME, weights)
+    assert type(model) is VisionTransformer and not model.training
+    assert num_classes(model) == 7
+    own, stored = model.state_dict(), safetensors.torch.load_file(weights)
+    assert all(torch.equal(own[k], stored[k]) for k in own)
+
+
+def test_the_embedded_name_takes_weights_too(
+    tmp_path: Path, digits_state: dict[str, torch.Tensor]
+) -> None:
+    safetensors.torch.save_file(digits_state, tmp_path / "w.safetensors")
+    model = load_model("digits", tmp_path / "w.safetensors")
+    assert torch.equal(model.state_dict()["head.bias"], digits_state["head.bias"])
+    assert num_classes(model) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "deit_smal_patch16_224",
+            "unknown model 'deit_smal_patch16_224': did you mean 'deit_small",
+        ),
+        ("digit", "unknown model 'digit': did you mean 'digits'?"),
+        ("zzzzzz", "unknown model 'zzzzzz': accepted is digits, a name of timm.list_models()"),
+    ],
+)
+def test_unknown_names(name: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_model(name)
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 300, "not all of timm's names"
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet50", "swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"]
+)
+def test_what_cannot_be_pruned_is_refused_before_its_weights_are_downloaded(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = timm.create_model
+
+    def without_weights(*args: Any, **kwargs: Any) -> nn.Module:
+        assert not kwargs.get("pretrained"), "no weights were needed to refuse it"
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", without_weights)
+    kind = {"resnet50": "ResNet", "swin_tiny_patch4_window7_224": "SwinTransformer"}
+    with pytest.raises(UnsupportedModel, match=f"{kind.get(name, 'Eva')} cannot be pruned: its"):
+        load_model(name)
+
+
+def test_pretrained_weights_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network: what timm then raises is told in one line, and so is the way out."""
+    real = timm.create_model
+
+    def offline(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        if pretrained:
+            raise ConnectionError("no route\nto host")
+        return real(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UserError) as caught:
+        load_model(NAME)
+    assert str(caught.value) == (
+        f"the pretrained weights of {NAME!r} cannot be had (ConnectionError: no route); "
+        "give them with --weights FILE"
+    )
+
+
+# --- weight files
+
+
+def test_a_missing_weights_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="weights file .*none.pth is not there"):
+        load_model(NAME, tmp_path / "none.pth")
+    with pytest.raises(UserError, match="is not there"):
+        load_model(NAME, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "w.bin"])
+def test_an_unreadable_weights_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"these are no weights\n" * 20)
+    kind = "safetensors" if name.endswith("tensors") else "a weights-only checkpoint"
+    with pytest.raises(UserError, match=f"{name} cannot be read as {kind}") as caught:
+        load_model("digits", tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_weights_file(tmp_path: Path, weights: Path) -> None:
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cut.safetensors cannot be read as safetensors"):
+        load_model(NAME, cut)
+
+
+def test_weights_of_another_architecture(weights: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load_model("deit_small_patch16_224", weights)
+    said = str(caught.value)
+    assert f"weights file {weights} does not fit the model; wrong shape: cls_token" in said
+    assert "is [1, 1, 192], the model's [1, 1, 384]" in said and " more" in said
+    assert len(said) < 400
+    with pytest.raises(UserError, match="missing: blocks.*; unknown: x"):
+        safetensors.torch.save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
+        load_model("digits", tmp_path / "x.safetensors")
+
+
+def test_a_head_that_is_no_matrix(tmp_path: Path, weights: Path) -> None:
+    state = safetensors.torch.load_file(weights) | {"head.weight": torch.tensor(1.0)}
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UserError, match=r"wrong shape: head.weight is \[\]"):
+        load_model(NAME, tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema", "model_ema"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoints_of_training_scripts(
+    tmp_path: Path, digits_state: dict[str, torch.Tensor], key: str | None, prefix: str
+) -> None:
+    state: dict[str, Any] = {prefix + k: v for k, v in digits_state.items()}
+    stored = state if key is None else {key: state, "epoch": 3, "optimizer": {"lr": 0.1}}
+    torch.save(stored, tmp_path / "w.pth")
+    read = read_weights(tmp_path / "w.pth")
+    assert read.keys() == digits_state.keys()
+    assert all(torch.equal(read[k], v) for k, v in digits_state.items())
+    assert num_classes(load_model("digits", tmp_path / "w.pth")) == 10
+
+
+def test_averaged_weights_come_before_the_others(tmp_path: Path) -> None:
+    ema, raw = {"a": torch.ones(1)}, {"a": torch.zeros(1)}
+    torch.save({"state_dict": raw, "state_dict_ema": ema}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth")["a"] == 1
+    torch.save({"state_dict": raw, "state_dict_ema": None}, tmp_path / "w.pth")
+    assert read_weights(tmp_path / "w.pth")["a"] == 0
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [[torch.ones(1)], {"model": [1]}, {"a": 3}, {0: torch.ones(1)}, torch.ones(2)],
+    ids=str,
+)
+def test_a_checkpoint_without_a_state_dict(tmp_path: Path, stored: Any) -> None:
+    torch.save(stored, tmp_path / "w.pth")
+    with pytest.raises(UserError, match="w.pth holds no state dict"):
+        read_weights(tmp_path / "w.pth")
+
+
+class Malicious:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("how", ["torch.save", "pickle"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
+def test_no_pickle_of_a_user_runs(tmp_path: Path, how: str, suffix: str) -> None:
+    trap, path = tmp_path / "trap", tmp_path / f"w{suffix}"
+    stored = {"state_dict": Malicious(trap)}
+    if how == "pickle":
+        path.write_bytes(pickle.dumps(stored))
+    else:
+        torch.save(stored, path)
+    with pytest.raises(UserError, match="cannot be read as"):
+        load_model("digits", path)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(stored))
+    assert trap.exists(), "a plain unpickling would have run it"
+
+
+def test_a_model_without_a_head_has_no_classes() -> None:
+    headless = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=1, num_heads=1, num_classes=0
+    )
+    with pytest.raises(UserError, match="no classification head"):
+        num_classes(headless)
+    assert num_classes(vit(7)) == 7
+
+
+# --- what workers map
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(2)
+    return timm.create_model(NAME, num_classes=7).eval()
+
+
+def test_a_mapped_model_gives_the_same_logits_and_travels_light(
+    tmp_path: Path, model: nn.Module
+) -> None:
+    given = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        expected = model(given)
+    mapped = MappedModel.save(model, tmp_path / "model.safetensors")
+    travelling = pickle.dumps(mapped)
+    assert len(travelling) < 200_000 < 0.01 * (tmp_path / "model.safetensors").stat().st_size
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    loaded = pickle.loads(travelling).load("cpu", torch.float32)
+    assert not loaded.training and type(loaded) is type(model)
+    with torch.no_grad():
+        assert torch.equal(loaded(given), expected)
+        assert torch.equal(model(given), expected), "the model that was saved stays whole"
+    assert not any(p.is_meta for p in loaded.parameters())
+    assert all(
+        a.requires_grad == b.requires_grad
+        for a, b in zip(loaded.parameters(), model.parameters(), strict=True)
+    )
+    assert fingerprint(loaded) == fingerprint(model)
+
+
+def mappings(path: Path) -> list[tuple[int, int]]:
+    """Address ranges of this process that are pages of the file."""
+    with open("/proc/self/maps") as maps:
+        spans = [line.split()[0] for line in maps if line.rstrip().endswith(str(path))]
+    return [(int(a, 16), int(b, 16)) for a, b in (span.split("-") for span in spans)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's /proc")
+def test_every_load_maps_the_one_file(tmp_path: Path, model: nn.Module) -> None:
+    path = tmp_path / "model.safetensors"
+    mapped = MappedModel.save(model, path)
+    two = [mapped.load("cpu", torch.float32) for _ in range(2)]
+    spans = mappings(path)
+    for one in two:
+        for name, p in one.named_parameters():
+            assert any(a <= p.data_ptr() < b for a, b in spans), f"{name} was copied"
+    assert not any(
+        a <= p.data_ptr() < b for p in mapped.load("cpu", torch.bfloat16).parameters()
+        for a, b in spans
+    )  # fmt: skip
+    before = two[1].state_dict()["head.bias"].clone()
+    with torch.no_grad():
+        two[0].get_parameter("head.bias").add_(1)
+    assert torch.equal(two[1].state_dict()["head.bias"], before), "writing is private"
+    assert torch.equal(safetensors.torch.load_file(path)["head.bias"], before)
+
+
+def test_a_mapped_model_comes_in_the_dtype_asked_for(tmp_path: Path) -> None:
+    mapped = MappedModel.save(vit(), tmp_path / "model.safetensors")
+    loaded = mapped.load("cpu", torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert loaded(images(2).bfloat16()).shape == (2, 10)
+
+
+# --- the same model?
+
+
+def small(**settings: Any) -> VisionTransformer:
+    torch.manual_seed(3)
+    shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**{**shape, "num_classes": 5, **settings})
+
+
+def test_equal_weights_have_equal_fingerprints() -> None:
+    one = fingerprint(small())
+    assert one == fingerprint(small()) == fingerprint(small().eval())
+    assert len(one) == 16 and int(one, 16) >= 0
+
+
+def test_any_change_of_a_weight_changes_the_fingerprint() -> None:
+    changed = small()
+    with torch.no_grad():
+        changed.get_parameter("blocks.1.mlp.fc2.bias")[3] += 1e-7
+    assert fingerprint(changed) != fingerprint(small())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_heads": 4},
+        {"act_layer": nn.ReLU},
+        {"norm_layer": functools.partial(LayerNorm, eps=1e-3)},
+        {"global_pool": "avg", "fc_norm": False},
+    ],
+    ids=["heads", "activation", "epsilon", "pooling"],
+)
+def test_equal_weights_that_compute_something_else_are_another_model(
+    settings: dict[str, Any],
+) -> None:
+    other = small(**settings)
+    other.load_state_dict(small().state_dict())
+    assert fingerprint(other) != fingerprint(small())
+
+
+def test_a_fingerprint_reads_every_kind_of_tensor() -> None:
+    """Scalars and whole numbers among them."""
+    one, two = small(), small()
+    for model, count in ((one, 0), (two, 1)):
+        model.register_buffer("steps", torch.tensor(count))
+    assert fingerprint(one) != fingerprint(two)
+
+
+def test_a_name_of_the_right_class_with_other_blocks_is_refused() -> None:
+    with pytest.raises(BadInput, match="VisionTransformer cannot be pruned: its block 0 is timm"):
+        load_model("vit_small_patch16_18x2_224")

@@ -1,0 +1,297 @@
+"""What a study may propose: every draw is a recipe that the model allows, inside what was asked."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import optuna
+import pytest
+import timm
+import torch
+from small import vit
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import methods
+from methods import BadInput, ModelShape, Recipe
+from methods.parameters import Choice, Float, Int
+from search.cost import recipe_macs, recipe_of, schedule_macs
+from search.space import Space, resolve
+
+METHODS = tuple(
+    n for n in methods.names() if methods.get(n).training != "required" and n != "dense"
+)
+STAGED = ("topk", "random", "centre")
+
+
+def _vit(**settings: Any) -> VisionTransformer:
+    with torch.device("meta"):
+        return VisionTransformer(embed_dim=48, num_heads=3, num_classes=5, **settings)
+
+
+@cache
+def model(kind: str) -> nn.Module:
+    """12x196: DeiT-S; 12x64; 3x16; 24x576: 18 rows of 32 patches. No weights."""
+    if kind == "12x196":
+        with torch.device("meta"):
+            return timm.create_model("deit_small_patch16_224").eval()
+    return {
+        "12x64": lambda: _vit(img_size=64, patch_size=8, depth=12),
+        "3x16": lambda: _vit(img_size=32, patch_size=8, depth=3),
+        "24x576": lambda: _vit(img_size=(144, 256), patch_size=8, depth=24),
+    }[kind]().eval()
+
+
+SHAPES = ("12x196", "12x64", "3x16", "24x576")
+
+
+@cache
+def shape(kind: str, structure: str = "") -> ModelShape:
+    """That of the model, after a structural step given as YAML."""
+    whole = methods.model_shape(model(kind))
+    return Recipe.from_yaml(structure).reshape(whole, model(kind))[0]
+
+
+def draws(space: Space, on: ModelShape, count: int) -> list[tuple[optuna.Trial, Recipe]]:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    trials = [study.ask() for _ in range(count)]
+    return [(trial, space.suggest(trial, on)) for trial in trials]
+
+
+def asked(params: dict[str, Any], on: ModelShape) -> tuple[dict[str, Any], Recipe]:
+    """What the whole space makes of given Optuna parameters: those it asked for, and the recipe."""
+    trial = optuna.trial.FixedTrial(params)
+    return trial.params, Space.of(METHODS, {}, {}).suggest(trial, on)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_draw_is_a_recipe_that_costs_no_more_than_dense(name: str, kind: str) -> None:
+    declared, on = methods.get(name), shape(kind)
+    dense = recipe_macs(Recipe(), on)[0]
+    keys = set()
+    for trial, recipe in draws(Space.of((name,), {}, {}), on, 200):
+        own = {f"{name}.{p.name}" for p in declared.space}
+        assert {"method"} < set(trial.params) <= own | {"method"}
+        assert Recipe.from_dict(recipe.to_dict()).checked(on) == recipe.checked(on)
+        after = shape(kind, Recipe(structure=recipe.structure).to_yaml())
+        keys.add(recipe.key(after))
+        low, high = recipe_macs(recipe, after)
+        assert 0 < low <= high
+        if recipe.tokens is None:
+            assert high <= dense
+            continue
+        params = declared.check(recipe.tokens.params, on)
+        for counts in declared.bounds(params, on):
+            extra = declared.extra_macs(params, on, counts)
+            assert 0 <= extra < 0.05 * dense
+            assert schedule_macs(recipe, on, counts) - extra <= dense
+    # a space that resolves to a handful of recipes would be searched for nothing
+    assert len(keys) >= {"12x196": 5, "12x64": 4, "3x16": 2, "24x576": 5}[kind]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_draws_reach_the_whole_space(name: str) -> None:
+    seen: dict[str, list[Any]] = {}
+    for trial, _ in draws(Space.of((name,), {}, {}), shape("12x64"), 200):
+        for key, value in trial.params.items():
+            seen.setdefault(key, []).append(value)
+    for p in methods.get(name).space:
+        values = seen[f"{name}.{p.name}"]
+        if isinstance(p, Choice):
+            assert set(values) == set(p.choices)
+        elif isinstance(p, Int):
+            assert set(values) == set(range(p.low, p.high + 1))
+        else:
+            assert isinstance(p, Float)
+            assert min(values) < p.low + 0.2 * (p.high - p.low)
+            assert max(values) > p.high - 0.2 * (p.high - p.low)
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_spacing_is_asked_only_where_there_are_several_stages(name: str) -> None:
+    stages = set()
+    for trial, recipe in draws(Space.of((name,), {}, {}), shape("12x196"), 60):
+        stages.add(trial.params[f"{name}.stages"])
+        single = trial.params[f"{name}.stages"] == 1
+        assert (f"{name}.spacing" in trial.params) == (not single)
+        assert recipe.tokens is not None
+        if single:
+            assert len(recipe.tokens.params["prune_layers"]) == 1
+    assert stages == {1, 2, 3, 4}
+
+
+def test_all_methods_are_proposed() -> None:
+    made = draws(Space.of(METHODS, {}, {}), shape("12x64"), 200)
+    assert {t.params["method"] for t, _ in made} == set(METHODS)
+    assert all(recipe.method == t.params["method"] for t, recipe in made)
+
+
+# --- presets
+
+
+def presets(space: Space, on: ModelShape) -> dict[str, Recipe]:
+    out = {}
+    for label, params in space.preset_params():
+        trial = optuna.trial.FixedTrial(params)
+        out[label] = space.suggest(trial, on)  # type: ignore[arg-type]
+        assert trial.params == params, "what is enqueued is what is asked"
+    return out
+
+
+def test_every_preset_lies_inside_its_own_space() -> None:
+    wanted = [f"{n} {p.name}" for n in METHODS for p in methods.get(n).presets]
+    assert [label for label, _ in Space.of(METHODS, {}, {}).preset_params()] == wanted
+    for kind in SHAPES:
+        assert len(presets(Space.of(METHODS, {}, {}), shape(kind))) == len(wanted)
+
+
+def test_presets_on_the_published_size_are_the_published_settings() -> None:
+    on = shape("12x196")
+    found = presets(Space.of(METHODS, {}, {}), on)
+    for name in STAGED:
+        for label, rate in (("75%", 0.75), ("50%", 0.5)):
+            expected = Recipe.of(name, keep_rate=rate, prune_layers=(3, 6, 9))
+            assert found[f"{name} {label}"].checked(on) == expected.checked(on)
+    for gamma in (0.01, 0.02, 0.05):
+        expected = Recipe.of("rajni", gamma=gamma, min_tokens=16)
+        assert found[f"rajni gamma={gamma:g}"].checked(on) == expected.checked(on)
+    for r in (8, 13, 16):
+        assert found[f"tome r={r}"].checked(on) == Recipe.of("tome", r=r).checked(on)
+    assert found["resize 86% side"] == Recipe.of("resize", size=192)
+    assert found["resize 71% side"] == Recipe.of("resize", size=160)
+
+
+def test_presets_scale_with_depth_and_patches() -> None:
+    found = presets(Space.of(("topk", "tome"), {}, {}), shape("24x576"))
+    topk, tome = found["topk 75%"].tokens, found["tome r=13"].tokens
+    assert topk is not None and topk.params["prune_layers"] == (6, 12, 18)
+    assert tome is not None and tome.params["r"] == round(13 / 196 * 576)
+
+
+@pytest.mark.parametrize(
+    ("space", "fixed", "left"),
+    [
+        ({}, {}, ["topk 75%", "topk 50%", "tome r=8", "tome r=13", "tome r=16"]),
+        ({"topk.keep_rate": [0.6, 0.9]}, {}, ["topk 75%", "tome r=8", "tome r=13", "tome r=16"]),
+        ({"topk.spacing": [0.3, 0.33]}, {}, ["tome r=8", "tome r=13", "tome r=16"]),
+        ({}, {"topk.stages": 1, "tome.inflection": 0}, ["tome r=8", "tome r=13", "tome r=16"]),
+        ({}, {"topk.stages": 3, "tome.inflection": 0.5}, ["topk 75%", "topk 50%"]),
+    ],
+)
+def test_presets_that_were_narrowed_away_are_left_out(
+    space: dict[str, Any], fixed: dict[str, Any], left: list[str]
+) -> None:
+    made = Space.of(("topk", "tome"), space, fixed)
+    assert list(presets(made, shape("12x196"))) == left
+    for _, params in made.preset_params():
+        assert not set(fixed) & set(params), "a fixed parameter is never asked for"
+
+
+# --- narrowing
+
+
+def test_draws_stay_inside_what_the_job_narrowed_and_fixed() -> None:
+    space = Space.of(
+        ("topk", "rajni", "tome"),
+        {"topk.keep_rate": [0.5, 0.9], "topk.stages": [2, 3], "rajni.score": ["jacobian"],
+         "rajni.gamma": [0.01, 0.01]},
+        {"tome.inflection": 0, "topk.spacing": 0.25},
+    )  # fmt: skip
+    seen = set()
+    for trial, recipe in draws(space, shape("12x196"), 150):
+        assert not {"tome.inflection", "topk.spacing"} & set(trial.params)
+        assert recipe.tokens is not None
+        params = recipe.tokens.params
+        seen.add(recipe.method)
+        if recipe.method == "topk":
+            assert 0.5 <= params["keep_rate"] <= 0.9
+            steps = params["prune_layers"]
+            assert all(b - a == 3 for a, b in zip(steps, steps[1:], strict=False))
+            assert trial.params["topk.stages"] in (2, 3)
+        elif recipe.method == "rajni":
+            assert (params["score"], params["gamma"]) == ("jacobian", 0.01)
+        else:
+            assert params["inflection"] == 0
+    assert seen == {"topk", "rajni", "tome"}
+
+
+def test_a_fixed_value_waits_for_its_condition_too() -> None:
+    """One stage has no spacing, also where the job fixes one."""
+    space = Space.of(("topk",), {}, {"topk.spacing": 0.25, "topk.stages": 1})
+    for _, recipe in draws(space, shape("12x196"), 20):
+        assert recipe.tokens is not None and len(recipe.tokens.params["prune_layers"]) == 1
+
+
+def test_one_choice_needs_no_list() -> None:
+    narrowed = Space.of(("rajni",), {"rajni.score": "jacobian"}, {}).parameters["rajni"]
+    assert [p.choices for p in narrowed if isinstance(p, Choice)] == [("jacobian",)]
+
+
+@pytest.mark.parametrize(
+    ("names", "space", "fixed", "said"),
+    [
+        ((), {}, {}, "no method to search: name at least one besides dense"),
+        (("tomee",), {}, {}, "unknown method 'tomee': did you mean 'tome'?"),
+        (("tome",), {"tomee.inflection": [0, 1]}, {}, "space: 'tomee.inflection' names no method "
+         "of this search: did you mean 'tome'?"),
+        (("tome",), {"topk.keep_rate": [0.5, 0.9]}, {}, "names no method of this search"),
+        (("tome",), {}, {"tome.inflexion": 0}, "fixed: tome has no searched parameter 'inflexion': "
+         "did you mean 'inflection'?"),
+        (("tome",), {"tome": [0, 1]}, {}, "tome has no searched parameter ''"),
+        (("topk",), {"topk.keep_rate": [0.1, 0.9]}, {}, "space: topk.keep_rate is 0.1: accepted is "
+         "a number, 0.2 <= keep_rate <= 0.95"),
+        (("topk",), {"topk.keep_rate": [0.5, 1.5]}, {}, "space: topk.keep_rate is 1.5"),
+        (("topk",), {"topk.keep_rate": [0.9, 0.5]}, {}, "keep_rate is [0.9, 0.5]: low is above"),
+        (("topk",), {"topk.keep_rate": 0.5}, {}, "topk.keep_rate is 0.5: accepted is [low, high]"),
+        (("topk",), {"topk.keep_rate": [0.5]}, {}, "accepted is [low, high]"),
+        (("topk",), {"topk.keep_rate": ["a", "b"]}, {}, "space: topk.keep_rate is 'a'"),
+        (("topk",), {"topk.stages": [1, 2.5]}, {}, "space: topk.stages is 2.5"),
+        (("rajni",), {"rajni.score": ["jacobean"]}, {}, "'jacobean': did you mean 'jacobian'?"),
+        (("rajni",), {"rajni.score": []}, {}, "space: rajni.score is []"),
+        (("topk",), {}, {"topk.keep_rate": 1.0}, "fixed: topk.keep_rate is 1.0"),
+        (("topk",), {}, {"topk.stages": "3"}, "fixed: topk.stages is '3'"),
+        (("topk",), {"topk.stages": [1, 2]}, {"topk.stages": 3}, "fixed: topk.stages is 3"),
+    ],
+)  # fmt: skip
+def test_bad_spaces_are_named(
+    names: tuple[str, ...], space: dict[str, Any], fixed: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        Space.of(names, space, fixed)
+
+
+# --- resolving
+
+
+def test_relative_choices_become_absolute_settings() -> None:
+    choices = {"keep_rate": 0.7, "first": 0.25, "stages": 2, "spacing": 0.25}
+    assert resolve("topk", choices, shape("12x64")).tokens == (
+        Recipe.of("topk", keep_rate=0.7, prune_layers=(3, 6)).checked(shape("12x64")).tokens
+    )
+    params = {"method": "topk", **{f"topk.{k}": v for k, v in choices.items()}}
+    used, recipe = asked(params, shape("12x64"))
+    assert used == params
+    assert recipe == resolve("topk", choices, shape("12x64"))
+    small = resolve("resize", {"scale": 0.5}, shape("24x576"))
+    assert small.structure is not None and small.structure.params == {"size": 72}
+
+
+def test_a_drawn_recipe_runs_and_leaves_the_counts_it_declares() -> None:
+    on = methods.model_shape(vit())
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    ran = set()
+    for _, recipe in draws(Space.of(METHODS, {}, {}), on, 14):
+        built = recipe.build(vit(), calibration=images)
+        with torch.inference_mode():
+            logits, trace = built(images, trace=True)
+        assert logits.shape == (2, 10) and logits.isfinite().all()
+        step = recipe_of(built).tokens
+        if step is not None:
+            counts = step.declared.counts(step.params, on)
+            assert counts is not None
+            assert [int(t[0]) - on.prefix for t in trace.tokens] == list(counts)
+        ran.add(recipe.method)
+    assert len(ran) >= 4
