@@ -1,0 +1,1 @@
+"""Where a search runs: this machine (`local`), and later Ray clusters elsewhere."""

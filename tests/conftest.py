@@ -1,0 +1,23 @@
+"""What several tests share: a private Ray on loopback and one cache of decoded images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clusters.local import Room, local_cluster
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Decoded images, shared by the whole run and gone after it."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def room() -> Iterator[Room]:
+    """A private Ray on loopback for the tests of one file."""
+    with local_cluster(2) as room:
+        yield room

@@ -1,0 +1,235 @@
+"""Whole studies on a real Ray with the embedded model and images: start, continue, refuse, fail."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import methods
+from clusters.local import Room
+from methods import Recipe
+from search import run
+from search.config import SearchConfig
+from search.cost import fvcore_macs
+from search.datasets import Preprocess
+from search.errors import UserError
+from search.models import load_model
+from search.pareto import front_of
+from search.results import OBJECTIVES, unpack_bits
+from search.run import Crew
+from search.store import StudyFolder
+from search.trial import Workplace, run_trial
+
+IMAGES = 60
+
+
+def job(tmp_path: Path, cache: Path, **changed: Any) -> SearchConfig:
+    given = {"name": "s", "trials": 8, "images": IMAGES, "store": str(tmp_path),
+             "cache": str(cache), "workers": 2, "device": "cpu"}  # fmt: skip
+    return SearchConfig.of({**given, **changed})
+
+
+def run_study(config: SearchConfig, room: Room, **more: Any) -> tuple[StudyFolder, Any]:
+    return run.search(run.prepare(config), cpus=room.cpus, gpus=room.gpus, **more)
+
+
+@pytest.fixture(scope="module")
+def study(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: Room
+) -> tuple[StudyFolder, Any, list[Any]]:
+    """One study of 22 trials over every method, for the tests that only look at it."""
+    told: list[Any] = []
+    config = job(tmp_path_factory.mktemp("store"), cache, trials=22)
+    folder, tally = run_study(config, room, hooks=[lambda r, t: told.append(r)])
+    return folder, tally, told
+
+
+def test_every_trial_is_finished_and_on_disk(study: tuple[StudyFolder, Any, list[Any]]) -> None:
+    folder, tally, told = study
+    results = folder.results()
+    assert [r.state for r in results] == ["finished"] * 22, [r.reason for r in results]
+    assert tally.finished == 22 and tally.ended == "22 trials measured"
+    assert sorted(r.trial for r in told if r is not None) == [r.trial for r in results]
+    tried = {r.method for r in results}
+    assert tried == {"dense", "random", "centre", "resize", "topk", "rajni", "tome"}
+
+
+def test_results_say_what_made_them(study: tuple[StudyFolder, Any, list[Any]]) -> None:
+    folder, _, _ = study
+    for result in folder.results():
+        assert result.images == IMAGES
+        bits = unpack_bits(result.bits, result.images)
+        assert result.values["top1"] == pytest.approx(100 * bits.mean())
+        assert result.top1_low is not None and result.top1_high is not None
+        assert result.top1_low <= result.values["top1"] <= result.top1_high
+        assert result.provenance["device"] == "cpu" and result.provenance["dtype"] == "float32"
+        assert result.provenance["versions"]["torch"] == torch.__version__
+        assert len(result.provenance["data_fingerprint"]) == 64
+        assert set(result.values) >= {"top1", "top5", "gmacs", "params_m", "peak_mb"}
+
+
+def test_a_trial_is_what_measuring_its_recipe_by_hand_gives(
+    study: tuple[StudyFolder, Any, list[Any]], cache: Path
+) -> None:
+    """Second implementation: timm model, prune, one plain loop; no search code in between."""
+    folder, _, _ = study
+    from search import embedded
+
+    model = load_model("digits")
+    raw, labels = embedded.draw("search")
+    images = Preprocess.of(model).normalise(torch.from_numpy(raw[:IMAGES]))
+    for result in folder.results():
+        assert result.resolved is not None
+        pruned = Recipe.from_dict(result.resolved).build(model)
+        with torch.inference_mode():
+            right = (pruned(images).argmax(dim=1).numpy() == labels[:IMAGES]).astype(bool)
+        # other thread counts and batches may flip a near-tied image
+        flipped = int(np.sum(right != unpack_bits(result.bits, IMAGES)))
+        assert flipped <= 1, (str(Recipe.from_dict(result.recipe)), flipped)
+        assert fvcore_macs(pruned, images[:2]) / 1e9 == pytest.approx(
+            result.values["gmacs"], rel=1e-3
+        )
+
+
+def test_the_front_has_latencies_on_a_named_target(
+    study: tuple[StudyFolder, Any, list[Any]],
+) -> None:
+    folder, tally, _ = study
+    front = front_of(folder.results(), [OBJECTIVES["top1"], OBJECTIVES["gmacs"]])
+    latencies = folder.latencies()
+    assert {r.trial for r in front} == set(latencies) == set(tally.front)
+    for timed in latencies.values():
+        assert timed.rounds >= 30
+        assert timed.target["device"] == "cpu" and timed.target["batch"] == 1
+        assert 0 < timed.p50_ms <= timed.p95_ms
+        assert timed.speedup_low <= timed.speedup <= timed.speedup_high
+    merged = {r.trial: r.values for r in folder.measured()}
+    assert all("latency_ms" in merged[t] for t in latencies)
+
+
+def test_the_same_command_again_measures_nothing_twice(
+    study: tuple[StudyFolder, Any, list[Any]], room: Room, cache: Path
+) -> None:
+    folder, _, _ = study
+    before = {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()}
+    config = job(folder.folder.parent, cache, trials=22)
+    _, tally = run_study(config, room)
+    assert {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()} == before
+    _, tally = run_study(replace(config, trials=24), room)
+    assert tally.finished == 24
+    keys = [r.key for r in folder.results() if not r.reason]
+    assert len(keys) == len(set(keys))
+
+
+def test_another_model_data_or_dtype_is_refused(
+    study: tuple[StudyFolder, Any, list[Any]], cache: Path, room: Room
+) -> None:
+    folder, _, _ = study
+    store = folder.folder.parent
+    before = sorted(p.name for p in (folder.folder / "trials").iterdir())
+    for change in ({"dtype": "bfloat16"}, {"images": 50}, {"seed": 1}, {"methods": "tome"}):
+        config = job(store, cache, **{"trials": 30, **change})
+        with pytest.raises(UserError, match=f"numbers are not mixed: {next(iter(change))} was"):
+            run_study(config, room)
+    assert sorted(p.name for p in (folder.folder / "trials").iterdir()) == before
+
+
+def test_the_budget_window_holds_for_every_trial_but_dense(
+    tmp_path: Path, cache: Path, room: Room
+) -> None:
+    dense = methods.model_shape(load_model("digits"))
+    gmacs = dense.macs(dense.dense_counts(), "mid-block") / 1e9
+    low, high = 0.4 * gmacs, 0.7 * gmacs
+    config = job(tmp_path, cache, trials=12, min_gmacs=low, max_gmacs=high, latency="off")
+    folder, tally = run_study(config, room)
+    results = folder.results()
+    assert results[0].is_reference and len(results) == 12
+    assert all(low <= r.values["gmacs"] <= high for r in results[1:])
+    assert tally.outside > 0
+    assert not folder.latencies()
+
+
+def test_a_window_no_recipe_reaches_is_refused_before_anything_starts(
+    tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(UserError, match=r"no recipe of .* costs between any and 1e-06 GMACs"):
+        run.prepare(job(tmp_path, cache, max_gmacs=1e-6))
+    assert not (tmp_path / "s").exists()
+
+
+def test_three_objectives(tmp_path: Path, cache: Path, room: Room) -> None:
+    config = job(
+        tmp_path, cache, objectives="top1,gmacs,params_m", methods="resize,topk", latency="off"
+    )
+    folder, tally = run_study(config, room)
+    axes = [OBJECTIVES[o] for o in ("top1", "gmacs", "params_m")]
+    assert {r.trial for r in front_of(folder.results(), axes)} == set(tally.front)
+
+
+def test_latency_as_an_objective_is_measured_alone(tmp_path: Path, cache: Path, room: Room) -> None:
+    config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
+    assert Crew.of(config, "cpu", 8, 0) == Crew(workers=1, cpus=8, gpus=0.0)
+    folder, _ = run_study(replace(config, latency="off"), room)
+    for result in folder.results():
+        assert result.values["latency_ms"] > 0
+        assert result.provenance["latency_target"]["runtime"] == "eager"
+
+
+def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
+    tmp_path: Path, cache: Path
+) -> None:
+    config = job(tmp_path, cache, workers=1)
+    prepared = run.prepare(config)
+    prepared.folder.create()
+    place = Workplace.open(run.make_task(prepared, epoch="", threads=None))
+    with torch.no_grad():
+        next(place.dense.parameters()).fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="non-finite logits, first for image 0 of search"):
+        run_trial(place, 1, Recipe.of("topk", keep_rate=0.5))
+
+
+def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cache: Path) -> None:
+    prepared = run.prepare(job(tmp_path, cache))
+    prepared.folder.create()
+    place = Workplace.open(run.make_task(prepared, epoch="", threads=None))
+    first = run_trial(place, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
+    prepared.folder.write(first)
+    again = run_trial(place, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
+    assert again.key == first.key and again.reason == "the same candidate as trial 1"
+    assert again.values == first.values and again.bits == first.bits
+
+
+def test_measure_needs_no_study(tmp_path: Path, cache: Path) -> None:
+    config = SearchConfig.of({"images": 30, "cache": str(cache), "store": str(tmp_path / "no")})
+    recipe = Recipe.from_yaml("tokens: {method: rajni, gamma: 0.02, min_tokens: 8}")
+    result, dense, timed = run.measure(config, recipe)
+    assert result.resolved is not None and len(result.resolved["tokens"]["counts"]) == 12
+    assert result.values["gmacs"] < dense.values["gmacs"]
+    assert timed.rounds >= 30
+    assert not (tmp_path / "no").exists()
+
+
+def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    with pytest.raises(UserError, match="'cuda' is asked for, and torch sees no CUDA device"):
+        run.prepare(job(tmp_path, cache, device="cuda"))
+    config = job(tmp_path, cache, gpus_per_trial=2.0)
+    with pytest.raises(UserError, match="a trial asks for 2 GPUs: the cluster has 1"):
+        Crew.of(config, "cuda", 8, 1)
+    assert Crew.of(replace(config, gpus_per_trial=0.25, workers=None), "cuda", 16, 2).workers == 8
+
+
+def test_job_and_identity_are_files_a_person_can_read(
+    study: tuple[StudyFolder, Any, list[Any]],
+) -> None:
+    folder, _, _ = study
+    assert folder.job()["model"] == "digits"
+    identity = json.loads((folder.folder / "study.json").read_text())
+    assert identity["schema"] == 1 and identity["dtype"] == "float32"
