@@ -1,0 +1,172 @@
+"""The command as a user types it: every command once, every kind of bad input, nothing lost."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import vitpareto
+from clusters.local import Room
+
+
+class Said:
+    def __init__(self, code: int, out: str, err: str):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run `vitpareto …` in this process, through its real entry point."""
+
+    def call(*arguments: object) -> Said:
+        monkeypatch.setattr(sys, "argv", ["vitpareto", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            vitpareto.main()
+        captured = capsys.readouterr()
+        code = exit_.value.code
+        return Said(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("studies")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(room: Room) -> None:
+    """One Ray for all commands of this file: `local_cluster` joins it."""
+
+
+def test_search_front_trials_and_more(say, store: Path, cache: Path, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("trials: 100\nimages: 40\nmethods: [topk, tome]\nlatency: off\n")
+    where = ("--store", store, "--cache", cache)
+    said = say("search", job, "--set", "trials=6", "--name", "s", "--workers", 2, *where)
+    assert said.code == 0, said.err
+    assert "6 trials measured" in said.err and "hypervolume" in said.err
+    assert "front of s: digits on digits" in said.out and "topk keep_rate" in said.out
+    assert (store / "s" / "front.png").stat().st_size > 10_000
+    assert (store / "s" / "front.svg").read_text().startswith("<?xml")
+
+    # only the name: everything else stays as the study was started
+    said = say("search", "--name", "s", "--trials", 8, *where)
+    assert said.code == 0 and "8 trials measured" in said.err
+
+    said = say("trials", "s", "--json", "--store", store)
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert len(rows) == 8 and {r["state"] for r in rows} == {"finished"}
+    assert {"trial", "state", "recipe", "top1", "gmacs", "images", "reason"} <= set(rows[0])
+    assert rows[0]["recipe"] == {} and all(r["images"] == 40 for r in rows)
+    assert "8 trials of s" in say("trials", "s", "--store", store).out
+
+    front = [json.loads(x) for x in say("front", "s", "--json", "--store", store).out.splitlines()]
+    table = list(csv.DictReader(io.StringIO(say("front", "s", "--csv", "--store", store).out)))
+    assert [int(r["trial"]) for r in table] == [r["trial"] for r in front]
+    assert [r["gmacs"] for r in front] == sorted(r["gmacs"] for r in front)
+    assert [r["top1"] for r in front] == sorted(r["top1"] for r in front)
+    assert sum(r["knee"] for r in front) <= 1
+    picture = tmp_path / "front.svg"
+    assert say("front", "s", "--plot", picture, "--store", store).code == 0
+    assert picture.stat().st_size > 10_000
+
+
+def test_measure(say, cache: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("structure: {method: resize, size: 48}\ntokens: {method: tome, r: 2}\n")
+    said = say("measure", "--recipe", recipe, "--images", 30, "--cache", cache, "--json")
+    assert said.code == 0, said.err
+    measured = json.loads(said.out)
+    assert measured["images"] == 30 and measured["gmacs"] < 0.7 * measured["dense_gmacs"]
+    text = say("measure", "--recipe", recipe, "--images", 30, "--cache", cache).out
+    assert "resize size=48 tome r=2" in text and "speed-up" in text
+
+
+def test_methods_lists_what_is_registered(say) -> None:
+    import methods
+
+    text = say("methods").out
+    rows = [json.loads(line) for line in say("methods", "--json").out.splitlines()]
+    assert [r["name"] for r in rows] == list(methods.names())
+    assert all(f"{name}: " in text for name in methods.names())
+    assert "arxiv.org/abs/2210.09461" in say("methods", "tome").out
+
+
+@pytest.mark.parametrize("name", ["search", "demo", "front", "trials", "measure", "methods"])
+def test_every_command_has_help_with_an_example(say, name: str) -> None:
+    said = say(name, "--help")
+    assert said.code == 0 and f"vitpareto {name}" in said.out.split("Usage", 1)[1].split("\n", 1)[1]
+
+
+def test_version(say) -> None:
+    assert say("--version").out.strip().count(".") == 2
+
+
+BAD = {
+    "unknown model": (("--model", "diet_small_patch16_224"), "did you mean 'deit_small"),
+    "unsupported model": (("--model", "resnet18"), "ResNet cannot be pruned"),
+    "unknown method": (("--methods", "topk,tomee"), "did you mean 'tome'"),
+    "unknown objective": (("--objectives", "top1,gmac"), "did you mean 'gmacs'"),
+    "unknown sampler": (("--sampler", "tpee"), "did you mean 'tpe'"),
+    "unknown key": (("--set", "trails=3"), "did you mean 'trials'"),
+    "out of range": (("--trials", "0"), "1 <= trials"),
+    "parameter out of range": (("--set", "space.topk.keep_rate=[0.5,1.5]"), "keep_rate is 1.5"),
+    "unknown parameter": (("--set", "fixed.tome.inflexion=0"), "did you mean 'inflection'"),
+    "no such data": (("--data", "/nowhere/val"), "/nowhere/val"),
+    "empty folder": (("--data", "EMPTY"), "EMPTY"),
+    "classes differ": (("--data", "FOLDER"), "10 classes"),
+    "unwritable store": (("--store", "FILE/studies"), "the store cannot be written"),
+    "unreachable window": (("--max-gmacs", "0.000001"), "no recipe of"),
+    "too many images": (("--images", "100000"), "400"),
+    "missing weights": (("--weights", "/nowhere/w.safetensors"), "is not there"),
+    "wrong weights": (("--weights", "WEIGHTS"), "wrong shape"),
+    "missing job": (("nowhere.yaml",), "nowhere.yaml"),
+    "no CUDA": (("--device", "cuda"), "no CUDA device"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_loses_nothing(
+    say, case: str, tmp_path: Path, cache: Path
+) -> None:
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("")
+    for label in ("cat", "dog", "emu"):
+        (tmp_path / "FOLDER" / label).mkdir(parents=True)
+        for i in range(20):
+            path = tmp_path / "FOLDER" / label / f"{i}.png"
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    save_file({"cls_token": torch.zeros(1, 1, 7)}, tmp_path / "WEIGHTS")
+    (tmp_path / "WEIGHTS").rename(tmp_path / "WEIGHTS.safetensors")
+    options, expected = BAD[case]
+    places = {"EMPTY": "EMPTY", "FILE/studies": "FILE/studies", "FOLDER": "FOLDER",
+              "WEIGHTS": "WEIGHTS.safetensors"}  # fmt: skip
+    options = tuple(str(tmp_path / places[o]) if o in places else o for o in options)
+    said = say("search", "--store", tmp_path / "studies", "--cache", cache, *options)
+    assert said.code != 0
+    assert expected in said.err, said.err
+    assert "Traceback" not in said.err
+    assert not list(tmp_path.glob("studies/*/trials/*")), "nothing may be measured"
+
+
+def test_debug_shows_the_traceback(say, tmp_path: Path) -> None:
+    said = say("front", "nosuch", "--store", tmp_path, "--debug")
+    assert said.code != 0 and "Traceback" in said.err and "no study 'nosuch'" in said.err
+
+
+def test_a_plot_of_another_kind_is_refused(say, store: Path) -> None:
+    said = say("front", "s", "--plot", "front.pdf", "--store", store)
+    assert said.code == 2 and "accepted is FILE.png or FILE.svg" in said.err

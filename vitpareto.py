@@ -1,0 +1,499 @@
+"""The command `vitpareto`: a thin composition root above methods, search, clusters and dashboards.
+
+Parses, calls, prints. Anything worth testing without a terminal lives in the packages. They are
+imported inside the commands, so that `vitpareto --help` does not wait for torch and Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from search.results import TrialResult
+    from search.searcher import Tally
+    from search.store import StudyFolder
+
+app = typer.Typer(
+    name="vitpareto",
+    help="Find which pruning method, at which setting, gives a Vision Transformer the best "
+    "accuracy at every compute budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+
+Store = Annotated[str | None, typer.Option(help="Folder of studies [./studies or VITPARETO_STORE]")]
+Cache = Annotated[str | None, typer.Option(help="Decoded images [the user's cache folder]")]
+Model = Annotated[
+    str | None, typer.Option(help="timm name, hf-hub:…, local-dir:…, or digits [digits]")
+]
+DataOption = Annotated[
+    str | None, typer.Option(help="Image folder, cifar10[:ROOT], or digits [digits]")
+]
+Weights = Annotated[str | None, typer.Option(help="Weights for the model: .safetensors or .pth")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 [float32]")]
+Batch = Annotated[int | None, typer.Option(help="Images per forward [64]")]
+Images = Annotated[int | None, typer.Option(help="Use only so many of the search images")]
+Seed = Annotated[int | None, typer.Option(help="Of splits, order and sampler [0]")]
+LatencyBatch = Annotated[int | None, typer.Option(help="Batch at which latency is timed [1]")]
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version")] = False,
+) -> None:
+    """Read by `main`, which takes --debug anywhere on the line."""
+    if version:
+        typer.echo(importlib.metadata.version("vitpareto"))
+        raise typer.Exit
+
+
+@app.command("search")
+def search_command(
+    job: Annotated[Path | None, typer.Argument(help="Job file (YAML); options override it")] = None,
+    name: Annotated[str | None, typer.Option(help="An existing study is continued")] = None,
+    model: Model = None,
+    data: DataOption = None,
+    weights: Weights = None,
+    trials: Annotated[int | None, typer.Option(help="Trials in all, dense included [100]")] = None,
+    methods: Annotated[str | None, typer.Option(help="rajni,tome,… [all without training]")] = None,
+    objectives: Annotated[
+        str | None, typer.Option(help="top1,gmacs[,params_m|latency_ms|peak_mb] [top1,gmacs]")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or random [tpe]")] = None,
+    seed: Seed = None,
+    workers: Annotated[int | None, typer.Option(help="Trials at a time [as fit]")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Batch = None,
+    gpus_per_trial: Annotated[float | None, typer.Option(help="0.25: four share a GPU [1]")] = None,
+    images: Images = None,
+    min_gmacs: Annotated[float | None, typer.Option(help="Budget window, GMACs an image")] = None,
+    max_gmacs: Annotated[float | None, typer.Option(help="Budget window, GMACs an image")] = None,
+    latency: Annotated[str | None, typer.Option(help="front: time the front; off [front]")] = None,
+    latency_batch: LatencyBatch = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for any job key, e.g. trials=400")
+    ] = None,
+    store: Store = None,
+    cache: Cache = None,
+) -> None:
+    """Search the accuracy-vs-cost front of a model, or continue a search.
+
+    \b
+    vitpareto search --model deit_small_patch16_224 --data /imagenet/val --trials 200 --name deit-s
+    vitpareto search job.yaml --set trials=400 --set space.topk.keep_rate=[0.5,0.9]
+    vitpareto search --name deit-s --trials 400
+    """
+    options = {k: v for k, v in locals().items() if k not in ("job", "set_") and v is not None}
+    _search(job, set_ or [], options)
+
+
+@app.command("demo")
+def demo_command(
+    store: Store = None,
+    cache: Cache = None,
+    trials: Annotated[int, typer.Option(help="Trials in all, dense included")] = 60,
+) -> None:
+    """A real search on the embedded model and images: the front as a table and as a picture.
+
+    \b
+    vitpareto demo
+    """
+    given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32}
+    _search(None, [], {k: v for k, v in given.items() if v is not None})
+
+
+def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
+    from clusters.local import local_cluster
+    from search import run
+    from search.config import SearchConfig, read_job
+    from search.store import StudyFolder
+
+    given = read_job(job, sets, options)
+    config = SearchConfig.of(given)
+    folder = StudyFolder(Path(config.store) / config.name)
+    if folder.exists:
+        # what is not asked for anew stays as the study was started
+        before = {k: v for k, v in folder.job().items() if k not in ("store", "cache")}
+        config = SearchConfig.of({**before, **given})
+    begin = time.monotonic()
+    _say(f"study {config.name}: {config.model} on {config.data}, {config.trials} trials")
+    prepared = run.prepare(config, decode=_decoding)
+    _say(
+        f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
+        f"{len(prepared.data.classes)} classes; methods: {', '.join(prepared.space.methods)}"
+    )
+    with local_cluster(config.workers) as room:
+        progress = Progress()
+        folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=[progress.hear])
+        progress.close()
+    seconds = time.monotonic() - begin
+    results = folder.measured()
+    if not any(r.state == "finished" for r in results):
+        reason = next((r.reason for r in results if r.reason), "no trial finished")
+        raise SearchFailed(f"study {folder.name} measured nothing: {reason}")
+    _say(
+        f"{tally.ended or 'stopped before the end; the same command continues'}; "
+        f"{tally.failed} failed, {tally.duplicates} proposals already known, "
+        f"{tally.outside} outside the window; {seconds:.0f} s, "
+        f"{60 * progress.heard / max(progress.seconds, 1e-9):.0f} trials per minute"
+    )
+    for path in _draw(folder):
+        _say(f"plot: {path}")
+    _print_front(folder)
+
+
+def _draw(folder: StudyFolder) -> list[Path]:
+    """The end-of-study pictures, in the study's folder."""
+    from dashboards.plot import plot_front
+
+    job, results = folder.job(), folder.measured()
+    return [
+        plot_front(
+            results,
+            objectives=tuple(job["objectives"][:2]),
+            title=_title(folder),
+            path=folder.folder / f"front.{suffix}",
+        )
+        for suffix in ("png", "svg")
+    ]
+
+
+def _title(folder: StudyFolder) -> str:
+    job = folder.job()
+    return f"{folder.name}: {job['model']} on {job['data']}"
+
+
+def _print_front(folder: StudyFolder) -> None:
+    from dashboards.tables import front_rows, front_table
+
+    rows = front_rows(folder.measured(), folder.latencies(), folder.job()["objectives"])
+    timed = next(iter(folder.latencies().values()), None)
+    note = ""
+    if timed is not None:
+        target = timed.target
+        note = f"; ms: {target['device']}, {target['dtype']}, batch {target['batch']}"
+    _console().print(front_table(rows, f"front of {_title(folder)} (* knee{note})"))
+
+
+class SearchFailed(Exception):
+    """The search ran and has nothing to show; told without a traceback."""
+
+
+class Progress:
+    """Lines on how a search stands: rewritten in place on a terminal, every 10 s in a log."""
+
+    def __init__(self) -> None:
+        self.begin: float | None = None
+        self.last = 0.0
+        self.heard = 0
+        self.first_done: int | None = None
+        self.terminal = sys.stderr.isatty()
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self.begin is None else time.monotonic() - self.begin
+
+    def hear(self, result: TrialResult | None, tally: Tally) -> None:
+        """A hook of the searcher: a result became durable, or a trial was handed out."""
+        if self.begin is None:
+            self.begin = time.monotonic()
+        if result is not None:
+            self.heard += 1
+        due = time.monotonic() - self.last >= (0.2 if self.terminal else 10)
+        if due or (tally.ended and result is None):
+            self.last = time.monotonic()
+            self._line(self.text(tally))
+
+    def text(self, tally: Tally) -> str:
+        done = tally.finished + tally.failed
+        said = (
+            f"{done}/{tally.wanted} done, {tally.running} running, {tally.failed} failed; "
+            f"front {len(tally.front)} trials, hypervolume {tally.hypervolume:.4g}"
+        )
+        if self.heard and done < tally.wanted:
+            left = (tally.wanted - done) * self.seconds / self.heard
+            said += f"; about {left // 60:.0f} min {left % 60:.0f} s left"
+        return said
+
+    def _line(self, text: str) -> None:
+        if self.terminal:
+            sys.stderr.write(f"\r\x1b[2K{text}")
+        else:
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self.terminal and self.last:
+            sys.stderr.write("\n")
+
+
+def _decoding(done: int, total: int) -> None:
+    """Progress of decoding: the terminal's line, or every tenth in a log."""
+    if sys.stderr.isatty():
+        end = "" if done < total else "\n"
+        sys.stderr.write(f"\r\x1b[2Kdecoding images: {done}/{total}{end}")
+        sys.stderr.flush()
+    elif done == total:
+        _say(f"decoded {total} images")
+
+
+@app.command("front")
+def front_command(
+    name: Annotated[str, typer.Argument(help="The study")],
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, one member a line")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw it: FILE.png or FILE.svg")] = None,
+    store: Store = None,
+) -> None:
+    """The non-dominated trials of a study, cheapest first.
+
+    \b
+    vitpareto front deit-s
+    vitpareto front deit-s --csv > front.csv
+    vitpareto front deit-s --plot front.svg
+    """
+    from dashboards.plot import plot_front
+    from dashboards.tables import csv_text, front_rows, json_lines
+    from search.errors import UserError
+
+    folder = _find(store, name)
+    objectives = folder.job()["objectives"]
+    rows = front_rows(folder.measured(), folder.latencies(), objectives)
+    if plot is not None:
+        if plot.suffix.lower() not in (".png", ".svg"):
+            raise UserError(f"--plot is {str(plot)!r}: accepted is FILE.png or FILE.svg")
+        path = plot_front(
+            folder.measured(), objectives=tuple(objectives[:2]), title=_title(folder), path=plot
+        )
+        _say(f"plot: {path}")
+    if as_csv:
+        typer.echo(csv_text(rows), nl=False)
+    elif as_json:
+        typer.echo(json_lines(rows), nl=False)
+    elif not rows:
+        _say(f"study {name} has no finished trial yet")
+    else:
+        _print_front(folder)
+
+
+@app.command("trials")
+def trials_command(
+    name: Annotated[str, typer.Argument(help="The study")],
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line")] = False,
+    store: Store = None,
+) -> None:
+    """Every trial of a study: finished, raced_out, failed (with the reason) and running.
+
+    \b
+    vitpareto trials deit-s --json
+    """
+    from dashboards.tables import json_lines, trial_rows, trial_table
+    from search.searcher import running_trials
+
+    folder = _find(store, name)
+    results = sorted([*folder.measured(), *running_trials(folder)], key=lambda r: r.trial)
+    if as_json:
+        typer.echo(json_lines(trial_rows(results)), nl=False)
+    else:
+        _console().print(trial_table(results, f"{len(results)} trials of {_title(folder)}"))
+
+
+@app.command("measure")
+def measure_command(
+    recipe: Annotated[Path, typer.Option(help="Recipe file (YAML)")],
+    model: Model = None,
+    data: DataOption = None,
+    weights: Weights = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    batch: Batch = None,
+    images: Images = None,
+    seed: Seed = None,
+    latency_batch: LatencyBatch = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
+    cache: Cache = None,
+) -> None:
+    """Measure one recipe beside the dense model, without a search.
+
+    \b
+    vitpareto measure --model deit_small_patch16_224 --data /imagenet/val --recipe recipe.yaml
+    """
+    from methods import Recipe
+    from search import run
+    from search.config import SearchConfig
+    from search.errors import UserError
+
+    given = {k: v for k, v in locals().items() if k not in ("recipe", "as_json") and v is not None}
+    keys = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",
+            "latency_batch", "cache")  # fmt: skip
+    try:
+        asked = Recipe.from_yaml(recipe.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe file {recipe} cannot be read: {error.strerror}") from error
+    config = SearchConfig.of({k: given[k] for k in keys if k in given})
+    result, dense, timed = run.measure(config, asked, decode=_decoding)
+    shown = {
+        "recipe": result.resolved,
+        **{k: round(v, 6) for k, v in result.values.items()},
+        "top1_low": result.top1_low,
+        "top1_high": result.top1_high,
+        "images": result.images,
+        "dense_top1": dense.values["top1"],
+        "dense_gmacs": dense.values["gmacs"],
+        "latency_ms": timed.p50_ms,
+        "latency_p95_ms": timed.p95_ms,
+        "dense_latency_ms": timed.dense_p50_ms,
+        "speedup": timed.speedup,
+        "speedup_low": timed.speedup_low,
+        "speedup_high": timed.speedup_high,
+        "latency_target": timed.target,
+    }
+    if as_json:
+        typer.echo(json.dumps(shown))
+        return
+    v, d = result.values, dense.values
+    target = ", ".join(f"{k} {t}" for k, t in timed.target.items())
+    rows = (
+        ("recipe", str(Recipe.from_dict(result.resolved))),
+        ("top-1", f"{v['top1']:.2f} % ({result.top1_low:.2f}–{result.top1_high:.2f}, "
+                  f"{result.images} images); dense {d['top1']:.2f} %"),
+        ("top-5", f"{v['top5']:.2f} %; dense {d['top5']:.2f} %"),
+        ("GMACs", f"{v['gmacs']:.4g} ({v['gmacs'] / d['gmacs']:.1%} of dense {d['gmacs']:.4g})"),
+        ("parameters", f"{v['params_m']:.4g} M"),
+        ("peak memory", f"{v['peak_mb']:.4g} MB at batch {config.batch}; "
+                        f"dense {d['peak_mb']:.4g}"),
+        ("latency", f"p50 {timed.p50_ms:.3g} ms, p95 {timed.p95_ms:.3g}; "
+                    f"dense {timed.dense_p50_ms:.3g} ({target})"),
+        ("speed-up", f"{timed.speedup:.2f} ({timed.speedup_low:.2f}–{timed.speedup_high:.2f})"),
+    )  # fmt: skip
+    for label, text in rows:
+        typer.echo(f"{label:<12} {text}")
+
+
+@app.command("methods")
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="One method in full")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line")] = False,
+) -> None:
+    """What there is: every method with its parameters, presets and paper.
+
+    \b
+    vitpareto methods
+    vitpareto methods tome
+    """
+    import methods
+
+    for each in (name,) if name else methods.names():
+        m = methods.get(each)
+        if as_json:
+            typer.echo(
+                json.dumps(
+                    {
+                        "name": m.name,
+                        "summary": m.summary,
+                        "kind": m.kind,
+                        "site": m.site,
+                        "training": m.training,
+                        "control": m.control,
+                        "paper": m.paper.title if m.paper else None,
+                        "url": m.paper.url if m.paper else None,
+                        "parameters": {p.name: p.accepts for p in m.parameters},
+                        "searched": {p.name: p.accepts for p in m.space},
+                        "presets": {p.name: p.choices for p in m.presets},
+                    }
+                )
+            )
+            continue
+        kind = "control" if m.control else m.kind
+        typer.echo(f"{m.name}: {m.summary} [{kind}, {m.site}, training: {m.training}]")
+        if m.paper is not None:
+            typer.echo(f"  paper       {m.paper.title}; {m.paper.authors} {m.paper.url}".rstrip())
+        for label, declared in (("parameter", m.parameters), ("searched", m.space)):
+            for p in declared:
+                typer.echo(f"  {label:<11} {p.name}: {p.accepts}{f' ({p.doc})' if p.doc else ''}")
+        for preset in m.presets:
+            choices = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                                for k, v in preset.choices.items())  # fmt: skip
+            typer.echo(f"  preset      {preset.name}: {choices}")
+
+
+@app.command("train-demo")
+def train_demo_command(
+    out: Annotated[Path, typer.Option(help="Where to write the weights")] = Path(
+        "digits_vit.safetensors"
+    ),
+    epochs: Annotated[int | None, typer.Option(help="[as the shipped weights]")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, drawings and order")] = 0,
+) -> None:
+    """Train the embedded model from scratch, as the shipped weights were.
+
+    \b
+    vitpareto train-demo --out digits_vit.safetensors
+    """
+    from search import embedded
+
+    options = {} if epochs is None else {"epochs": epochs}
+    report = embedded.train(out, seed=seed, progress=lambda line: _say(str(line)), **options)
+    typer.echo(json.dumps(report))
+
+
+def _find(store: str | None, name: str) -> StudyFolder:
+    from search.store import StudyFolder
+
+    return StudyFolder.find(store or os.environ.get("VITPARETO_STORE") or "studies", name)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # a log or a pipe has no width: wide enough that no recipe is cut
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def main() -> None:
+    """Entry point: one message and a non-zero exit where a user can mend it; --debug: traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped; what is finished is kept, the same command continues")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+            sys.exit(1)
+        if isinstance(error, typer.TyperException) and hasattr(error, "show"):
+            error.show()  # a word of the command line itself
+            sys.exit(2)
+        from methods import BadInput
+
+        if isinstance(error, (BadInput, SearchFailed)):
+            _say(f"error: {error}")
+            sys.exit(2)
+        _say(f"error: {type(error).__name__}: {error} (--debug shows where)")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
