@@ -142,6 +142,10 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=[progress.hear])
         progress.close()
     seconds = time.monotonic() - begin
+    for split in ("search", "calibration"):
+        if corrupt := prepared.data.split(split).corrupt:
+            shown = ", ".join(corrupt[:5]) + (" …" if len(corrupt) > 5 else "")
+            _say(f"left out of {split}: {len(corrupt)} unreadable images: {shown}")
     results = folder.measured()
     if not any(r.state == "finished" for r in results):
         reason = next((r.reason for r in results if r.reason), "no trial finished")
@@ -438,7 +442,7 @@ def train_demo_command(
         "digits_vit.safetensors"
     ),
     epochs: Annotated[int | None, typer.Option(help="[as the shipped weights]")] = None,
-    seed: Annotated[int, typer.Option(help="Of weights, drawings and order")] = 0,
+    seed: Annotated[int, typer.Option(help="Of weights and order")] = 0,
 ) -> None:
     """Train the embedded model from scratch, as the shipped weights were.
 

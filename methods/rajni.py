@@ -117,22 +117,24 @@ class RajniReduction(Reduction):
         self.score, self.counts = score, counts
         self.gamma, self.min_tokens, self.layers = gamma, min_tokens, layers
 
-    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
+    def observe(self, block: int, tokens: Tokens, attended: Attended) -> Reading | None:
         if self.counts is not None:
-            count = self.counts[block]
-            if count >= tokens.patches:
-                return tokens
-            found = read(tokens, attended, self.score)
-            return keep(tokens, top_k(ranking(found.importance), count))
-        if block not in self.layers:
-            return tokens
-        return self._reduce_by_image(tokens, attended)
+            reads = self.counts[block] < tokens.patches
+        else:
+            reads = block in self.layers and int(tokens.counts().max()) > (
+                self.min_tokens + tokens.prefix
+            )
+        return read(tokens, attended, self.score) if reads else None
 
-    def _reduce_by_image(self, tokens: Tokens, attended: Attended) -> Tokens:
-        n = tokens.counts() - tokens.prefix
-        if int(n.max()) <= self.min_tokens:
+    def reduce(self, block: int, tokens: Tokens, seen: Reading | None) -> Tokens:
+        if seen is None:
             return tokens
-        found = read(tokens, attended, self.score)
+        if self.counts is not None:
+            return keep(tokens, top_k(ranking(seen.importance), self.counts[block]))
+        return self._reduce_by_image(tokens, seen)
+
+    def _reduce_by_image(self, tokens: Tokens, found: Reading) -> Tokens:
+        n = tokens.counts() - tokens.prefix
         active = n > self.min_tokens
         before = tokens.per_image.get("eta")
         ratio = torch.ones_like(found.eta)
@@ -272,7 +274,6 @@ class Rajni(Method):
         averaged over the calibration images, and the block's count follows and is frozen.
         """
         vit = cast(_Reduced, model)
-        vit.reduction = probe = RajniReduction(params["score"], (), 0.0, 1, ())
         states = [vit.embed(batch) for part in images for batch in batches(part)]
         if not states:
             raise BadInput("rajni needs at least one calibration image, got none")
@@ -285,12 +286,10 @@ class Rajni(Method):
             reads = block in layers and n > params["min_tokens"]
             found: list[Reading] = []
 
-            def act(_: int, tokens: Tokens, attended: Attended, reads=reads, found=found) -> Tokens:
-                if reads:
-                    found.append(read(tokens, attended, params["score"]))
-                return tokens
+            def listen(_: int, tokens: Tokens, attended: Attended, found=found) -> None:
+                found.append(read(tokens, attended, params["score"]))
 
-            states = [vit.run_block(block, tokens, act) for tokens in states]
+            states = [vit.run_block(block, t, listen if reads else None) for t in states]
             if reads:
                 rho = torch.cat([f.rho for f in found]).double().mean()
                 eta = torch.cat([f.eta for f in found]).double().mean()
@@ -305,7 +304,6 @@ class Rajni(Method):
                         n = count
                 before = float(eta)
             counts.append(n)
-        del probe
         return {**params, "counts": tuple(counts)}
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> RajniReduction:

@@ -101,11 +101,15 @@ class StagedReduction(Reduction):
         """What decides, [B, n]; higher stays."""
         raise NotImplementedError
 
-    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
-        count = self.counts[block]
-        if count >= tokens.patches:
+    def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
+        if self.counts[block] >= tokens.patches:
+            return None
+        return self.score(block, tokens, attended)
+
+    def reduce(self, block: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        if seen is None:
             return tokens
-        return keep(tokens, top_k(self.score(block, tokens, attended), count))
+        return keep(tokens, top_k(seen, self.counts[block]))
 
 
 def pruned_blocks(counts: tuple[int, ...], shape: ModelShape) -> list[tuple[int, int]]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from methods.base import PUBLISHED_PATCHES, Method, Paper, Preset, register
 from methods.parameters import BadInput, Choice, Counts, Float, IntOrList
 from methods.shape import ModelShape
@@ -33,12 +35,15 @@ class ToMeReduction(Reduction):
         self.counts = counts
         self.proportional = proportional
 
-    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
-        r = tokens.patches - self.counts[block]
-        if r <= 0:
+    def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
+        """The metric, [B, N, D]; None where nothing merges."""
+        return attended.k.mean(dim=1) if self.counts[block] < tokens.patches else None
+
+    def reduce(self, block: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        if seen is None:
             return tokens
-        match = bipartite_match(attended.k.mean(dim=1), tokens.prefix, r)
-        return merge_matched(tokens, match)
+        r = tokens.patches - self.counts[block]
+        return merge_matched(tokens, bipartite_match(seen, tokens.prefix, r))
 
 
 @register

@@ -81,8 +81,18 @@ class Reduction(nn.Module):
         """Before block 0: set up per-image state. images: the normalised input [B, 3, H, W]."""
         return tokens
 
-    def reduce(self, block: int, tokens: Tokens, attended: Attended) -> Tokens:
-        """At this reduction's site of `block`; returning `tokens` unchanged is the identity."""
+    def observe(self, block: int, tokens: Tokens, attended: Attended) -> Any:
+        """What this reduction reads off the block's attention, after its residual; None: nothing.
+
+        Called before the MLP whatever the site, so that q, k and v (three times the tokens) are
+        not kept alive through it: return scores, not `attended` itself.
+        """
+        return None
+
+    def reduce(self, block: int, tokens: Tokens, seen: Any) -> Tokens:
+        """At this reduction's site of `block`, with what `observe` returned there; returning
+        `tokens` unchanged is the identity.
+        """
         return tokens
 
 
@@ -159,12 +169,13 @@ class _Reduced(VisionTransformer):
         self,
         index: int,
         tokens: Tokens,
-        reduce: Callable[[int, Tokens, Attended], Tokens] | None = None,
+        observe: Callable[[int, Tokens, Attended], Any] | None = None,
     ) -> Tokens:
-        """Block `index` with the reduction at its site; `reduce` stands in for it (calibration)."""
+        """Block `index` with the reduction at its site. `observe`: instead of the reduction's own
+        (calibration listens in with it).
+        """
         block = cast(Block, self.blocks[index])
-        act = reduce or self.reduction.reduce
-        y, seen = attend(
+        y, attended = attend(
             cast(Attention, block.attn),
             block.norm1(tokens.x),
             tokens,
@@ -172,13 +183,15 @@ class _Reduced(VisionTransformer):
             self.reduction.proportional,
         )
         tokens = replace(tokens, x=tokens.x + block.drop_path1(block.ls1(y)))
+        del y
+        seen = (observe or self.reduction.observe)(index, tokens, attended)
+        del attended
         if self.reduction.site == "mid-block":
-            tokens = act(index, tokens, seen)
-            del seen  # q, k and v need not outlive the reduction
+            tokens = self.reduction.reduce(index, tokens, seen)
         y = block.mlp(block.norm2(tokens.x))
         tokens = replace(tokens, x=tokens.x + block.drop_path2(block.ls2(y)))
         if self.reduction.site == "after-block":
-            tokens = act(index, tokens, seen)
+            tokens = self.reduction.reduce(index, tokens, seen)
         return tokens
 
     def run(self, images: Tensor, trace: bool = False) -> tuple[Tokens, Trace]:

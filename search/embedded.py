@@ -221,9 +221,9 @@ def normalise(images: NDArray[np.uint8]) -> Tensor:
 class _Trainee(nn.Module):
     """The model as it is trained: two devices that are gone afterwards.
 
-    In a plainly trained small ViT the class token has read all it needs in the first blocks, and
-    every patch knows the answer soon after: dropping patches later, even at random, costs little.
-    Large ViTs read late. To make this one read late too, class tokens and background patches are
+    Dropping patches late, even at random, costs nothing once the class token, or any patch that
+    is left, knows the answer: with class tokens alone shuffled, and larger digits, random kept
+    94.0 % of 200 search images at half the MACs, TopK 97.0. So class tokens and the background are
     shuffled among a batch's images after block 6 or 7 (where a digit was drawn is known): what
     they gathered until then says nothing about the label, which must be read from the digit's own
     patches. Linear heads on the class token after blocks 2, 4 and 6 (deep supervision) keep it

@@ -230,7 +230,7 @@ def test_an_image_at_the_floor_is_left_alone_beside_one_above_it():
     before = torch.tensor([7.0, 0.5]).double()
     tokens = Tokens(draw(2, 6, 12), 1, valid=valid, per_image={"eta": before})
     rule = RajniReduction("standardized", None, 2.0, 2, tuple(range(9)))
-    after = rule.reduce(3, tokens, attended(5, 1, True, valid))
+    after = rule.reduce(3, tokens, rule.observe(3, tokens, attended(5, 1, True, valid)))
     assert float(after.per_image["eta"][0]) == 7.0
     assert float(after.per_image["eta"][1]) != 0.5
     assert int(after.counts()[0]) == 3
