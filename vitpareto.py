@@ -203,14 +203,10 @@ class Progress:
 
     def __init__(self) -> None:
         self.begin: float | None = None
+        self.seconds = 0.0  # from the first trial handed out to the last result
         self.last = 0.0
         self.heard = 0
-        self.first_done: int | None = None
         self.terminal = sys.stderr.isatty()
-
-    @property
-    def seconds(self) -> float:
-        return 0.0 if self.begin is None else time.monotonic() - self.begin
 
     def hear(self, result: TrialResult | None, tally: Tally) -> None:
         """A hook of the searcher: a result became durable, or a trial was handed out."""
@@ -218,6 +214,7 @@ class Progress:
             self.begin = time.monotonic()
         if result is not None:
             self.heard += 1
+            self.seconds = time.monotonic() - self.begin
         due = time.monotonic() - self.last >= (0.2 if self.terminal else 10)
         if due or (tally.ended and result is None):
             self.last = time.monotonic()

@@ -18,8 +18,13 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray replaces a loopback address by a reachable one, unless it may not form clusters across
+# machines: this is its switch for that, whatever its name says
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
+
+log = logging.getLogger("vitpareto")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ def local_cluster(workers: int | None = None) -> Iterator[Room]:
             warnings.simplefilter("ignore", ResourceWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             ray.init(
+                address="local",  # a new one, also where RAY_ADDRESS names another
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
@@ -51,6 +57,9 @@ def local_cluster(workers: int | None = None) -> Iterator[Room]:
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
+        where = ray.util.get_node_ip_address()
+        if where != "127.0.0.1":
+            log.warning("Ray listens on %s: import clusters.local before ray for loopback", where)
     try:
         resources = ray.cluster_resources()
         yield Room(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
