@@ -159,6 +159,8 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     for path in _draw(folder):
         _say(f"plot: {path}")
     _print_front(folder)
+    if not tally.ended:
+        raise typer.Exit(130)  # interrupted: a script must be able to tell
 
 
 def _draw(folder: StudyFolder) -> list[Path]:
@@ -186,12 +188,11 @@ def _print_front(folder: StudyFolder) -> None:
     from dashboards.tables import front_rows, front_table
 
     rows = front_rows(folder.measured(), folder.latencies(), folder.job()["objectives"])
-    timed = next(iter(folder.latencies().values()), None)
-    note = ""
-    if timed is not None:
-        target = timed.target
-        note = f"; ms: {target['device']}, {target['dtype']}, batch {target['batch']}"
-    _console().print(front_table(rows, f"front of {_title(folder)} (* knee{note})"))
+    notes = ["* knee"] if any(r["knee"] for r in rows) else []
+    if target := next((r["latency_target"] for r in rows if r["latency_target"]), None):
+        notes.append(f"ms: {target['device']}, {target['dtype']}, batch {target['batch']}")
+    title = f"front of {_title(folder)}" + (f" ({'; '.join(notes)})" if notes else "")
+    _console().print(front_table(rows, title))
 
 
 class SearchFailed(Exception):
@@ -204,6 +205,7 @@ class Progress:
     def __init__(self) -> None:
         self.begin: float | None = None
         self.seconds = 0.0  # from the first trial handed out to the last result
+        self.first = 0.0
         self.last = 0.0
         self.heard = 0
         self.terminal = sys.stderr.isatty()
@@ -215,6 +217,7 @@ class Progress:
         if result is not None:
             self.heard += 1
             self.seconds = time.monotonic() - self.begin
+            self.first = self.first or self.seconds
         due = time.monotonic() - self.last >= (0.2 if self.terminal else 10)
         if due or (tally.ended and result is None):
             self.last = time.monotonic()
@@ -226,9 +229,10 @@ class Progress:
             f"{done}/{tally.wanted} done, {tally.running} running, {tally.failed} failed; "
             f"front {len(tally.front)} trials, hypervolume {tally.hypervolume:.4g}"
         )
-        if self.heard and done < tally.wanted:
-            left = (tally.wanted - done) * self.seconds / self.heard
-            said += f"; about {left // 60:.0f} min {left % 60:.0f} s left"
+        if self.heard > 1 and done < tally.wanted:
+            # from the second result on: the first waits for workers to start
+            left = round((tally.wanted - done) * (self.seconds - self.first) / (self.heard - 1))
+            said += f"; about {left // 60} min {left % 60} s left"
         return said
 
     def _line(self, text: str) -> None:
@@ -489,7 +493,7 @@ def main() -> None:
             sys.exit(2)
         from methods import BadInput
 
-        if isinstance(error, (BadInput, SearchFailed)):
+        if isinstance(error, (BadInput, SearchFailed, PermissionError)):
             _say(f"error: {error}")
             sys.exit(2)
         _say(f"error: {type(error).__name__}: {error} (--debug shows where)")

@@ -34,7 +34,7 @@ def front_rows(
     marked = knee_of(front, axes, dense)
     rows = []
     for r in front:
-        timed = latencies.get(r.trial)
+        timed = r.timed or latencies.get(r.trial)
         row: dict[str, Any] = {
             "trial": r.trial,
             "method": r.method,
@@ -51,6 +51,7 @@ def front_rows(
             "speedup": timed.speedup if timed else None,
             "speedup_low": timed.speedup_low if timed else None,
             "speedup_high": timed.speedup_high if timed else None,
+            "latency_target": None if timed is None else timed.target,
             "images": r.images,
             "knee": r is marked,
         }

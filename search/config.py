@@ -81,6 +81,9 @@ class SearchConfig:
             config,
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
+            # a study is continued by name, from any folder
+            data=os.path.abspath(config.data) if os.path.isdir(config.data) else config.data,
+            weights=os.path.abspath(config.weights) if config.weights else None,
         )._checked()
 
     def _checked(self) -> SearchConfig:

@@ -81,6 +81,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"weights file {path} holds more than tensors (a pickle could run code): it is not "
+            "read; save its state dict, best as safetensors"
+        ) from error
     except Exception as error:
         raise UserError(
             f"weights file {path} cannot be read as "
@@ -154,6 +159,7 @@ class MappedModel:
         partial = path.with_suffix(".partial")
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         safetensors.torch.save_file(state, partial)
+        partial.chmod(0o644)  # a study is read by others too
         partial.replace(path)
         skeleton = copy.deepcopy(model)
         for module in skeleton.modules():

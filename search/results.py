@@ -93,7 +93,8 @@ class TrialResult:
     `values` holds the objectives by name (top1 and top5 in percent, gmacs in G, params_m in M,
     peak_mb in MB); `images` is how many search images were seen, `bits` their correctness
     (`pack_bits`). `resolved` is the recipe with everything that was calibrated written into it,
-    so that it rebuilds without calibration images.
+    so that it rebuilds without calibration images. `latency` is a `Latency` as a dict, where it was
+    an objective.
     """
 
     trial: int
@@ -109,6 +110,12 @@ class TrialResult:
     seconds: float = 0.0
     reason: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] | None = None
+
+    @property
+    def timed(self) -> Latency | None:
+        """The latency that was measured as an objective, in full."""
+        return None if self.latency is None else Latency(**self.latency)
 
     @property
     def method(self) -> str:

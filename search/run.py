@@ -121,7 +121,9 @@ def resolve_device(asked: str) -> str:
 
 
 def prepare(config: SearchConfig, decode: DecodeProgress | None = None) -> Prepared:
-    """Look at every part of the job; UserError for the first that is wrong. Starts nothing."""
+    """Look at every part of the job, decode its images and make its folder, before anything is
+    started. UserError for the first thing that is wrong.
+    """
     folder = StudyFolder(Path(config.store) / config.name)
     space = Space.of(config.study_methods, config.space, config.fixed)
     device = resolve_device(config.device)
@@ -141,6 +143,10 @@ def prepare(config: SearchConfig, decode: DecodeProgress | None = None) -> Prepa
         config, folder, model, shape, preprocess, data, head, device, space, shape_finder(model)
     )
     _check_window(prepared)
+    folder.check(prepared.identity)
+    for split in ("search", "calibration"):  # decoded here, and too many corrupt images said here
+        data.split(split)
+    folder.create()
     return prepared
 
 
@@ -226,7 +232,6 @@ def search(
     """
     config, folder = prepared.config, prepared.folder
     crew = Crew.of(config, prepared.device, cpus, gpus)
-    folder.create()
     with folder.locked():
         if not folder.exists:  # a study without its job could not be continued by name alone
             folder.write_job(config.plain())
@@ -284,8 +289,9 @@ def _run_tune(searcher: FrontSearcher, task: Task, crew: Crew) -> None:
     trainable = tune.with_resources(
         tune.with_parameters(RecipeTrial, task=task), {"cpu": crew.cpus, "gpu": crew.gpus}
     )
-    # Ray wants a place for its own record of the run; ours is the study folder
-    scratch = tempfile.mkdtemp(prefix="vitpareto-tune-")
+    # Ray wants a place for its own record of the run; nothing is ever read from it
+    scratch = task.study.folder / "ray"
+    shutil.rmtree(scratch, ignore_errors=True)
     try:
         tuner = tune.Tuner(
             trainable,
@@ -297,7 +303,7 @@ def _run_tune(searcher: FrontSearcher, task: Task, crew: Crew) -> None:
             ),
             run_config=tune.RunConfig(
                 name="study",
-                storage_path=scratch,
+                storage_path=str(scratch),
                 verbose=0,
                 failure_config=tune.FailureConfig(max_failures=0),
             ),
@@ -314,7 +320,11 @@ def time_front(
     known = folder.latencies()
     config_batch = int(folder.job().get("latency_batch", 1))
     front = front_of(folder.results(), [OBJECTIVES[o] for o in objectives])
-    todo = [(r.trial, r.resolved or r.recipe) for r in front if r.trial not in known]
+    todo = [
+        (r.trial, r.resolved or r.recipe)
+        for r in front
+        if r.trial not in known and r.latency is None
+    ]
     if todo:
         alone = ray.remote(_time_recipes).options(
             num_cpus=cpus, num_gpus=1 if task.device.startswith("cuda") and gpus else 0
@@ -350,7 +360,6 @@ def measure(
         config = replace(config, store=str(scratch), name="measure")
         prepared = prepare(config, decode)
         recipe.checked(prepared.reshape(recipe))
-        prepared.folder.create()
         place = Workplace.open(make_task(prepared, epoch="", threads=None))
         dense = run_trial(place, 0, Recipe())
         result = run_trial(place, 1, recipe)

@@ -181,13 +181,16 @@ class FrontSearcher(Searcher):
             self.reference_again = optuna.Trial(self.study, frozen._trial_id)
             self.reference_again.set_user_attr("retries", retries + 1)
             return
-        self.study._storage.set_trial_user_attr(frozen._trial_id, "reason", why)
-        self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
         if retries < RETRIES:
             attrs = {"retry_of": frozen.number, "retries": retries + 1}
             if "preset" in frozen.user_attrs:
                 attrs["preset"] = frozen.user_attrs["preset"]
+            # before it is failed: a kill in between runs it twice over at worst, and the second
+            # is told what the first measured
             self.study.enqueue_trial(frozen.params, user_attrs=attrs)
+        self.study._storage.set_trial_user_attr(frozen._trial_id, "reason", why)
+        self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
+        if retries < RETRIES:
             return
         recipe = frozen.user_attrs.get("recipe", {})
         result = TrialResult(
@@ -357,7 +360,7 @@ class FrontSearcher(Searcher):
         elif self.front is not None:
             self.front.add(result.trial, result.values)
         if self.front is not None:
-            self.tally.hypervolume = self.front.hypervolume()
+            self.tally.hypervolume = self.front.progress()
             self.tally.front = tuple(m.trial for m in self.front.members())
 
     def _asked_key(self, result: TrialResult) -> str:

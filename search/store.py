@@ -127,13 +127,29 @@ class StudyFolder:
             )
         return found
 
+    @property
+    def untouched(self) -> bool:
+        """Nothing was measured or asked for here yet, so there is nothing to mix with."""
+        return not self.journal.exists() and not any((self.folder / "trials").glob("[0-9]*"))
+
     def settle(self, identity: dict[str, Any]) -> None:
-        """Write the identity of a new study, or refuse to mix: UserError naming what differs."""
-        identity = json.loads(json.dumps({"schema": SCHEMA, **identity}))
+        """Write the identity of a new study, or refuse to mix (`check`)."""
+        if self.exists:
+            self.identity()  # one of a newer schema is refused, not overwritten
+        if not self.exists or self.untouched:
+            text = json.dumps({"schema": SCHEMA, **identity}, indent=1)
+            write_atomic(self.folder / "study.json", text)
+            return
+        self.check(identity)
+
+    def check(self, identity: dict[str, Any]) -> None:
+        """UserError naming what differs from the study that is there, if one is."""
         if not self.exists:
-            write_atomic(self.folder / "study.json", json.dumps(identity, indent=1))
             return
         before = self.identity()
+        if self.untouched:
+            return
+        identity = json.loads(json.dumps({"schema": SCHEMA, **identity}))
         differs = [k for k in {**identity, **before} if identity.get(k) != before.get(k)]
         if differs:
             said = "; ".join(

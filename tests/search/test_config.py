@@ -17,7 +17,7 @@ from search.errors import UserError
 
 GOOD: dict[str, Any] = {
     "name": "deit-s", "model": "deit_small_patch16_224", "data": "/imagenet/val",
-    "weights": "w.safetensors", "trials": 200, "methods": ["rajni", "tome"],
+    "weights": "/w/w.safetensors", "trials": 200, "methods": ["rajni", "tome"],
     "objectives": ["top1", "gmacs", "params_m"], "sampler": "nsga2", "seed": 7, "workers": 3,
     "device": "cuda:1", "dtype": "bfloat16", "batch": 32, "gpus_per_trial": 0.25, "images": 500,
     "min_gmacs": 1.5, "max_gmacs": 4, "latency": "off", "latency_batch": 8,
@@ -203,3 +203,13 @@ def test_job_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_bad_sets(text: str, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         SearchConfig.of(read_job(None, [text], {}))
+
+
+def test_places_are_kept_whole_so_that_a_study_continues_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "val").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = SearchConfig.of({"data": "val", "weights": "w.pth"})
+    assert config.data == str(tmp_path / "val") and config.weights == str(tmp_path / "w.pth")
+    assert SearchConfig.of({"data": "cifar10"}).data == "cifar10"

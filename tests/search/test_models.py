@@ -219,7 +219,7 @@ def test_no_pickle_of_a_user_runs(tmp_path: Path, how: str, suffix: str) -> None
         path.write_bytes(pickle.dumps(stored))
     else:
         torch.save(stored, path)
-    with pytest.raises(UserError, match="cannot be read as"):
+    with pytest.raises(UserError, match="cannot be read as|holds more than tensors"):
         load_model("digits", path)
     assert not trap.exists()
     pickle.loads(pickle.dumps(stored))
