@@ -390,6 +390,57 @@ def measure_command(
         typer.echo(f"{label:<12} {text}")
 
 
+@app.command("export")
+def export_command(
+    name: Annotated[str, typer.Argument(help="The study")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist")],
+    max_gmacs: Annotated[float | None, typer.Option(help="Best top-1 within it")] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(help="Best top-1 within it")] = None,
+    min_top1: Annotated[float | None, typer.Option(help="Cheapest that reaches it, %")] = None,
+    knee: Annotated[bool, typer.Option("--knee", help="The front's knee")] = False,
+    trial: Annotated[int | None, typer.Option(help="This trial")] = None,
+    store: Store = None,
+    cache: Cache = None,
+) -> None:
+    """Write a trial as a verified bundle: ONNX, torch.export, recipe, weights.
+
+    \b
+    vitpareto export deit-s --max-gmacs 3.2 --out bundle/
+    """
+    from search.export import choose_trial, export
+    from search.pareto import objectives_named
+
+    folder = _find(store, name)
+    result = choose_trial(
+        folder.measured(),
+        objectives_named(folder.job()["objectives"]),
+        max_gmacs=max_gmacs,
+        max_latency_ms=max_latency_ms,
+        min_top1=min_top1,
+        knee=knee,
+        trial=trial,
+    )
+    _say(f"trial {result.trial} ({result.method}): exporting and verifying")
+    typer.echo(str(export(folder, result, out, cache=cache)))
+
+
+@app.command("verify")
+def verify_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder that export wrote")],
+) -> None:
+    """Check a bundle's hashes and compare its programs with the measured model.
+
+    \b
+    vitpareto verify bundle/
+    """
+    from search.verify import verify
+
+    found = verify(bundle)
+    typer.echo(found.table())
+    if not found.verified:
+        raise typer.Exit(1)
+
+
 @app.command("methods")
 def methods_command(
     name: Annotated[str | None, typer.Argument(help="One method in full")] = None,

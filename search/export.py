@@ -1,0 +1,440 @@
+"""A trial as a folder to deploy: the bundle, written whole or not at all, and proven when written.
+
+`choose_trial` says which trial, `export` writes its bundle and leaves none behind that its own
+`verify` would not pass. The exported graph is float32 and for the CPU, whatever measured it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import methods
+from methods import Recipe
+from methods.vit import Trace
+from search.bundle_readme import readme, resize_rule
+from search.config import SearchConfig
+from search.datasets import Preprocess, Split, check_head, open_data
+from search.errors import UserError
+from search.models import fingerprint, load_model, num_classes
+from search.pareto import NothingUnderBudget, choose, front_of, knee_of
+from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
+from search.store import StudyFolder
+from search.verify import (
+    NEAR_TIED,
+    RESULT,
+    Measured,
+    Verification,
+    check_programs,
+    eager_logits,
+    normalised,
+    seal,
+    sha256,
+)
+
+SCHEMA = 1
+#: Search images a bundle carries, the first of their fixed order.
+IMAGES = 20
+#: Relative sizes of the noise under which a selection that changes is called near-tied, and how
+#: many draws of each: float32 rounding is 1e-7 an operation, and a block has hundreds in a row.
+NOISE, DRAWS = (1e-6, 1e-5), 4
+
+
+class NotVerified(RuntimeError):
+    """The exported programs are not the measured model; the message holds the table."""
+
+
+def choose_trial(
+    results: Sequence[TrialResult],
+    objectives: Sequence[Objective],
+    *,
+    max_gmacs: float | None = None,
+    max_latency_ms: float | None = None,
+    min_top1: float | None = None,
+    knee: bool = False,
+    trial: int | None = None,
+) -> TrialResult:
+    """The finished trial that the caller's words mean: budgets, or the knee, or one by number.
+
+    UserError: no or more than one kind of choice; a budget under which nothing lies (the nearest
+    trials are named); a front without a knee; a trial that is not there or not finished.
+    """
+    budgets = {
+        "max_gmacs": max_gmacs, "max_latency_ms": max_latency_ms, "min_top1": min_top1,
+    }  # fmt: skip
+    asked = any(v is not None for v in budgets.values())
+    if [asked, knee, trial is not None].count(True) != 1:
+        raise UserError(
+            "which trial? Give budgets (--max-gmacs, --max-latency-ms, --min-top1), "
+            "or --knee, or --trial N, and one of the three kinds only"
+        )
+    finished = [r for r in results if r.state == "finished"]
+    if not finished:
+        raise UserError(f"none of {len(results)} trials is finished: there is nothing to export")
+    if trial is not None:
+        return _numbered(results, finished, trial)
+    if knee:
+        front = front_of(finished, objectives)
+        dense = next((r for r in finished if r.is_reference), None)
+        found = knee_of(front, objectives, dense)
+        if found is None:
+            raise UserError(
+                f"the front has no knee (an end of it is none): {_shown(front)}; "
+                "give --max-gmacs or --trial N"
+            )
+        return found
+    try:
+        return choose(finished, **budgets)
+    except (NothingUnderBudget, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _numbered(
+    results: Sequence[TrialResult], finished: Sequence[TrialResult], trial: int
+) -> TrialResult:
+    result = next((r for r in results if r.trial == trial), None)
+    if result is None:
+        near = sorted(finished, key=lambda r: abs(r.trial - trial))
+        raise UserError(f"there is no trial {trial}; nearest: {_shown(near)}")
+    if result.state != "finished":
+        raise UserError(
+            f"trial {trial} is {result.state}{f' ({result.reason})' if result.reason else ''}: "
+            "only finished trials are exported"
+        )
+    return result
+
+
+def _shown(results: Sequence[TrialResult]) -> str:
+    return "; ".join(
+        f"trial {r.trial} ({r.method}): top1 {r.values['top1']:.4g} %, "
+        f"gmacs {r.values['gmacs']:.4g} G"
+        for r in results[:3]
+    )
+
+
+class Deployed(nn.Module):
+    """What is exported: images [B, 3, H, W] -> logits [B, K] of the data's classes in float32,
+    score [B] (the softmax's largest) and class [B] (int64).
+    """
+
+    def __init__(self, model: nn.Module, head_indices: tuple[int, ...] | None):
+        super().__init__()
+        self.model = model
+        index = None if head_indices is None else torch.tensor(head_indices)
+        self.register_buffer("head_indices", index, persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.model(images).float()
+        if self.head_indices is not None:
+            logits = logits.index_select(1, cast(Tensor, self.head_indices))
+        score, label = logits.softmax(dim=1).max(dim=1)
+        return logits, score, label
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A trial's model rebuilt on the CPU in float32, with the images it was measured on."""
+
+    model: nn.Module
+    recipe: Recipe
+    preprocess: Preprocess
+    search: Split
+    classes: tuple[str, ...]
+    head_indices: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, folder: StudyFolder, result: TrialResult, cache: str | None) -> Candidate:
+        """UserError where the study's model or images are no longer what they were."""
+        job = SearchConfig.of(
+            {**folder.job(), "store": str(folder.folder.parent), "cache": cache or None}
+        )
+        recipe = Recipe.from_dict(result.resolved or result.recipe)
+        dense = load_model(job.model, folder.weights)
+        known = folder.identity()
+        if fingerprint(dense) != known["model_fingerprint"]:
+            raise UserError(
+                f"study {folder.name} measured a model with fingerprint "
+                f"{known['model_fingerprint']}; {job.model} with {folder.weights.name} is now "
+                f"{fingerprint(dense)} (another timm version?)"
+            )
+        shape, _ = recipe.reshape(methods.model_shape(dense), dense)
+        if recipe.tokens is not None:
+            declared = recipe.tokens.declared
+            if declared.counts(declared.check(recipe.tokens.params, shape), shape) is None:
+                raise UserError(
+                    f"trial {result.trial} ({recipe}) decides for every image how many patches it "
+                    "keeps: no program of fixed shape is that model. Export one with "
+                    f"budget=calibrated instead ({declared.name}'s default: leave out "
+                    f"fixed.{declared.name}.budget, or measure the same recipe with it)"
+                )
+        preprocess = Preprocess.of(dense)
+        data = open_data(
+            job.data, preprocess, cache=Path(job.cache), seed=job.seed, images=job.images
+        )
+        if data.fingerprint != known["data_fingerprint"]:
+            raise UserError(
+                f"study {folder.name} measured images with fingerprint "
+                f"{known['data_fingerprint'][:16]}; {job.data} now has {data.fingerprint[:16]}: "
+                "it has changed since"
+            )
+        head = check_head(num_classes(dense), data)
+        return cls(
+            recipe.build(dense).eval(), recipe, preprocess, data.split("search"), data.classes, head
+        )
+
+
+def export(
+    folder: StudyFolder,
+    result: TrialResult,
+    out: Path,
+    *,
+    cache: str | None = None,
+    images: int = IMAGES,
+) -> Path:
+    """Write the bundle of a finished trial to `out`, verified, and return it.
+
+    cache: the decoded images' folder (None: as the study's job says). images: how many search
+    images it carries. Everything is written beside `out` and renamed: `out` is whole or not there.
+    UserError: `out` exists or cannot be written, the trial has no program of fixed shape, or the
+    study's model or images have changed. NotVerified: what was written is not what was measured.
+    """
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already: nothing is overwritten, name another --out")
+    candidate = Candidate.of(folder, result, cache)
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.filename}: {error.strerror}") from error
+    try:
+        _write(partial, folder, result, candidate, images)
+        if os.path.lexists(out):
+            raise UserError(f"{out} has come to exist meanwhile: nothing is overwritten")
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _write(
+    bundle: Path, folder: StudyFolder, result: TrialResult, candidate: Candidate, count: int
+) -> None:
+    model, head = candidate.model, candidate.head_indices
+    preprocess = _preprocess(candidate.preprocess)
+    measured, agree = _measure(candidate, preprocess, result, count)
+    (bundle / "recipe.yaml").write_text(candidate.recipe.to_yaml(), encoding="utf-8")
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    # not save_file: its files are for their owner alone, and a bundle is read by others
+    (bundle / "weights.safetensors").write_bytes(safetensors.torch.save(state))
+    measured.save(bundle / "verify.npz")
+    Image.fromarray(measured.images[0]).save(bundle / "example.png")
+    _write_json(bundle / "preprocess.json", preprocess)
+    _write_json(bundle / "labels.json", list(candidate.classes))
+    seconds = write_programs(Deployed(model, head), normalised(measured.images, preprocess), bundle)
+    said = _result(folder, result, candidate, agree, seconds)
+    (bundle / "README.md").write_text(
+        readme(said["model"], str(candidate.recipe), _facts(said), preprocess, len(said["labels"])),
+        encoding="utf-8",
+    )
+    checked = check_programs(bundle, said)
+    if not checked.verified:
+        raise NotVerified(
+            f"the export of trial {result.trial} is not its model:\n{checked.table()}"
+        )
+    _write_json(bundle / "verification.json", checked.plain())
+    said["verification"] = _summary(checked)
+    said["files"] = {
+        path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(bundle.iterdir())
+    }
+    # through JSON first, so that the seal is over what will be read back
+    said = json.loads(json.dumps(said))
+    _write_json(bundle / RESULT, {**said, "seal": seal(said)})
+
+
+def write_programs(deployed: Deployed, images: Tensor, bundle: Path) -> dict[str, float]:
+    """model.pt2 and model.onnx for any batch size; images: some [M >= 2, 3, H, W] to trace with.
+
+    Returns the seconds each took. The ONNX program is made from the torch.export program.
+    """
+    begin = time.monotonic()
+    # two images: torch.export takes a batch of one for a constant
+    example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        program = torch.export.export(
+            deployed.eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
+        )
+        torch.export.save(program, bundle / "model.pt2")
+        middle = time.monotonic()
+        made = torch.onnx.export(
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=["logits", "score", "class"],
+        )
+    assert made is not None
+    made.save(str(bundle / "model.onnx"))
+    onnx.checker.check_model(str(bundle / "model.onnx"))
+    end = time.monotonic()
+    return {"pt2": round(middle - begin, 2), "onnx": round(end - middle, 2)}
+
+
+@torch.no_grad()
+def _measure(
+    candidate: Candidate, preprocess: dict[str, Any], result: TrialResult, count: int
+) -> tuple[Measured, str]:
+    """The measured model on the first search images, as it is and with rounding-sized noise; and
+    how many of those images it gets right or wrong as the trial did ("20 of 20").
+
+    NotVerified where it disagrees with the trial on more images than near-ties explain.
+    """
+    count = min(count, len(candidate.search))
+    raw, labels = candidate.search.batch(0, count)
+    images = normalised(raw.numpy(), preprocess)
+    head = None if candidate.head_indices is None else list(candidate.head_indices)
+
+    def run(noise: Tensor) -> tuple[np.ndarray, Trace]:
+        logits, trace = candidate.model(images * (1 + noise), trace=True)
+        return (logits if head is None else logits[:, head]).numpy(), trace
+
+    logits = eager_logits(candidate.model, images, count, head)
+    _, trace = run(torch.zeros(()))
+    draw = torch.Generator().manual_seed(0)
+    other_logits, other_selection = [], []
+    for size in NOISE:
+        for _ in range(DRAWS):
+            found, moved = run(size * torch.randn(images.shape, generator=draw))
+            pairs = zip(trace.group, moved.group, strict=True)
+            other_logits.append(found)
+            other_selection.append(
+                torch.stack([(a != b).any(dim=1) for a, b in pairs]).any(dim=0).numpy()
+            )
+    right = logits.argmax(axis=1) == labels.numpy()
+    same = int((right == unpack_bits(result.bits, result.images)[:count]).sum())
+    exact = result.provenance.get("dtype") == "float32"
+    if exact and count - same > max(1, int(NEAR_TIED * count)):
+        raise NotVerified(
+            f"trial {result.trial} rebuilt is right or wrong as it was measured on only {same} of "
+            f"{count} images"
+        )
+    measured = Measured(
+        raw.numpy(), labels.numpy(), logits, np.stack(other_logits), np.stack(other_selection)
+    )
+    return measured, f"{same} of {count}"
+
+
+def _preprocess(preprocess: Preprocess) -> dict[str, Any]:
+    """preprocess.json: what an image goes through, with timm's sizes worked out."""
+    height, width = preprocess.input_size[1:]
+    said = {
+        "size": [height, width],
+        "scale_size": [math.floor(side / preprocess.crop_pct) for side in (height, width)],
+        "interpolation": preprocess.interpolation,
+        "crop_pct": preprocess.crop_pct,
+        "crop_mode": preprocess.crop_mode,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "colour": "RGB",
+        "layout": "NCHW",
+        "scale": "(pixel / 255 - mean) / std",
+    }
+    return {**said, "resize": resize_rule(said)}
+
+
+def _result(
+    folder: StudyFolder,
+    result: TrialResult,
+    candidate: Candidate,
+    agree: str,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """result.json, but for verification, files and seal."""
+    made = dict(result.provenance)
+    versions = dict(made.get("versions", {}))
+    here = {
+        name: importlib.metadata.version(name)
+        for name in ("vitpareto", "torch", "timm", "onnx", "onnxscript", "onnxruntime")
+    }
+    values = result.values
+    timed = folder.latencies().get(result.trial) or result.timed
+    dense = next((r for r in folder.results() if r.is_reference and r.state == "finished"), None)
+    return {
+        "schema": SCHEMA,
+        "model": made.get("model", folder.job().get("model")),
+        "study": folder.name,
+        "trial": result.trial,
+        "recipe": candidate.recipe.to_dict(),
+        "accuracy": {
+            "top1": values["top1"],
+            "top1_low": result.top1_low,
+            "top1_high": result.top1_high,
+            "interval": "Wilson, 95 %",
+            "top5": values.get("top5"),
+            "images": result.images,
+            "split": "search",
+        },
+        "cost": {
+            **{name: v for name, v in values.items() if name not in ("top1", "top5")},
+            "units": {name: OBJECTIVES[name].unit for name in values if name in OBJECTIVES},
+        },
+        "latency": None if timed is None else dict(vars(timed)),
+        "dense": None if dense is None else dense.values,
+        "measured_with": {
+            **{k: v for k, v in made.items() if k not in ("versions", "data_fingerprint")},
+            "versions": versions,
+        },
+        "seed": made.get("seed"),
+        "device": made.get("device"),
+        "data_fingerprint": made.get("data_fingerprint"),
+        "exported": {"dtype": "float32", "device": "cpu", "versions": here, "seconds": seconds},
+        "rebuilt_as_measured": agree,
+        "labels": list(candidate.classes),
+        "head_indices": None if candidate.head_indices is None else list(candidate.head_indices),
+    }
+
+
+def _facts(said: dict[str, Any]) -> str:
+    """The README's first paragraph."""
+    accuracy, cost, measured = said["accuracy"], said["cost"], said["measured_with"]
+    text = (
+        f"Trial {said['trial']} of study {said['study']}: top-1 {accuracy['top1']:.2f} % "
+        f"({accuracy['top1_low']:.2f} to {accuracy['top1_high']:.2f}, {accuracy['images']} "
+        f"images), {cost['gmacs']:.4g} GMACs an image, {cost['params_m']:.4g} M parameters; "
+        f"measured on {measured.get('device')} in {measured.get('dtype')}."
+    )
+    if measured.get("dtype") != "float32":
+        text += " This export is float32: its accuracy may differ a little from that."
+    return text
+
+
+def _summary(checked: Verification) -> dict[str, Any]:
+    """What result.json says of the verification; verification.json has the whole."""
+    return {
+        "verified": checked.verified,
+        "images": checked.images,
+        "tolerance": checked.tolerance,
+        "max_difference": max(c.max_difference for c in checked.comparisons),
+        "near_tied": max(c.near_tied for c in checked.comparisons),
+        "not_checked": list(checked.notes),
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,87 @@
+"""MLflow on a store: up on loopback while the block runs, and nothing left after it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from dashboards import mlflow_server
+from dashboards.mlflow_server import serve
+from search.errors import UserError
+from search.results import TrialResult
+from search.store import StudyFolder
+from search.tracking import sync
+
+# SQLAlchemy deprecates what MLflow's tables still use, and says so when they are imported
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
+
+def group_of(leader: int) -> list[int]:
+    """Live processes of a process group (zombies are dead)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == leader and fields[0] != "Z":
+                found.append(int(entry.name))
+    return found
+
+
+def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "deit-s")
+    folder.create()
+    folder.settle({"model": "digits"})
+    folder.write(TrialResult(0, "finished", {}, "k", {"top1": 80.0, "gmacs": 4.0}))
+    sync(folder)
+    with serve(tmp_path, "deit-s") as served:
+        assert served.url.startswith("http://127.0.0.1:")
+        experiment, run = served.page.removeprefix(f"{served.url}/#/experiments/").split("/runs/")
+        assert experiment.isdigit() and len(run) == 32
+        with urllib.request.urlopen(served.url, timeout=10) as page:
+            assert b"<title>MLflow" in page.read()
+        address = f"{served.url}/api/2.0/mlflow/runs/get?run_id={run}"
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            assert b'"deit-s"' in answer.read()
+        assert group_of(served.pid)
+        with pytest.raises(UserError, match="vitpareto sync other brings it there"):
+            mlflow_server._page(served.url, "other")
+        port = int(served.url.rpartition(":")[2])
+        with (
+            pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"),
+            serve(tmp_path, port=port),
+        ):
+            pass
+    assert not group_of(served.pid)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        taken = pytest.raises(UserError, match=f"127.0.0.1:{port}: Address already in use")
+        with taken, serve(tmp_path, port=port):
+            pass
+    assert not os.listdir(tmp_path)
+
+
+def test_a_port_that_is_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="accepted is 1 to 65535"), serve(tmp_path, port=70000):
+        pass
+
+
+def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text(
+        "this is no database, and long enough to be read as one" * 9
+    )
+    with pytest.raises(UserError, match=r"ended with code \d+: .*database"), serve(tmp_path):
+        pass
