@@ -6,9 +6,11 @@ imported inside the commands, so that `vitpareto --help` does not wait for torch
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from search.results import TrialResult
     from search.searcher import Tally
     from search.store import StudyFolder
+    from search.tracking import Page
 
 app = typer.Typer(
     name="vitpareto",
@@ -48,6 +51,11 @@ Batch = Annotated[int | None, typer.Option(help="Images per forward [64]")]
 Images = Annotated[int | None, typer.Option(help="Use only so many of the search images")]
 Seed = Annotated[int | None, typer.Option(help="Of splits, order and sampler [0]")]
 LatencyBatch = Annotated[int | None, typer.Option(help="Batch at which latency is timed [1]")]
+
+
+TrackingUri = Annotated[
+    str | None, typer.Option(help="MLflow server, or none [SQLite in the store]")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -88,6 +96,7 @@ def search_command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any job key, e.g. trials=400")
     ] = None,
+    tracking_uri: TrackingUri = None,
     store: Store = None,
     cache: Cache = None,
 ) -> None:
@@ -115,6 +124,9 @@ def demo_command(
     """
     given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32}
     _search(None, [], {k: v for k, v in given.items() if v is not None})
+    where = f" --store {store}" if store else ""
+    typer.echo(f"look at it in MLflow: vitpareto ui demo{where}")
+    typer.echo(f"deploy its knee: vitpareto export demo --knee --out bundle{where}")
 
 
 def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
@@ -122,6 +134,7 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     from search import run
     from search.config import SearchConfig, read_job
     from search.store import StudyFolder
+    from search.tracking import Tracker
 
     given = read_job(job, sets, options)
     config = SearchConfig.of(given)
@@ -137,10 +150,19 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
         f"{len(prepared.data.classes)} classes; methods: {', '.join(prepared.space.methods)}"
     )
-    with local_cluster(config.workers) as room:
+    with contextlib.ExitStack() as stack:
+        room = stack.enter_context(local_cluster(config.workers))
         progress = Progress()
-        folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=[progress.hear])
+        hooks: list[run.Hook] = [progress.hear]
+        tracker = None
+        if config.tracking_uri != "none":
+            tracker = stack.enter_context(Tracker(folder, config.tracking_uri, say=_say))
+            hooks.append(tracker.hear)
+        folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=hooks)
         progress.close()
+        page = _page(folder)
+        if tracker is not None:
+            tracker.finish(page.artifacts, page.table, ended=tally.ended)
     seconds = time.monotonic() - begin
     for split in ("search", "calibration"):
         if corrupt := prepared.data.split(split).corrupt:
@@ -156,11 +178,23 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         f"{tally.outside} outside the window; {seconds:.0f} s, "
         f"{60 * progress.heard / max(progress.seconds, 1e-9):.0f} trials per minute"
     )
-    for path in _draw(folder):
+    for path in page.artifacts.values():
         _say(f"plot: {path}")
     _print_front(folder)
     if not tally.ended:
         raise typer.Exit(130)  # interrupted: a script must be able to tell
+
+
+def _page(folder: StudyFolder) -> Page:
+    """What MLflow shows of a study beside its runs: pictures and the front's table."""
+    from dashboards.tables import front_rows
+    from search.tracking import Page
+
+    results = folder.measured()
+    if not any(r.state == "finished" for r in results):
+        return Page({}, [])
+    rows = front_rows(results, folder.latencies(), folder.job()["objectives"])
+    return Page({path.name: path for path in _draw(folder)}, rows)
 
 
 def _draw(folder: StudyFolder) -> list[Path]:
@@ -439,6 +473,55 @@ def verify_command(
     typer.echo(found.table())
     if not found.verified:
         raise typer.Exit(1)
+
+
+@app.command("sync")
+def sync_command(
+    name: Annotated[str, typer.Argument(help="The study")],
+    tracking_uri: TrackingUri = None,
+    store: Store = None,
+) -> None:
+    """Make MLflow equal to a study, from nothing if need be; the study is the truth.
+
+    \b
+    vitpareto sync deit-s --tracking-uri http://127.0.0.1:5000
+    """
+    from search.tracking import sync
+
+    folder = _find(store, name)
+    uri = tracking_uri or folder.job().get("tracking_uri")
+    report = sync(folder, None if uri == "none" else uri, _page(folder))
+    typer.echo(
+        f"{report.created} runs created, {report.updated} updated, {report.closed} closed, "
+        f"{report.removed} removed, {report.unchanged} unchanged"
+    )
+    for trial, reason in report.refused.items():
+        _say(f"refused: {'the study' if trial is None else f'trial {trial}'}: {reason}")
+    if report.refused:
+        raise typer.Exit(1)
+
+
+@app.command("ui")
+def ui_command(
+    name: Annotated[str | None, typer.Argument(help="Open at this study")] = None,
+    port: Annotated[int | None, typer.Option(help="[a free one]")] = None,
+    store: Store = None,
+) -> None:
+    """Serve MLflow on the store, on loopback, until Ctrl-C; prints the study's address.
+
+    \b
+    vitpareto ui deit-s
+    """
+    from dashboards.mlflow_server import serve
+
+    place = Path(store or os.environ.get("VITPARETO_STORE") or "studies")
+    if name is not None:
+        _find(store, name)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must end with us
+    with serve(place, name, port=port) as served:
+        typer.echo(served.page)
+        sys.stdout.flush()
+        signal.pause()
 
 
 @app.command("methods")

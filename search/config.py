@@ -53,6 +53,7 @@ class SearchConfig:
     max_gmacs: float | None = None
     latency: str = "front"
     latency_batch: int = 1
+    tracking_uri: str | None = None
     space: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     store: str = ""
@@ -72,7 +73,16 @@ class SearchConfig:
         maps = {k: _mapping(k, values.pop(k)) for k in ("space", "fixed") if k in values}
         strings = {
             k: _string(k, values.pop(k))
-            for k in ("name", "model", "data", "weights", "device", "store", "cache")
+            for k in (
+                "name",
+                "model",
+                "data",
+                "weights",
+                "device",
+                "store",
+                "cache",
+                "tracking_uri",
+            )
             if k in values
         }
         plain = {k: v for k, v in check_values(_PLAIN, values, "job").items() if v is not _UNSET}

@@ -378,6 +378,14 @@ class FrontSearcher(Searcher):
 
     # -- Ray's persistence, which is not ours --------------------------------------------------
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Empty: Ray pickles the searcher when it starts and never reads it; hooks hold threads."""
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrontSearcher:
+        """Itself: a copy would ask and tell beside the original."""
+        return self
+
     def save(self, checkpoint_path: str) -> None:
         """A stub: the study on disk is the truth."""
         Path(checkpoint_path).write_text("see the study folder\n", encoding="utf-8")
