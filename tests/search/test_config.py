@@ -17,6 +17,7 @@ from search.errors import UserError
 
 GOOD: dict[str, Any] = {
     "name": "deit-s", "model": "deit_small_patch16_224", "data": "/imagenet/val",
+    "tracking_uri": "http://127.0.0.1:5000",
     "weights": "/w/w.safetensors", "trials": 200, "methods": ["rajni", "tome"],
     "objectives": ["top1", "gmacs", "params_m"], "sampler": "nsga2", "seed": 7, "workers": 3,
     "device": "cuda:1", "dtype": "bfloat16", "batch": 32, "gpus_per_trial": 0.25, "images": 500,
