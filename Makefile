@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/vitpareto demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
