@@ -15,7 +15,7 @@ import pkgutil
 
 from methods.base import Method, Paper, Preset, get, names, register
 from methods.parameters import BadInput
-from methods.recipe import Recipe, Step, prune
+from methods.recipe import Recipe, Step, Untrained, prune
 from methods.shape import ModelShape, model_shape
 from methods.vit import Trace, UnsupportedModel, check_supported
 
@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "Trace",
     "UnsupportedModel",
+    "Untrained",
     "check_supported",
     "get",
     "model_shape",

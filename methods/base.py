@@ -56,6 +56,8 @@ class Method:
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     space: ClassVar[tuple[Parameter, ...]] = ()
     presets: ClassVar[tuple[Preset, ...]] = ()
+    #: every token left is made of many patches, so that it may be the place of none (`Trace.group`)
+    mixes: ClassVar[bool] = False
     #: parameters that leave the model dense; None where there are none, with the reason in the doc
     identity: ClassVar[dict[str, Any] | None] = None
 
@@ -114,6 +116,16 @@ class Method:
             raise NotImplementedError(f"{self.name} must declare the bounds of its token counts")
         return counts, counts
 
+    def entering(self, params: dict[str, Any], shape: ModelShape) -> int:
+        """Patches that enter block 0; fewer than the model's where a method drops some of the
+        embedded ones.
+        """
+        return shape.patches
+
+    def is_dense(self, params: dict[str, Any], shape: ModelShape) -> bool:
+        """Whether these parameters leave the model dense. Default: no patch is ever dropped."""
+        return self.counts(params, shape) == shape.dense_counts()
+
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
         """MACs an image of the method's own arithmetic under this schedule."""
         return 0
@@ -140,6 +152,10 @@ class Method:
 
     def needs_calibration(self, params: dict[str, Any]) -> bool:
         return False
+
+    def refuses_export(self, params: dict[str, Any], shape: ModelShape) -> str:
+        """Why no program of fixed shape is this model, and what to take instead; "": one is."""
+        return ""
 
 
 _REGISTRY: dict[str, Method] = {}

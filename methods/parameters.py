@@ -177,14 +177,31 @@ class Counts(Parameter):
 
 
 @dataclass(frozen=True)
-class IntOrList(Parameter):
-    """One whole number for every block, or a list with one for each. Each >= low."""
-
-    low: int = 0
+class Rates(Parameter):
+    """Fractions of the patches, one a prune layer: 0 < rate <= 1."""
 
     @property
     def accepts(self) -> str:
-        return f"a whole number >= {self.low}, or a list of them, one a block"
+        return "a list of fractions, 0 < fraction <= 1, one a prune layer"
+
+    def check(self, value: Any, where: str) -> tuple[float, ...]:
+        if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+            raise self.reject(value, where)
+        if not all(_real(v) and 0 < v <= 1 for v in value):
+            raise self.reject(value, where)
+        return tuple(float(v) for v in value)
+
+
+@dataclass(frozen=True)
+class IntOrList(Parameter):
+    """One whole number for every block (or other `each`), or a list with one for each, >= low."""
+
+    low: int = 0
+    each: str = "block"
+
+    @property
+    def accepts(self) -> str:
+        return f"a whole number >= {self.low}, or a list of them, one a {self.each}"
 
     def check(self, value: Any, where: str) -> int | tuple[int, ...]:
         if _whole(value) and value >= self.low:

@@ -267,6 +267,15 @@ class Rajni(Method):
             return False
         return params["gamma"] > 0
 
+    def refuses_export(self, params: dict[str, Any], shape: ModelShape) -> str:
+        if self.counts(params, shape) is not None:
+            return ""
+        return (
+            "decides for every image how many patches it keeps: no program of fixed shape is that "
+            "model. Export one with budget=calibrated instead (the default: leave budget out, or "
+            "measure the same recipe with it)"
+        )
+
     def calibrate(
         self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]
     ) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import copy
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -27,6 +28,10 @@ from methods.base import Method, get
 from methods.parameters import BadInput, nearest
 from methods.shape import ModelShape, model_shape
 from methods.vit import check_supported, reduced
+
+
+class Untrained(UserWarning):
+    """A method with trained parts was built without weights: they are fresh ones."""
 
 
 class YamlLoader(yaml.SafeLoader):
@@ -166,7 +171,7 @@ class Recipe:
         if self.tokens is not None:
             declared = self.tokens.declared
             params = declared.check(self.tokens.params, shape)
-            if declared.counts(params, shape) != shape.dense_counts():
+            if not declared.is_dense(params, shape):
                 parts["tokens"] = [declared.name, declared.signature(params, shape)]
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -181,7 +186,7 @@ class Recipe:
 
         calibration: normalised images [M, 3, H, W], or batches of them, for methods that ask for
         them and whose recipe does not hold the outcome yet. weights: a state dict for the built
-        model. Raises UnsupportedModel, BadInput.
+        model. Raises UnsupportedModel, BadInput; warns (Untrained) where trained parts are fresh.
         """
         check_supported(model)
         done = getattr(model, "recipe", None)
@@ -209,6 +214,14 @@ class Recipe:
             reduction = declared.reduction(params, shape)
             reference = next(changed.parameters())
             built = reduced(changed, reduction.to(reference.device, reference.dtype), recipe)
+            untrained = declared.training == "required" and weights is None
+            if untrained and not declared.is_dense(params, shape):
+                warnings.warn(
+                    f"{declared.name} needs training: without weights= it starts from fresh parts; "
+                    "costs and shapes are right, accuracy is not",
+                    Untrained,
+                    stacklevel=2,
+                )
         if weights is not None:
             _load(built, weights)
         return cast(nn.Module, built)

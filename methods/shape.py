@@ -1,16 +1,18 @@
 """The dimensions of a ViT and the multiply-accumulates that follow from them, in closed form.
 
 What a method needs to know of a model (`ModelShape`) and what the dense parts of the reduced
-forward cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm 5 per
-element (4 without weights), softmax, GELU, additions, gathers and scatters 0.
+forward cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm and group
+norm 5 per element (4 without weights), batch norm 2 (1), softmax, GELU, RMS norm, additions,
+gathers and scatters 0.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from timm.layers.attention import Attention
@@ -91,12 +93,13 @@ class ModelShape:
     def dense_counts(self) -> tuple[int, ...]:
         return (self.patches,) * self.depth
 
-    def macs(self, counts: Sequence[int], site: str) -> int:
-        """MACs of one image with `counts` patches left after each block, reductions at `site`.
+    def macs(self, counts: Sequence[int], site: str, entering: int | None = None) -> int:
+        """MACs of one image with `counts` patches left after each block, reductions at `site`,
+        and `entering` patches before block 0 (default: all).
 
         A method's own arithmetic is not in it (`Method.extra_macs`).
         """
-        total, n = self.stem, self.patches
+        total, n = self.stem, self.patches if entering is None else entering
         for block, after in zip(self.blocks, counts, strict=True):
             in_mlp = after if site == "mid-block" else n
             total += block.macs(n + self.prefix, in_mlp + self.prefix)
@@ -164,13 +167,43 @@ def model_shape(model: nn.Module) -> ModelShape:
 
 
 def _stem_macs(embed: nn.Module, image: tuple[int, int], patches: int) -> int:
-    """MACs of the patch embedding: one convolution, or whatever a hybrid stem holds (traced)."""
+    """MACs of the patch embedding: one convolution, or whatever a hybrid stem holds.
+
+    A hybrid stem is run without data and every operation's shape is read. Weight standardisation is
+    once a forward, whatever the batch: counted as for a batch of one.
+    """
     if type(embed) is PatchEmbed:
         conv = cast(nn.Conv2d, embed.proj)
         area = conv.kernel_size[0] * conv.kernel_size[1]
         macs = patches * conv.out_channels * conv.in_channels // conv.groups * area
         return macs + _norm_cost(cast(nn.Module, embed.norm)) * patches * conv.out_channels
     meta = copy.deepcopy(embed).to("meta").eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        meta(torch.empty(1, 3, *image, device="meta"))
+    reference = next(meta.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NORMS) as counter:
+        meta(reference.new_empty(1, 3, *image))
     return int(counter.get_total_flops()) // 2
+
+
+def _norm_flops(x: torch.Size, *args: Any, **_: Any) -> int:
+    """Layer and group norm, and batch norm over its own batch; args: the operation's others."""
+    affine = any(isinstance(a, torch.Size) for a in args)
+    return 2 * math.prod(x) * (5 if affine else 4)
+
+
+def _batch_norm_flops(
+    x: torch.Size, weight: Any, bias: Any, mean: Any, var: Any, own: bool, *_: Any, **__: Any
+) -> int:
+    """`own`: by the batch's own mean and variance, as weight standardisation does; otherwise by
+    what training found: a scale and a shift.
+    """
+    if own:
+        return _norm_flops(x, weight)
+    return 2 * math.prod(x) * (2 if weight is not None else 1)
+
+
+#: what torch's counter leaves out and fvcore counts, in flops: two a multiply-add
+_NORMS = {
+    torch.ops.aten.native_batch_norm: _batch_norm_flops,
+    torch.ops.aten.native_group_norm: _norm_flops,
+    torch.ops.aten.native_layer_norm: _norm_flops,
+}

@@ -25,13 +25,18 @@ STAGED_PARAMETERS = (
     Counts("counts", "instead of both: the patches left after each block"),
 )  # fmt: skip
 
-STAGED_SPACE = (
-    Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
+#: where a method reduces: what `scale_layers` takes
+LAYERS_SPACE = (
     Float("first", "first prune layer, as a fraction of the depth", low=0.0, high=0.75),
     Int("stages", "number of prune layers", low=1, high=4),
     Float("spacing", "blocks between prune layers, as a fraction of the depth",
           low=1 / 12, high=1 / 3, when=("stages", (2, 3, 4))),
 )  # fmt: skip
+
+STAGED_SPACE = (
+    Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
+    *LAYERS_SPACE,
+)
 
 
 def staged_presets(source: str) -> tuple[Preset, ...]:
@@ -47,13 +52,11 @@ class StagedMethod(Method):
     """A token method with TopK's schedule."""
 
     parameters: ClassVar[tuple[Parameter, ...]] = STAGED_PARAMETERS
-    space = STAGED_SPACE
+    space: ClassVar[tuple[Parameter, ...]] = STAGED_SPACE
     identity = {"keep_rate": 1.0, "prune_layers": ()}
 
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        layers = scale_layers(
-            shape.depth, choices["first"], choices["stages"], choices.get("spacing", 0.0)
-        )
+        layers = chosen_layers(choices, shape)
         rate = round(choices["keep_rate"], 4)
         # the last stages go where a low rate would leave no patch on this model
         n, possible = shape.patches, 0
@@ -112,7 +115,27 @@ class StagedReduction(Reduction):
         return keep(tokens, top_k(seen, self.counts[block]))
 
 
-def pruned_blocks(counts: tuple[int, ...], shape: ModelShape) -> list[tuple[int, int]]:
-    """(block, patches entering it) for every block at which a schedule reduces."""
-    before = (shape.patches, *counts[:-1])
+def chosen_layers(choices: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
+    """The prune layers that choices from LAYERS_SPACE mean on a model of this shape."""
+    spacing = choices.get("spacing", 0.0)
+    return scale_layers(shape.depth, choices["first"], choices["stages"], spacing)
+
+
+def check_one_a_layer(params: dict[str, Any], name: str, where: str) -> None:
+    """BadInput unless the list params[name] has one entry a prune layer."""
+    values, layers = params[name], params["prune_layers"]
+    if len(values) != len(layers):
+        raise BadInput(
+            f"{where}.{name} has {len(values)} entries: prune_layers has {len(layers)}, accepted "
+            "is one a prune layer"
+        )
+
+
+def pruned_blocks(
+    counts: tuple[int, ...], shape: ModelShape, entering: int | None = None
+) -> list[tuple[int, int]]:
+    """(block, patches entering it) for every block at which a schedule reduces; `entering` patches
+    enter block 0 (default: all).
+    """
+    before = (shape.patches if entering is None else entering, *counts[:-1])
     return [(b, n) for b, (n, after) in enumerate(zip(before, counts, strict=True)) if after < n]

@@ -199,6 +199,15 @@ def merge_matched(tokens: Tokens, match: tuple[Tensor, Tensor, Tensor]) -> Token
     )
 
 
+def check_layers(depth: int, layers: Sequence[int], where: str) -> None:
+    """BadInput where rising block indices go beyond the depth."""
+    if layers and layers[-1] >= depth:
+        raise BadInput(
+            f"{where}.prune_layers names block {layers[-1]}: the model's blocks are 0 to "
+            f"{depth - 1}"
+        )
+
+
 def staged_counts(
     depth: int, patches: int, layers: Sequence[int], rates: Sequence[float], where: str
 ) -> tuple[int, ...]:
@@ -206,11 +215,7 @@ def staged_counts(
 
     Raises BadInput for a layer outside the depth and for a schedule that leaves no patch.
     """
-    if layers and layers[-1] >= depth:
-        raise BadInput(
-            f"{where}.prune_layers names block {layers[-1]}: the model's blocks are 0 to "
-            f"{depth - 1}"
-        )
+    check_layers(depth, layers, where)
     at = dict(zip(layers, rates, strict=True))
     counts, n = [], patches
     for block in range(depth):
@@ -230,3 +235,29 @@ def scale_layers(depth: int, first: float, stages: int, spacing: float) -> tuple
     start = min(depth - 1, round(first * depth))
     step = max(1, round(spacing * depth))
     return tuple(range(start, depth, step))[:stages]
+
+
+def rising(score: Tensor) -> tuple[Tensor, Tensor]:
+    """score [B, n] sorted upwards: (values, indices), both [B, n]; equal ones in order of position.
+
+    A stable sort by hand: it has no ONNX form, and an unstable one orders ties at will.
+    """
+    n = score.shape[1]
+    values, order = score.sort(dim=1)
+    # equal values get one number; sorting number * n + index orders the indices inside each
+    number = (values[:, 1:] > values[:, :-1]).to(torch.int64).cumsum(dim=1)
+    first = torch.cat([torch.zeros_like(order[:, :1]), number], dim=1) * n
+    return values, (first + order).sort(dim=1).values - first
+
+
+def keep_chosen(tokens: Tokens, chosen: Tensor, most: int) -> Tokens:
+    """Each image keeps the patches marked in chosen [B, n] bool, in their order, padded to `most`.
+
+    Padding is never to be chosen, nor more than `most` patches. All shapes follow from `most`.
+    """
+    n = tokens.patches
+    place = torch.arange(n, device=chosen.device)
+    # padding goes behind the kept patches
+    index = torch.where(chosen, place, place + n).sort(dim=1).values[:, :most]
+    valid = index < n
+    return keep(tokens, torch.where(valid, index, index - n), valid)

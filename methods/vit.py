@@ -21,6 +21,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from methods.by_head import attend_by_head
 from methods.parameters import BadInput
 from methods.tokens import Tokens
 
@@ -33,7 +34,11 @@ class UnsupportedModel(BadInput):
 
 @dataclass(frozen=True)
 class Attended:
-    """What a block's attention saw: q, k, v [B, H, N, D] after any q/k-norm, and the key bias."""
+    """What a block's attention saw: q, k, v [B, H, N, D] after any q/k-norm, and the key bias.
+
+    peak [B, N, N]: the attention's maximum over heads, without a gradient, query by key; None
+    where the reduction did not ask for it (`Reduction.needs_peak`).
+    """
 
     q: Tensor
     k: Tensor
@@ -43,6 +48,7 @@ class Attended:
     prefix: int
     class_token: bool
     valid: Tensor | None
+    peak: Tensor | None = None
 
     def attention(self, first: int, last: int) -> Tensor:
         """Attention of the queries first..last-1 over all tokens: [B, H, last - first, N]."""
@@ -81,6 +87,12 @@ class Reduction(nn.Module):
         """Before block 0: set up per-image state. images: the normalised input [B, 3, H, W]."""
         return tokens
 
+    def needs_peak(self, block: int) -> bool:
+        """Whether `observe` reads `attended.peak` in this block: attention then runs head by head
+        instead of in the fused kernel, for about the same time.
+        """
+        return False
+
     def observe(self, block: int, tokens: Tokens, attended: Attended) -> Any:
         """What this reduction reads off the block's attention, after its residual; None: nothing.
 
@@ -108,7 +120,14 @@ class Trace:
     figures: list[dict[str, Tensor]]
 
 
-def attend(attn: Attention, x: Tensor, tokens: Tokens, class_token: bool, proportional: bool):
+def attend(
+    attn: Attention,
+    x: Tensor,
+    tokens: Tokens,
+    class_token: bool,
+    proportional: bool,
+    needs_peak: bool = False,
+) -> tuple[Tensor, Attended]:
     """Attention over x [B, N, C] with everything timm's has: q/k-norm, gate, scale norm, dropout.
 
     Returns (output [B, N, C], Attended). No mask is passed before the first merge or padding: a
@@ -120,7 +139,10 @@ def attend(attn: Attention, x: Tensor, tokens: Tokens, class_token: bool, propor
     q, k = attn.q_norm(q), attn.k_norm(k)
     bias = tokens.key_bias(proportional)
     dropout = attn.attn_drop.p if attn.training else 0.0
-    if attn.fused_attn:
+    peak = None
+    if needs_peak:
+        out, peak = attend_by_head(q, k, v, attn.scale, bias, dropout)
+    elif attn.fused_attn:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
     else:
         weights = (q * attn.scale) @ k.transpose(-2, -1)
@@ -131,7 +153,7 @@ def attend(attn: Attention, x: Tensor, tokens: Tokens, class_token: bool, propor
     if attn.gate is not None:
         out = out * attn.gate(x).sigmoid()
     out = attn.proj_drop(attn.proj(out))
-    seen = Attended(q, k, v, attn.scale, bias, tokens.prefix, class_token, tokens.valid)
+    seen = Attended(q, k, v, attn.scale, bias, tokens.prefix, class_token, tokens.valid, peak)
     return out, seen
 
 
@@ -181,6 +203,7 @@ class _Reduced(VisionTransformer):
             tokens,
             self.cls_token is not None,
             self.reduction.proportional,
+            self.reduction.needs_peak(index),
         )
         tokens = replace(tokens, x=tokens.x + block.drop_path1(block.ls1(y)))
         del y

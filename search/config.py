@@ -101,7 +101,12 @@ class SearchConfig:
         if not self.name or not plain or self.name.startswith(".") or len(self.name.encode()) > 200:
             raise UserError(f"job.name is {self.name!r}: accepted is a plain folder name")
         for name in self.methods:
-            methods.get(name)
+            if methods.get(name).training == "required":
+                raise UserError(
+                    f"job.methods names {name}, which needs training: a search measures methods "
+                    "that need none. With trained weights it runs through "
+                    f"methods.prune(model, {name!r}, weights=...)"
+                )
         if len(set(self.methods)) != len(self.methods):
             raise UserError(f"job.methods is {list(self.methods)}: accepted is each name once")
         for name in self.objectives:

@@ -46,7 +46,8 @@ def schedule_macs(recipe: Recipe, shape: ModelShape, counts: Sequence[int]) -> i
         return shape.macs(shape.dense_counts(), "mid-block")
     declared = recipe.tokens.declared
     params = declared.check(recipe.tokens.params, shape)
-    return shape.macs(counts, declared.site) + declared.extra_macs(params, shape, counts)
+    dense_parts = shape.macs(counts, declared.site, declared.entering(params, shape))
+    return dense_parts + declared.extra_macs(params, shape, counts)
 
 
 def recipe_macs(recipe: Recipe, shape: ModelShape) -> tuple[int, int]:

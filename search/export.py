@@ -176,13 +176,9 @@ class Candidate:
         shape, _ = recipe.reshape(methods.model_shape(dense), dense)
         if recipe.tokens is not None:
             declared = recipe.tokens.declared
-            if declared.counts(declared.check(recipe.tokens.params, shape), shape) is None:
-                raise UserError(
-                    f"trial {result.trial} ({recipe}) decides for every image how many patches it "
-                    "keeps: no program of fixed shape is that model. Export one with "
-                    f"budget=calibrated instead ({declared.name}'s default: leave out "
-                    f"fixed.{declared.name}.budget, or measure the same recipe with it)"
-                )
+            refused = declared.refuses_export(declared.check(recipe.tokens.params, shape), shape)
+            if refused:
+                raise UserError(f"trial {result.trial} ({recipe}) {refused}")
         preprocess = Preprocess.of(dense)
         data = open_data(
             job.data, preprocess, cache=Path(job.cache), seed=job.seed, images=job.images

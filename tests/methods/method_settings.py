@@ -4,13 +4,14 @@ collection, so that none goes untested.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from tiny_models import MODELS, dense, images
+from tiny_models import MODELS, dense, images, peak
 from torch import nn
 
 import methods
@@ -30,12 +31,16 @@ class Case:
         return f"{self.method}-{self.label}"
 
     def build(self, model: nn.Module) -> nn.Module:
-        """The pruned model; calibrated on images that no test prunes."""
+        """The pruned model; calibrated on images that no test prunes, trained parts drawn."""
         declared = methods.get(self.method)
         params = self.params(methods.model_shape(model))
         needs = declared.needs_calibration(declared.check(params))
         calibration = images(model, 6, seed=99) if needs else None
-        return methods.prune(model, self.method, calibration=calibration, **params)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", methods.Untrained)
+            built = methods.prune(model, self.method, calibration=calibration, **params)
+        peak(built.get_submodule("reduction"), seed=77)
+        return built
 
 
 def _fixed(**params: Any) -> Callable[[ModelShape], dict[str, Any]]:
@@ -68,14 +73,53 @@ SETTINGS: dict[str, dict[str, Callable[[ModelShape], dict[str, Any]]]] = {
         "calibrated-jacobian": _fixed(**_RAJNI, score="jacobian"),
         "counts": lambda s: {"counts": [s.patches - 1 - b for b in range(s.depth)]},
     },
+    "tram": {**_STAGED, "late": _fixed(keep_rate=0.5, prune_layers=(2,))},
+    "evit": {
+        "fuse": _STAGED["staged"],
+        "drop": _fixed(keep_rate=0.6, prune_layers=(0, 1), fuse=False),
+        "counts": _STAGED["counts"],
+    },
+    "ats": {
+        "caps": _fixed(prune_layers=(0, 2), max_tokens=(7, 3)),
+        "every block": _fixed(prune_layers=(0, 1, 2)),
+        "cap": _fixed(prune_layers=(0, 1), max_tokens=5),
+    },
+    "ppt": {
+        # near the middle of what these models have: some images merge, some drop
+        "mixed": lambda s: {
+            "r": 3,
+            "prune_layers": (0, 1, 2),
+            "threshold": (4.2 if s.class_token else 0.6) / s.patches**2,
+        },
+        "merges": _fixed(r=4, prune_layers=(0, 1), threshold=1e9),
+        "drops": _fixed(r=4, prune_layers=(0, 1), threshold=0.0),
+        "counts": lambda s: {"counts": [s.patches - 2 - b for b in range(s.depth)]},
+    },
+    "patchmerger": {
+        "list": _fixed(prune_layers=(0, 1), num_tokens=(7, 3)),
+        "number": _fixed(prune_layers=(1, 2), num_tokens=5),
+        "as many": lambda s: {"prune_layers": (0, 2), "num_tokens": (s.patches, 4)},
+    },
+    "dynamicvit": {
+        "staged": _fixed(prune_layers=(1, 2), keep_rates=(0.6, 0.3)),
+        "stage that drops nothing": _fixed(prune_layers=(1, 2), keep_rates=(1.0, 0.5)),
+    },
+    "tnt": {
+        "several-similar": _fixed(prune_layers=(0, 2), keep_rates=(0.7, 0.6), similarity_prune=5),
+        "several": _fixed(prune_layers=(0, 1), keep_rates=(0.7, 0.7)),
+        "single": _fixed(prune_layers=(1,), keep_rates=(0.6,)),
+        "single-similar": _fixed(prune_layers=(1,), keep_rates=(0.5,), similarity_prune=3),
+    },
 }
 
 _MISSING = set(methods.names()) - set(SETTINGS)
 if _MISSING:
     raise LookupError(f"no settings to test {', '.join(sorted(_MISSING))}: add them to SETTINGS")
 
+#: settings whose counts each image decides: the method, and what their labels start with
+_PER_IMAGE = {"ats": "", "rajni": "image"}
 CASES = [
-    Case(name, label, params, per_image=name == "rajni" and label.startswith("image"))
+    Case(name, label, params, name in _PER_IMAGE and label.startswith(_PER_IMAGE[name]))
     for name, settings in SETTINGS.items()
     for label, params in settings.items()
 ]

@@ -103,7 +103,7 @@ def test_one_wrong_block_among_right_ones_is_found():
 FOUR = "the model's blocks are 0 to 3"
 WRONG = [
     ("tomee", {"r": 1}, "unknown method 'tomee': did you mean 'tome'?"),
-    ("xyz", {}, "unknown method 'xyz'; known: centre, dense, "),
+    ("xyz", {}, "unknown method 'xyz'; known: ats, centre, dense, "),
     ("tome", {"rr": 1}, "tome has no parameter 'rr'"),
     ("topk", {"keep_rat": 0.5}, "topk has no parameter 'keep_rat': did you mean 'keep_rate'?"),
     ("dense", {"r": 1}, "dense has no parameter 'r'; known: none"),

@@ -7,14 +7,15 @@ A new kind of model is one line in `MODELS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from timm.layers import RmsNorm
+from timm.layers import GroupNormAct, HybridEmbed, RmsNorm, StdConv2dSame, build_sincos2d_pos_embed
 from timm.layers.attention import Attention
 from timm.layers.mlp import SwiGLU
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -30,6 +31,28 @@ def _gated() -> VisionTransformer:
     for block in model.blocks:
         block.attn = Attention(32, num_heads=2, qkv_bias=True, gated=True)
     return model
+
+
+def _simple() -> VisionTransformer:
+    """SimpleViT's form: fixed sin-cos positions, no class token, average pooling."""
+    model = vit(class_token=False, global_pool="avg")
+    fixed = build_sincos2d_pos_embed([4, 4], 32)[None]
+    model.pos_embed = nn.Parameter(fixed, requires_grad=False)
+    return model
+
+
+def hybrid(**stem: Any) -> VisionTransformer:
+    """timm's R+ViT: a convolutional stem with group norm and standardised weights (`stem`: others),
+    to 8 x 8 cells, then patches of 2 x 2 cells.
+    """
+    small = {"layers": (1,), "channels": (16,), "stem_chs": 8, "stem_type": "same"}
+    layers = {
+        "norm_layer": partial(GroupNormAct, num_groups=4),
+        "conv_layer": partial(StdConv2dSame, eps=1e-8),
+    }
+    settings = {**small, **layers, "preact": False, "num_classes": 0, "global_pool": "", **stem}
+    embed = partial(HybridEmbed, backbone=ResNetV2(**settings))
+    return vit(embed_layer=embed, patch_size=2, depth=3)
 
 
 MODELS: dict[str, Callable[[], VisionTransformer]] = {
@@ -51,21 +74,27 @@ MODELS: dict[str, Callable[[], VisionTransformer]] = {
     "registers_avg": lambda: vit(class_token=False, reg_tokens=4, global_pool="avg"),
     "map_class": lambda: vit(global_pool="map", pool_include_prefix=True),
     "no_position": lambda: vit(pos_embed="none", class_token=False, global_pool="avg"),
+    "simple": _simple,
+    "hybrid": hybrid,
 }
 
 
 def peak(model: nn.Module, seed: int) -> None:
-    """Fill all weights at random, large enough that attention is far from uniform."""
+    """Fill all weights that train at random, large enough that attention is far from uniform."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
+            if not p.requires_grad:
+                continue
             noise = torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.dtype)
             if p.dim() == 1:
                 centre = 1.0 if name.endswith(("weight", "gamma")) else 0.0
                 p.copy_(centre + 0.2 * noise)
             elif p.dim() == 2:
+                # PatchMerger scales its queries' scores itself
+                fan_in = 1 if name.endswith("queries") else p.shape[1]
                 gain = 2.0 if "qkv" in name else 1.0
-                p.copy_(gain * noise / p.shape[1] ** 0.5)
+                p.copy_(gain * noise / fan_in**0.5)
             else:
                 p.copy_(0.3 * noise)
 

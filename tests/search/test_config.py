@@ -42,6 +42,8 @@ def refused(given: dict[str, Any]) -> str:
         ({3: "x"}, "a job has no key 3"),
         ({"methods": ["tomee"]}, "unknown method 'tomee': did you mean 'tome'?"),
         ({"methods": "rajni,topkk"}, "unknown method 'topkk': did you mean 'topk'?"),
+        ({"methods": ["tome", "tnt"]}, "job.methods names tnt, which needs training"),
+        ({"methods": "dynamicvit"}, "runs through methods.prune(model, 'dynamicvit', weights=...)"),
         ({"methods": ["tome", "tome"]}, "job.methods is ['tome', 'tome']: accepted is each"),
         ({"methods": 3}, "job.methods is 3: accepted is a list of names"),
         ({"methods": ["tome", 3]}, "job.methods is ['tome', 3]: accepted is a list of names"),

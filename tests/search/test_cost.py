@@ -38,8 +38,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "centre": {"keep_rate": 0.7, "prune_layers": (2, 5)},
     "resize": {"size": 40},
     "topk": {"keep_rate": 0.6, "prune_layers": (0, 3, 7)},
+    "tram": {"keep_rate": 0.6, "prune_layers": (2, 5)},
+    "evit": {"keep_rate": 0.6, "prune_layers": (2, 5)},
     "tome": {"r": 4},
     "rajni": {"gamma": 0.5, "min_tokens": 5},
+    "ats": {"prune_layers": (2, 5), "max_tokens": (40, 20)},
+    "ppt": {"r": 10, "prune_layers": (2, 5, 6)},
 }
 TRAINING_FREE = [n for n in methods.names() if methods.get(n).training != "required"]
 ADAPTIVE: dict[str, Any] = {"gamma": 0.5, "min_tokens": 5, "budget": "image"}
@@ -77,10 +81,10 @@ def test_published_models_cost_what_is_published(name: str, gmacs: float) -> Non
 
 @pytest.mark.parametrize("name", TRAINING_FREE)
 def test_closed_form_is_fvcores_count(name: str) -> None:
-    model = pruned(name)
-    counted = fvcore_macs(model, images(2))
-    assert macs(model) == pytest.approx(counted, rel=1e-3)
-    assert name == "dense" or macs(model) < 0.99 * macs(vit())
+    model, batch = pruned(name), images(2)
+    counted = fvcore_macs(model, batch)
+    assert macs(model, batch) == pytest.approx(counted, rel=1e-3)
+    assert name == "dense" or macs(model, batch) < 0.99 * macs(vit())
 
 
 def layer_norm_macs(model: nn.Module, batch: Tensor) -> int:
@@ -104,7 +108,7 @@ def test_closed_form_is_torchs_count_and_the_layer_norms(name: str) -> None:
         with FlopCounterMode(display=False) as counter:
             model(batch)
         norms = layer_norm_macs(model, batch)
-    assert macs(model) == counter.get_total_flops() / 2 / len(batch) + norms
+    assert macs(model, batch) == counter.get_total_flops() / 2 / len(batch) + norms
 
 
 def by_hand(counts: list[int], rows: list[bool]) -> int:
@@ -231,9 +235,13 @@ def test_pruned_models_take_no_more_memory_than_dense(name: str) -> None:
         "resize": {"size": 160},
         "tome": {"r": 13},
         "topk": {"keep_rate": 0.75, "prune_layers": (0, 1, 2)},
+        "tram": {"keep_rate": 0.75, "prune_layers": (0, 1, 2)},
+        "evit": {"keep_rate": 0.75, "prune_layers": (0, 1, 2)},
         "random": {"keep_rate": 0.75, "prune_layers": (0, 1, 2)},
         "centre": {"keep_rate": 0.75, "prune_layers": (0, 1, 2)},
         "rajni": {"gamma": 1.0, "min_tokens": 5, "counts": (150, 100, 50, 25)},
+        "ats": {"prune_layers": (0, 1, 2)},
+        "ppt": {"r": 13, "prune_layers": (0, 1, 2)},
     }
     torch.manual_seed(0)
     model = timm.create_model("deit_tiny_patch16_224", depth=4).eval()

@@ -46,11 +46,15 @@ DEPTH, IMAGES = 2, 10
 RECIPES: dict[str, dict] = {
     "dense": {},
     "topk": {"keep_rate": 0.6, "prune_layers": (0, 1)},
+    "tram": {"keep_rate": 0.6, "prune_layers": (0, 1)},
+    "evit": {"keep_rate": 0.6, "prune_layers": (0, 1)},
     "random": {"keep_rate": 0.6, "prune_layers": (0, 1), "seed": 3},
     "centre": {"keep_rate": 0.6, "prune_layers": (0, 1)},
     "resize": {"size": 48},
     "tome": {"r": 9},
     "rajni": {"gamma": 0.5, "min_tokens": 8},
+    "ats": {"prune_layers": (0, 1), "max_tokens": (30, 12)},
+    "ppt": {"r": 9, "prune_layers": (0, 1), "threshold": 3e-4},
 }
 TRIALS = {name: i for i, name in enumerate(RECIPES)}
 _build = embedded.build

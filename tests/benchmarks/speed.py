@@ -1,0 +1,78 @@
+"""Does speed follow MACs? Each method beside the dense model, in turn, in one run.
+
+    python tests/benchmarks/speed.py                       # DeiT-S, batch 16 and 1, 2 CPU threads
+    python tests/benchmarks/speed.py --device cuda --model deit_base_patch16_224 \
+        --batch 256 --dtype bfloat16 --compile             # both sides compiled
+
+Prints, a line a setting: the MACs ratio (dense over pruned), the speed-up (median of the rounds'
+paired ratios, 95 % interval), their quotient (1: as fast as the MACs promise), and the peak memory
+over the dense model's. Random weights: neither speed nor MACs depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import methods
+from search.cost import latency, macs, peak_mb
+
+SETTINGS = {
+    "tome r=13": ("tome", {"r": 13}),
+    "ppt r=50": ("ppt", {"r": 50}),
+    "topk 75%": ("topk", {"keep_rate": 0.75}),
+    "tram 75%": ("tram", {"keep_rate": 0.75}),
+    "evit 75%": ("evit", {"keep_rate": 0.75}),
+    "tnt 75%": ("tnt", {"prune_layers": (3, 6, 9), "keep_rates": (0.75, 0.75, 0.75)}),
+    "dense": ("dense", {}),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="deit_small_patch16_224")
+    parser.add_argument("--batch", type=int, nargs="*", default=[16, 1])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--only", nargs="*", default=list(SETTINGS), help="settings by name")
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    torch.manual_seed(0)
+    warnings.filterwarnings("ignore", category=methods.Untrained)
+    dtype = getattr(torch, asked.dtype)
+    dense = timm.create_model(asked.model, pretrained=False).eval().to(asked.device, dtype)
+    print(f"{asked.model}, {asked.device}, {asked.dtype}, {asked.threads} threads, compiled: "
+          f"{asked.compile}")  # fmt: skip
+    for batch in asked.batch:
+        images = torch.randn(batch, 3, *dense.patch_embed.img_size, device=asked.device).to(dtype)
+        base = peak_mb(dense, images)
+        for name in asked.only:
+            method, params = SETTINGS[name]
+            pruned = methods.prune(dense, method, **params)
+            ratio = macs(dense) / macs(pruned)
+            memory = peak_mb(pruned, images) / base
+            ours, theirs = pruned, dense
+            if asked.compile:
+                ours, theirs = torch.compile(pruned), torch.compile(dense)
+            found = latency(ours, theirs, images, rounds=asked.rounds)
+            print(
+                f"batch {batch:>3}  {name:<10} MACs {ratio:5.3f}  speed-up {found.speedup:5.3f} "
+                f"({found.speedup_low:.3f}–{found.speedup_high:.3f})  quotient "
+                f"{found.speedup / ratio:5.3f} ({found.speedup_low / ratio:.3f}–"
+                f"{found.speedup_high / ratio:.3f})  {found.p50_ms:7.1f} ms  memory {memory:.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

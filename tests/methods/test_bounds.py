@@ -1,0 +1,118 @@
+"""No parameter of any method is taken outside its bounds, and no schedule leaves no patch."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from method_settings import SETTINGS, Case, recorded
+from tiny_models import dense, images
+
+import methods
+from methods import BadInput
+from methods.parameters import Choice, Counts, Float, Int, IntOrList, Layers, Rates
+
+
+def outside(parameter, shape):
+    """Values of this parameter that are refused, by its kind and bounds."""
+    match parameter:
+        case Int() | Float():
+            step = 1 if isinstance(parameter, Int) else 1e-9
+            yield from (float("nan"), float("inf"), "many", None, True, [1])
+            if isinstance(parameter, Int):
+                yield parameter.low + 0.5
+            yield parameter.low - step
+            if isinstance(parameter, Float) and parameter.open_low:
+                yield parameter.low
+            if parameter.high < math.inf:
+                yield parameter.high + step
+        case Choice():
+            yield from (None, "none such", 2)
+        case Layers():
+            last = shape.depth - 1
+            yield from ([last, last + 1], [-1], [1, 1], [1, 0], [0.5], 1, "1", [None])
+        case Counts():
+            n = shape.patches
+            yield from ([n] * (shape.depth - 1), [n + 1] * shape.depth, [0] * shape.depth)
+            yield from ([n - 1] * (shape.depth - 1) + [n], [n - 0.5] * shape.depth, n, [], "9999")
+        case Rates():
+            yield from ([0.0, 0.0], [1.1, 0.5], [0.5, -0.5], [float("nan"), 0.5], ["1", "1"], 0.5)
+        case IntOrList():
+            low = parameter.low - 1
+            yield from (low, [low] * 4, 1.5, [1.5] * 4, "2", [], [2] * 9, float("inf"), True)
+        case _:
+            raise LookupError(f"no value outside a {type(parameter).__name__}: add them here")
+
+
+def right_but_for(name, parameter, shape):
+    """A setting that is right once this parameter is."""
+    if isinstance(parameter, Counts):
+        return {}
+    given = next(params(shape) for label, params in SETTINGS[name].items() if label != "counts")
+    return {k: v for k, v in given.items() if k != parameter.name}
+
+
+OUTSIDE = [
+    (name, parameter.name, value)
+    for name in methods.names()
+    for parameter in methods.get(name).parameters
+    for value in outside(parameter, methods.model_shape(dense("class")))
+    # None is left out where it says "the default"
+    if value is not None or parameter.default is not None
+]
+
+
+@pytest.mark.parametrize("name, which, value", OUTSIDE, ids=[f"{n}-{p}-{v}" for n, p, v in OUTSIDE])
+def test_nothing_outside_its_bounds_is_taken(name, which, value):
+    """Every parameter of every method, before an image is read: the calibration's are never."""
+
+    def images_read():
+        raise AssertionError("an image was asked for")
+        yield
+
+    model = dense("class")
+    declared, shape = methods.get(name), methods.model_shape(model)
+    (parameter,) = (p for p in declared.parameters if p.name == which)
+    params = {**right_but_for(name, parameter, shape), which: value}
+    with pytest.raises(BadInput) as caught:
+        methods.prune(model, name, calibration=images_read(), **params)
+    said = str(caught.value)
+    assert said.startswith((f"{name}.{which} ", f"{name} needs {which}: ")), said
+    # what is accepted: in words, as the model's dimensions, or as the nearest match
+    assert re.search("accepted is|needs|the model('s| has)|did you mean|; known: ", said), said
+
+
+ALL = [0, 1, 2, 3]
+EMPTY = {
+    **dict.fromkeys(("topk", "tram", "random", "centre"), {"keep_rate": 0.3, "prune_layers": ALL}),
+    "dynamicvit": {"prune_layers": [1, 2], "keep_rates": [0.5, 0.06]},
+    "tnt": {"prune_layers": ALL, "keep_rates": [0.3] * 4},
+}
+#: these stop by themselves: the most they can be asked for, on 16 patches
+FLOORED = {
+    "dense": {},
+    "resize": {"size": 8},
+    "tome": {"r": 99},
+    "evit": {"keep_rate": 1e-9, "prune_layers": ALL},
+    "ats": {"max_tokens": 1, "prune_layers": ALL},
+    "ppt": {"r": 99, "prune_layers": ALL, "threshold": 0},
+    "rajni": {"gamma": 10, "min_tokens": 1, "budget": "image"},
+    "patchmerger": {"prune_layers": ALL, "num_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_no_schedule_leaves_an_image_without_a_patch(name):
+    """Refused with the block at which it would, or impossible to ask for."""
+    model = dense("class")
+    if name in EMPTY:
+        with pytest.raises(BadInput, match=rf"{name} leaves no patch (after|before) block [23]"):
+            methods.prune(model, name, **EMPTY[name])
+        return
+    case = Case(name, "floored", lambda _: FLOORED[name])
+    for kind in ("class", "map"):
+        logits, trace = recorded(case.build(dense(kind)), images(dense(kind)))
+        assert logits.isfinite().all()
+        assert (torch.stack(trace.tokens) >= dense(kind).num_prefix_tokens + 1).all()

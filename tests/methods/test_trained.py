@@ -1,0 +1,224 @@
+"""Methods with trained parts: what their settings come to, and what is refused before any image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from method_settings import SETTINGS, Case, recorded
+from tiny_models import dense, images
+
+import methods
+from methods import BadInput, ModelShape, Recipe
+from methods.tnt import distinct
+
+TRAINED = ("dynamicvit", "patchmerger", "tnt")
+
+
+def deit() -> ModelShape:
+    with torch.device("meta"):
+        return methods.model_shape(timm.create_model("deit_small_patch16_224", pretrained=False))
+
+
+def test_presets_are_the_published_settings_on_the_published_model():
+    shape = deit()
+    found = {
+        name: [methods.get(name).preset(p, shape) for p in methods.get(name).presets]
+        for name in TRAINED
+    }
+    assert found["patchmerger"] == [
+        {"prune_layers": (2, 5, 8), "num_tokens": (147, 110, 82)},
+        {"prune_layers": (2, 5, 8), "num_tokens": (98, 49, 24)},
+    ]
+    assert found["dynamicvit"] == [
+        {"prune_layers": (3, 6, 9), "keep_rates": (0.7, 0.49, 0.343)},
+        {"prune_layers": (3, 6, 9), "keep_rates": (0.5, 0.25, 0.125)},
+    ]
+    assert found["tnt"] == [
+        {"prune_layers": (2,), "keep_rates": (0.6,), "similarity_prune": 25},
+        {"prune_layers": (2, 3, 4), "keep_rates": (0.8, 0.8, 0.8), "similarity_prune": 40},
+    ]
+
+
+BETWEEN = "prune_layers names block 4: the model's blocks are 0 to 3"
+#: on 4 blocks and 16 patches
+WRONG = [
+    ("patchmerger", {"prune_layers": [1]}, "patchmerger needs num_tokens: a whole number >= 1, or "
+     "a list of them, one a prune layer"),
+    ("patchmerger", {"num_tokens": 3}, "patchmerger needs prune_layers: a list of increasing"),
+    ("patchmerger", {"prune_layers": [1], "num_tokens": 0}, "patchmerger.num_tokens is 0: "),
+    ("patchmerger", {"prune_layers": [1, 2], "num_tokens": [4]}, "patchmerger.num_tokens has 1 "
+     "entries: prune_layers has 2, accepted is one a prune layer"),
+    ("patchmerger", {"prune_layers": [1], "num_tokens": 17}, "patchmerger.num_tokens asks for 17 "
+     "patches after block 1: accepted is at most the 16 that are there"),
+    ("patchmerger", {"prune_layers": [1, 2], "num_tokens": [4, 5]}, "at most the 4 that are there"),
+    ("patchmerger", {"prune_layers": [4], "num_tokens": 2}, f"patchmerger.{BETWEEN}"),
+    ("dynamicvit", {"prune_layers": [1], "keep_rates": 0.5}, "dynamicvit.keep_rates is 0.5: "
+     "accepted is a list of fractions, 0 < fraction <= 1, one a prune layer"),
+    ("dynamicvit", {"prune_layers": [1], "keep_rates": [0]}, "dynamicvit.keep_rates is [0]: "),
+    ("dynamicvit", {"prune_layers": [1], "keep_rates": [1.1]}, "dynamicvit.keep_rates is [1.1]: "),
+    ("dynamicvit", {"prune_layers": [1], "keep_rates": "0.5"}, "dynamicvit.keep_rates is '0.5': "),
+    ("dynamicvit", {"prune_layers": [1], "keep_rates": []}, "dynamicvit.keep_rates has 0 entries: "
+     "prune_layers has 1, accepted is one a prune layer"),
+    ("dynamicvit", {"prune_layers": [0, 1], "keep_rates": [0.5, 0.4]}, "dynamicvit.prune_layers is "
+     "[0, 1]: accepted are blocks from 1"),
+    ("dynamicvit", {"prune_layers": [1, 2], "keep_rates": [0.5, 0.6]}, "dynamicvit.keep_rates is "
+     "[0.5, 0.6]: accepted are fractions of the model's patches, never increasing"),
+    ("dynamicvit", {"prune_layers": [4], "keep_rates": [0.5]}, f"dynamicvit.{BETWEEN}"),
+    ("dynamicvit", {"prune_layers": [2], "keep_rates": [0.05]}, "dynamicvit leaves no patch before "
+     "block 2 (16 patches"),
+    ("tnt", {"prune_layers": [1], "keep_rates": [0.5, 0.5]}, "tnt.keep_rates has 2 entries"),
+    ("tnt", {"prune_layers": [4], "keep_rates": [0.5]}, f"tnt.{BETWEEN}"),
+    ("tnt", {"prune_layers": [1], "keep_rates": [0.05]}, "tnt leaves no patch after block 1"),
+    ("tnt", {"prune_layers": [1], "keep_rates": [0.5], "similarity_prune": -1}, "tnt.similarity_"
+     "prune is -1: accepted is a whole number"),
+    ("tnt", {"prune_layers": [1], "keep_rates": [0.75], "similarity_prune": 5}, "tnt.similarity_"
+     "prune is 5: accepted is at most 4 with 16 patches and keep_rates [0.75]"),
+    ("tnt", {"prune_layers": [1], "keep_rates": [0.25], "similarity_prune": 5}, "at most 4 with"),
+    ("tnt", {"prune_layers": [1, 2], "keep_rates": [1, 1], "similarity_prune": 9}, "at most 8 w"),
+    ("tnt", {"prune_layers": [], "keep_rates": [], "similarity_prune": 1}, "at most 0 with"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method, params, said", WRONG, ids=[f"{m}-{p}" for m, p, _ in WRONG])
+def test_settings_that_make_no_sense_are_refused(method, params, said):
+    with pytest.raises(BadInput) as caught:
+        methods.prune(dense("class"), method, **params)
+    assert said in str(caught.value)
+
+
+def of(method, layers, **params):
+    return Recipe.of(method, prune_layers=layers, **params)
+
+
+SAME = [
+    [Recipe(), of("patchmerger", [], num_tokens=3), of("dynamicvit", [], keep_rates=[]),
+     of("dynamicvit", [2], keep_rates=[1]), of("tnt", [], keep_rates=[]),
+     of("tnt", [1, 2], keep_rates=[1, 1])],
+    [of("patchmerger", [1, 2], num_tokens=5), of("patchmerger", [1, 2], num_tokens=[5, 5])],
+    # as many mixtures as patches are not the patches
+    [of("patchmerger", [1], num_tokens=16)],
+    [of("dynamicvit", [2], keep_rates=[0.5]), of("dynamicvit", [2], keep_rates=[0.51])],
+    # another predictor decides: the second
+    [of("dynamicvit", [1, 2], keep_rates=[1, 0.5])],
+    [of("tnt", [2], keep_rates=[0.5]), of("tnt", [2, 3], keep_rates=[0.51, 1])],
+    [of("tnt", [2], keep_rates=[0.5], similarity_prune=2)],
+    [of("tnt", [2, 3], keep_rates=[0.5, 1], similarity_prune=2)],
+    [of("tnt", [1, 2], keep_rates=[1, 1], similarity_prune=2)],
+]  # fmt: skip
+
+
+def test_settings_that_make_the_same_candidate_share_a_key():
+    shape = methods.model_shape(dense("class"))
+    keys = [{recipe.key(shape) for recipe in recipes} for recipes in SAME]
+    assert [len(found) for found in keys] == [1] * len(SAME)
+    assert len(set.union(*keys)) == len(SAME)
+
+
+@pytest.mark.filterwarnings("ignore::methods.Untrained")
+def test_what_shares_a_key_and_its_weights_shares_its_logits():
+    model = dense("class")
+    for recipes in SAME[1:]:
+        first, *others = [r.build(model) for r in recipes]
+        expected, _ = recorded(first, images(model))
+        for other in others:
+            built = other.recipe.build(model, weights=first.state_dict())
+            assert torch.equal(recorded(built, images(model))[0], expected)
+
+
+@pytest.mark.parametrize("method", TRAINED)
+def test_fresh_parts_are_warned_of(method):
+    model = dense("class")
+    recipe = Recipe.of(method, **next(iter(SETTINGS[method].values()))(methods.model_shape(model)))
+    said = f"{method} needs training: without weights= it starts from fresh parts; costs and shapes"
+    with pytest.warns(methods.Untrained, match=said):
+        fresh = recipe.build(model)
+    assert recorded(fresh, images(model))[0].isfinite().all()
+    # no warning, which would be an error here: with weights, and where nothing is trained for
+    recipe.build(model, weights=fresh.state_dict())
+    methods.prune(model, method, **methods.get(method).identity)
+
+
+def test_as_many_mixtures_as_patches_are_not_the_dense_model():
+    model = dense("class")
+    case = Case("patchmerger", "", lambda s: {"prune_layers": (1,), "num_tokens": s.patches})
+    logits, trace = recorded(case.build(model), images(model))
+    assert [t.tolist() for t in trace.tokens] == [[17] * 4] * 4
+    assert (logits - model(images(model))).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["avg", "registers"])
+def test_patchmerger_traces_each_patch_to_the_mixture_that_weighs_it_most(kind):
+    model = dense(kind)
+    batch, plain = images(model), methods.prune(model, "dense")
+    case = Case("patchmerger", "", lambda _: {"prune_layers": (1, 2), "num_tokens": (9, 4)})
+    pruned = case.build(model)
+    _, trace = recorded(pruned, batch)
+    with torch.no_grad():
+        tokens = plain.run_block(1, plain.run_block(0, plain.embed(batch)))
+        merged, weight = pruned.reduction.mergers[0](tokens.x[:, tokens.prefix :])
+    first = trace.group[1]
+    assert torch.equal(first, weight.argmax(dim=1))
+    # and on from there: patches of one mixture stay in one
+    for image, (before, after) in enumerate(zip(first, trace.group[2], strict=True)):
+        for patch, mixture in enumerate(before.tolist()):
+            assert (after[before == mixture] == after[patch]).all(), image
+    assert merged.shape == (len(batch), 9, 32)
+
+
+@pytest.mark.parametrize("patches", [16, 25, 196])
+@pytest.mark.parametrize("choices", [
+    {"keep_rate": rate, "first": first, "stages": stages, "spacing": 1 / 12, "similar": 0.25}
+    for rate in (0.2, 0.5, 0.95) for first in (0.0, 0.5) for stages in (1, 2, 4)
+])  # fmt: skip
+def test_tnts_choices_resolve_to_what_is_possible(patches, choices):
+    """A tiny model has no room for all that a large one has: less is similar, stages go."""
+    side = int(patches**0.5)
+    shape, declared = replace(deit(), grid=(side, side)), methods.get("tnt")
+    params = declared.check(declared.resolve(choices, shape), shape)
+    assert len(params["prune_layers"]) >= 1
+    assert declared.counts(params, shape)[-1] >= 1
+    assert 0 < params["similarity_prune"] <= round(patches / 4)
+
+
+def test_tnt_drops_what_is_most_alike():
+    """Even positions are looked at; the last of an odd number is not."""
+    draw = torch.Generator().manual_seed(0)
+    patches = torch.randn(1, 7, 32, generator=draw, dtype=torch.float64)
+    patches[0, 4] = 3 * patches[0, 5]  # the same direction
+    patches[0, 6] = patches[0, 1]  # of two in B nothing goes
+    assert sorted(distinct(patches, 1)[0].tolist()) == [0, 1, 2, 3, 5, 6]
+    assert sorted(distinct(patches, 3)[0].tolist()) == [1, 3, 5, 6]
+    assert sorted(distinct(patches[:, :1], 0)[0].tolist()) == [0]
+    patches[0, 0] = 0.5 * patches[0, 6]
+    assert sorted(distinct(patches, 2)[0].tolist()) == [1, 2, 3, 5, 6]
+
+
+def test_tnt_holds_a_head_for_every_block_at_every_setting():
+    shape, declared = methods.model_shape(dense("class")), methods.get("tnt")
+    for layers, rates in ((), ()), ((1,), (0.5,)):
+        params = declared.check({"prune_layers": layers, "keep_rates": rates}, shape)
+        own = declared.reduction(params, shape).state_dict()
+        assert {k: tuple(v.shape) for k, v in own.items()} == {
+            f"heads.{block}.{name}": size
+            for block in range(4)
+            for name, size in (("weight", (1, 32)), ("bias", (1,)))
+        }
+
+
+def test_what_leaves_before_block_0_is_told():
+    """The trace of block 0 and the cost both know of it."""
+    model = dense("class")
+    params = {"prune_layers": (1, 2), "keep_rates": (1.0, 1.0), "similarity_prune": 6}
+    shape = methods.model_shape(model)
+    _, trace = recorded(Case("tnt", "", lambda _: params).build(model), images(model))
+    assert [t.tolist() for t in trace.tokens] == [[11] * 4] * 4
+    assert ((trace.group[0] == -1).sum(dim=1) == 6).all()
+    declared = methods.get("tnt")
+    params = declared.check(params, shape)
+    assert declared.entering(params, shape) == 10
+    assert not declared.is_dense(params, shape)
+    less = shape.macs((10,) * 4, "after-block", 10)
+    assert less < shape.macs((10,) * 4, "after-block") < shape.macs((16,) * 4, "after-block")
