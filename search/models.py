@@ -23,6 +23,8 @@ from search import embedded
 from search.errors import UserError
 
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
+#: how `load_model` ends what it says where pretrained weights cannot be had
+WAY_OUT = "; give them with --weights FILE"
 
 
 def load_model(name: str, weights: Path | None = None) -> nn.Module:
@@ -43,12 +45,35 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
     return model.eval()
 
 
-def _create(name: str, state: dict[str, Tensor] | None) -> nn.Module:
+def fresh_model(name: str) -> nn.Module:
+    """The dense model in eval mode with fresh weights, for what no weight decides; also under
+    `torch.device("meta")`. Nothing is downloaded but the description of an `hf-hub:…`.
+
+    Raises UserError for an unknown name (with the nearest), UnsupportedModel.
+    """
+    if name == embedded.NAME:
+        model: nn.Module = embedded.build(pretrained=False)
+    else:
+        _check_name(name)
+        try:
+            model = timm.create_model(name, pretrained=False)
+        except Exception as error:  # a tag that timm does not have, a hub that is not reached
+            raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+    check_supported(model)
+    return model.eval()
+
+
+def _check_name(name: str) -> None:
+    """UserError unless timm, or a place that the name gives, has such a model."""
     if not name.startswith(REMOTE) and name.split(".")[0] not in timm.list_models():
         hint = nearest(name, [embedded.NAME, *timm.list_models()])
         if not hint.startswith(": did you mean"):  # rather than all thousand of timm's names
             hint = ": accepted is digits, a name of timm.list_models(), hf-hub:… or local-dir:…"
         raise UserError(f"unknown model {name!r}{hint}")
+
+
+def _create(name: str, state: dict[str, Tensor] | None) -> nn.Module:
+    _check_name(name)
     if not name.startswith(REMOTE):
         # before its weights are downloaded
         with torch.device("meta"):
@@ -62,8 +87,7 @@ def _create(name: str, state: dict[str, Tensor] | None) -> nn.Module:
     except Exception as error:
         if state is None:
             raise UserError(
-                f"the pretrained weights of {name!r} cannot be had ({_first_line(error)}); "
-                "give them with --weights FILE"
+                f"the pretrained weights of {name!r} cannot be had ({_first_line(error)}){WAY_OUT}"
             ) from error
         raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
 

@@ -1,0 +1,151 @@
+"""Costs and published figures as tables: nothing cut, nothing shown that was not measured."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from dashboards.comparisons import (
+    accuracy_table,
+    cost_notes,
+    cost_tables,
+    figure_notes,
+    figures_table,
+    plain_costs,
+    plain_figures,
+)
+from dashboards.tables import csv_text, json_lines
+from search import published
+from search.reproduce import Accuracy, Reproduced, reproduce
+from search.table import Bench, CostRow, Figure, cost_rows
+
+
+def text_of(table: Table, width: int = 160) -> str:
+    out = io.StringIO()
+    Console(file=out, width=width, highlight=False).print(table)
+    return out.getvalue()
+
+
+def cells(table: Table, name: str) -> list[str]:
+    return next([str(c) for c in column.cells] for column in table.columns if column.header == name)
+
+
+@pytest.fixture(scope="module")
+def costs() -> list[CostRow]:
+    models = ["vit_small_patch16_224", "vit_base_patch16_224"]
+    return list(cost_rows(models, ["topk", "rajni", "ats", "tome"], [0.75], Bench(rounds=0)))
+
+
+@pytest.fixture(scope="module")
+def unmeasured() -> list[Reproduced]:
+    return list(reproduce(published.rows(), None))
+
+
+MEASURED = CostRow(
+    "m", "topk", 0.5, "keep rate", "topk keep_rate=0.5", gmacs=2.28241, gmacs_low=2.28241,
+    gmacs_high=2.28241, share=0.4953, fvcore_gmacs=2.28242, params_m=22.05, images_per_s=1234.5,
+    speedup=1.87, speedup_low=1.85, speedup_high=1.9, peak_mb=310.2,
+    published=(Figure(2.1368, "thop", 2.1363, "TRAM"), Figure(2.2, "mine", None, "me")),
+    target={"device": "cpu", "batch": 64},
+)  # fmt: skip
+
+
+def test_one_table_a_model(costs: list[CostRow]) -> None:
+    small, base = cost_tables(costs)
+    assert str(small.title).startswith("vit_small_patch16_224, fresh weights")
+    assert cells(small, "GMACs") == ["4.608", "3.202", "3.337", "<= 3.208", "3.139"]
+    assert cells(base, "of dense")[:2] == ["100.0%", "69.7%"]
+    assert cells(small, "published GFLOPs")[:2] == [
+        "4.258 thop (ours 4.257)", "2.997 thop (ours 2.997)",
+    ]  # fmt: skip
+    assert set(cells(small, "FPS")) == {"—"}
+    assert "fvcore" not in [c.header for c in small.columns]
+    assert cells(small, "recipe")[3].endswith("; images decide")
+
+
+def test_a_measured_row_shows_all(costs: list[CostRow]) -> None:
+    (table,) = cost_tables([MEASURED])
+    shown = text_of(table)
+    for part in ("2.282", "49.5%", "22.05", "1234", "1.87 1.85–1.90", "310.2", "device cpu, batch"):
+        assert part in shown, shown
+    assert cells(table, "published GFLOPs") == ["2.137 thop (ours 2.136); 2.2 mine (ours —)"]
+    assert cells(table, "fvcore") == ["2.282"]
+
+
+def test_what_a_rate_meant_is_told(costs: list[CostRow]) -> None:
+    notes = cost_notes(costs)
+    assert [note.split(" (")[0] for note in notes[:4]] == [
+        "keep rate", "MACs nearest TopK's", "at most: nearest TopK's", "TopK's counts",
+    ]  # fmt: skip
+    assert "(rajni)" in notes[3]
+    assert [note.split(": ")[0] for note in notes[4:]] == ["counter fvcore", "counter thop"]
+    assert cost_notes([MEASURED])[0].startswith("keep rate (topk)")
+
+
+def test_costs_as_plain_rows(costs: list[CostRow]) -> None:
+    plain = [json.loads(line) for line in json_lines(plain_costs([*costs, MEASURED])).splitlines()]
+    assert plain[1]["published"] == "2.9973 thop (ours 2.99682)"
+    assert plain[3]["gmacs"] is None and plain[3]["gmacs_high"] == pytest.approx(3.208, abs=1e-3)
+    assert csv_text(plain_costs(costs)).count("\n") == 1 + len(costs)
+
+
+# --- published figures
+
+
+def test_published_costs_beside_ours(unmeasured: list[Reproduced]) -> None:
+    table = figures_table(unmeasured)
+    assert len(cells(table, "theirs")) == sum(r.gflops is not None for r in published.rows())
+    by = dict(zip(cells(table, "theirs"), zip(cells(table, "ours"), cells(table, "difference"),
+                                              strict=True), strict=True))  # fmt: skip
+    assert by["16.8808"] == ("16.8804", "-0.00%") and by["6.8"] == ("—", "—")
+
+
+def test_without_data_every_accuracy_reads_not_run(unmeasured: list[Reproduced]) -> None:
+    table = accuracy_table(unmeasured)
+    ours = cells(table, "ours and its interval")
+    assert len(ours) == 9 and set(ours) == {"not run: no data"}
+    for name in ("difference", "dense ours", "images"):
+        assert set(cells(table, name)) == {""}
+    for row in plain_figures(unmeasured):
+        assert row["our_top1"] is None and row["top1_why"].startswith("not run: ")
+
+
+def test_a_measured_accuracy(unmeasured: list[Reproduced]) -> None:
+    tome = next(o for o in unmeasured if o.row.method == "tome" and o.row.top1 == 79.30)
+    ours = Accuracy(79.254, 78.9, 79.6, 81.43, 2.77, 49_990, 10)
+    measured = Reproduced(tome.row, None, ours)
+    table = accuracy_table([measured])
+    values = [cells(table, c.header)[0] for c in table.columns]
+    assert values == [
+        "ToMe README (untrained)", "vit_small_patch16_224.augreg_in21k_ft_in1k", "tome r=13",
+        "79.30", "79.25 (78.90–79.60)", "-0.05", "81.41", "81.43", "49990 (-10)",
+    ]  # fmt: skip
+    (plain,) = plain_figures([measured])
+    assert plain["our_top1"] == 79.254 and plain["top1_why"] == "" and plain["images"] == 49_990
+    assert plain["gflops_why"] == "not published"
+
+
+def test_notes_explain_each_difference_once(unmeasured: list[Reproduced]) -> None:
+    notes = figure_notes(unmeasured)
+    assert len(set(notes)) == len(notes)
+    said = "\n".join(notes)
+    assert "counter torchprofile: " in said and "counter closed form" not in said
+    assert "nvit on deit_base_distilled_patch16_224: no cost of ours: dimensions" in said
+    assert "patchmerger on vit_base_patch16_224, vit_small_patch16_224: the source's" in said
+
+
+def test_no_number_is_cut(costs: list[CostRow], unmeasured: list[Reproduced]) -> None:
+    """At the width that a pipe gets, every cell of a column of numbers is there in one piece."""
+    for table in (*cost_tables([*costs, MEASURED]), figures_table(unmeasured),
+                  accuracy_table(unmeasured)):  # fmt: skip
+        shown = text_of(table)
+        assert "…" not in shown
+        for column in table.columns:
+            if column.no_wrap:
+                for cell in column.cells:
+                    assert re.search(rf"(^|\s){re.escape(str(cell))}(\s|$)", shown), cell
