@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from methods import Recipe
     from search.results import TrialResult
     from search.searcher import Tally
     from search.store import StudyFolder
@@ -375,15 +376,11 @@ def measure_command(
     from methods import Recipe
     from search import run
     from search.config import SearchConfig
-    from search.errors import UserError
 
     given = {k: v for k, v in locals().items() if k not in ("recipe", "as_json") and v is not None}
     keys = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",
             "latency_batch", "cache")  # fmt: skip
-    try:
-        asked = Recipe.from_yaml(recipe.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"recipe file {recipe} cannot be read: {error.strerror}") from error
+    asked = _recipe(recipe)
     config = SearchConfig.of({k: given[k] for k in keys if k in given})
     result, dense, timed = run.measure(config, asked, decode=_decoding)
     shown = {
@@ -422,6 +419,182 @@ def measure_command(
     )  # fmt: skip
     for label, text in rows:
         typer.echo(f"{label:<12} {text}")
+
+
+@app.command("show")
+def show_command(
+    files: Annotated[list[Path] | None, typer.Argument(help="More images", metavar="FILE")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML)")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file, any number [the data's first]")
+    ] = None,
+    study: Annotated[str | None, typer.Option(help="Instead of --recipe: a study's trial")] = None,
+    trial: Annotated[int | None, typer.Option(help="Its number, with --study")] = None,
+    model: Model = None,
+    weights: Weights = None,
+    data: DataOption = None,
+    images: Annotated[int | None, typer.Option(help="So many of the data's images [4]")] = None,
+    seed: Seed = None,
+    out: Annotated[Path, typer.Option(help="The picture to write: FILE.png")] = Path("show.png"),
+    as_json: Annotated[bool, typer.Option("--json", help="One object an image")] = False,
+    store: Store = None,
+    cache: Cache = None,
+) -> None:
+    """Draw which patches a recipe keeps, merges or drops, stage by stage, image by image.
+
+    \b
+    vitpareto show --recipe recipe.yaml --model deit_small_patch16_224 --image cat.jpg dog.jpg
+    vitpareto show --study deit-s --trial 12 --out patches.png
+    """
+    from dashboards.patches import check_path, draw_patches, patch_rows, summary
+    from dashboards.tables import json_lines
+    from search.datasets import default_cache
+    from search.errors import UserError
+    from search.show import Asked, look
+
+    check_path(out)
+    if (recipe is None) == (study is None) or (study is None) != (trial is None):
+        raise UserError("what is to be shown? Give --recipe FILE, or --study NAME with --trial N")
+    if recipe is not None:
+        own = Path(weights) if weights else None
+        asked = Asked(_recipe(recipe), model or "digits", own, data, seed or 0)
+    elif study is not None and trial is not None:
+        if model or weights or data or seed is not None:
+            raise UserError("--model, --weights, --data and --seed are the study's: leave them out")
+        asked = Asked.of_trial(_find(store, study), trial)
+    seen = look(
+        asked,
+        [*(image or []), *(files or [])],
+        images=images,
+        cache=Path(cache) if cache else default_cache(),
+        progress=_decoding,
+    )
+    for note in seen.notes:
+        _say(f"note: {note}")
+    _say(f"picture: {draw_patches(seen, out)}")
+    if as_json:
+        typer.echo(json_lines(patch_rows(seen)), nl=False)
+        return
+    for each in seen.images:
+        typer.echo(summary(each))
+
+
+@app.command("table")
+def table_command(
+    models: Annotated[str, typer.Option(help="timm names, or digits: a,b,…")] = "digits",
+    methods: Annotated[str | None, typer.Option(help="tram,topk,… [all]")] = None,
+    rates: Annotated[str, typer.Option(help="Fractions kept at each prune layer")] = "0.75,0.5",
+    batch: Annotated[int, typer.Option(help="Images per forward")] = 64,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Of paired timing; 0: closed forms alone")] = 30,
+    check: Annotated[bool, typer.Option("--check", help="Count with fvcore too")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, one row a line")] = False,
+) -> None:
+    """GMACs, parameters, FPS and memory of methods side by side, without data or weights.
+
+    \b
+    vitpareto table --models vit_small_patch16_224,vit_base_patch16_224 --methods tram,topk,tome
+    vitpareto table --models deit_small_patch16_224 --rates 0.7 --rounds 0
+    """
+    import methods as registry
+    from dashboards.comparisons import cost_notes, cost_tables, plain_costs
+    from dashboards.tables import csv_text, json_lines
+    from search.run import resolve_device
+    from search.table import Bench, cost_rows
+
+    bench = Bench(batch, resolve_device(device or "auto"), dtype, rounds, check, _say)
+    chosen = registry.names() if methods is None else _words(methods)
+    rows = list(cost_rows(_words(models), chosen, _numbers(rates, "--rates"), bench))
+    if as_csv:
+        typer.echo(csv_text(plain_costs(rows)), nl=False)
+    elif as_json:
+        typer.echo(json_lines(plain_costs(rows)), nl=False)
+    else:
+        _show([*cost_tables(rows)], cost_notes(rows))
+
+
+@app.command("reproduce")
+def reproduce_command(
+    data: Annotated[str | None, typer.Option(help="ImageNet-1k's validation folder")] = None,
+    models: Annotated[str | None, typer.Option(help="Rows of these: a,b,… [all]")] = None,
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="TIMM_TAG.safetensors or .pth here [timm downloads]")
+    ] = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    batch: Annotated[int, typer.Option(help="Images per forward")] = 64,
+    as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON, one row a line")] = False,
+    cache: Cache = None,
+) -> None:
+    """Published figures beside ours: GFLOPs always, untrained top-1 where data and weights are.
+
+    \b
+    vitpareto reproduce
+    vitpareto reproduce --data /imagenet/val --models vit_small_patch16_224
+    """
+    from dashboards import comparisons
+    from dashboards.tables import csv_text, json_lines
+    from search import published
+    from search.datasets import default_cache
+    from search.reproduce import Place, reproduce, select
+    from search.run import resolve_device
+
+    rows = select(published.rows(), _words(models or ""))
+    place = None
+    if data is None:
+        _say("top-1 is measured with --data FOLDER, ImageNet-1k's validation images")
+    else:
+        place = Place(
+            data, Path(cache) if cache else default_cache(), weights_dir,
+            resolve_device(device or "auto"), dtype, batch, _decoding, _seeing,
+        )  # fmt: skip
+    found = []
+    for one in reproduce(rows, place):
+        found.append(one)
+        if one.accuracy is not None:  # at once: the rest may take hours
+            _say(f"{one.row.timm_tag} {one.row.label}: {one.accuracy.top1:.3f} %")
+    found.sort(key=lambda one: rows.index(one.row))
+    if as_csv:
+        typer.echo(csv_text(comparisons.plain_figures(found)), nl=False)
+    elif as_json:
+        typer.echo(json_lines(comparisons.plain_figures(found)), nl=False)
+    else:
+        tables = [comparisons.figures_table(found), comparisons.accuracy_table(found)]
+        _show(tables, comparisons.figure_notes(found))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str, option: str) -> list[float]:
+    from search.errors import UserError
+
+    try:
+        return [float(word) for word in _words(text)]
+    except ValueError:
+        raise UserError(f"{option} is {text!r}: accepted are numbers, as in 0.75,0.5") from None
+
+
+def _show(tables: list[Any], notes: list[str]) -> None:
+    console = _console()
+    console.width = max(console.width, 160)  # a narrow terminal folds lines: no number is cut
+    for table in tables:
+        console.print(table)
+        console.print()
+    for note in notes:
+        typer.echo(note)
+
+
+def _seeing(what: str, done: int, total: int) -> None:
+    """Progress of an evaluation, on a terminal."""
+    if sys.stderr.isatty():
+        end = "" if done < total else "\n"
+        sys.stderr.write(f"\r\x1b[2K{what}: {done}/{total} images{end}")
+        sys.stderr.flush()
 
 
 @app.command("export")
@@ -589,6 +762,18 @@ def train_demo_command(
     options = {} if epochs is None else {"epochs": epochs}
     report = embedded.train(out, seed=seed, progress=lambda line: _say(str(line)), **options)
     typer.echo(json.dumps(report))
+
+
+def _recipe(path: Path) -> Recipe:
+    from methods import Recipe
+    from search.errors import UserError
+
+    try:
+        return Recipe.from_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"recipe file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe file {path} cannot be read: it is not UTF-8 text") from error
 
 
 def _find(store: str | None, name: str) -> StudyFolder:

@@ -89,6 +89,53 @@ def test_measure(say, cache: Path, tmp_path: Path) -> None:
     assert "resize size=48 tome r=2" in text and "speed-up" in text
 
 
+def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    from search import embedded
+
+    recipe, picture = tmp_path / "recipe.yaml", tmp_path / "patches.png"
+    recipe.write_text("tokens: {method: rajni, gamma: 0.1, min_tokens: 8, budget: image}\n")
+    files = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, pixels in zip(files, embedded.draw("search")[0], strict=False):
+        Image.fromarray(pixels).save(path)
+    where = ("--cache", cache, "--out", picture)
+    said = say("show", "--recipe", recipe, "--image", *files, "--json", *where)
+    assert said.code == 0 and f"picture: {picture}" in said.err
+    with Image.open(picture) as drawn:
+        assert drawn.width > 1000
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
+    for row in rows:
+        assert len(row["blocks"]) == 12 and row["pruned"]["name"] in embedded.CLASSES
+        for block in row["blocks"]:
+            assert block["patches"] == 64 - block["dropped"]
+            assert set(block["figures"]) == {"rho", "eta", "keep_ratio"}
+
+    # a trial of the study above, on its own images
+    said = say("show", "--study", "s", "--trial", 1, "--images", 2, "--store", store, *where)
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("digits search 0 (truth: ")
+
+    picture.unlink()
+    for arguments, expected in (
+        ((), "Give --recipe FILE, or --study NAME with --trial N"),
+        (("--study", "s"), "--trial N"),
+        (("--study", "s", "--trial", 999, "--store", store), "study s has no trial 999"),
+        (("--study", "s", "--trial", 1, "--model", "x", "--store", store), "leave them out"),
+        (("--recipe", tmp_path / "no.yaml"), "no.yaml cannot be read"),
+        (("--recipe", files[0]), "it is not UTF-8 text"),
+        (("--recipe", recipe, "--image", recipe), "recipe.yaml cannot be read"),
+        (("--recipe", recipe, "--model", "digit"), "did you mean 'digits'"),
+    ):
+        said = say("show", *arguments, *where)
+        assert said.code == 2 and expected in said.err and "Traceback" not in said.err
+    assert not picture.exists()
+    said = say("show", "--recipe", recipe, "--out", tmp_path / "show.pdf")
+    assert said.code == 2 and "accepted is FILE.png" in said.err
+
+
 def test_methods_lists_what_is_registered(say) -> None:
     import methods
 
@@ -99,7 +146,63 @@ def test_methods_lists_what_is_registered(say) -> None:
     assert "arxiv.org/abs/2210.09461" in say("methods", "tome").out
 
 
-@pytest.mark.parametrize("name", ["search", "demo", "front", "trials", "measure", "methods"])
+def test_table(say) -> None:
+    said = say("table", "--methods", "topk,ats", "--rates", "0.5", "--batch", 2, "--rounds", 2)
+    assert said.code == 0, said.err
+    assert "digits, fresh weights" in said.out and "batch 2" in said.out
+    assert "topk keep_rate=0.5 prune_layers=[3,6,9]" in said.out and "images decide" in said.out
+    said = say("table", "--models", "vit_small_patch16_224", "--methods", "tram", "--rates", "0.75",
+               "--rounds", 0, "--json")  # fmt: skip
+    dense, tram = (json.loads(line) for line in said.out.splitlines())
+    assert dense["gmacs"] == pytest.approx(4.608, abs=1e-3) and dense["images_per_s"] is None
+    assert tram["published"] == "2.9964 thop (ours 2.99682)"
+    said = say("table", "--methods", "topk", "--rounds", 0, "--csv")
+    assert [r["rate"] for r in csv.DictReader(io.StringIO(said.out))] == ["", "0.75", "0.5"]
+    for options, expected in (
+        (("--rates", "half"), "--rates is 'half': accepted are numbers"),
+        (("--rates", "0.5,2"), "rate is 2: accepted is a number, 0 < rate < 1"),
+        (("--models", "digit"), "did you mean 'digits'"),
+        (("--methods", "tomee"), "did you mean 'tome'"),
+        (("--batch", "0"), "batch is 0"),
+    ):
+        said = say("table", *options)
+        assert said.code == 2 and expected in said.err and "Traceback" not in said.err
+
+
+def test_reproduce(say, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path) -> None:
+    said = say("reproduce", "--models", "vit_small_patch16_224")
+    assert said.code == 0, said.err
+    assert "2.9968" in said.out and "not run: no data" in said.out and "--data" in said.err
+    said = say("reproduce", "--json")
+    rows = [json.loads(line) for line in said.out.splitlines()]
+    assert len(rows) == 38 and not any(r["our_top1"] for r in rows)
+    assert all(r["top1_why"].startswith("not run: ") for r in rows)
+
+    from search import published
+    from search.published import Row
+
+    setting = {"keep_rate": 0.25, "prune_layers": [3, 6, 9]}
+    claim = Row("topk", "digits", setting, "here", False, "own", top1=80.0, timm_tag="digits")
+    monkeypatch.setattr(published, "rows", lambda: (claim,))
+    said = say("reproduce", "--data", "digits", "--cache", cache, "--csv")
+    (row,) = csv.DictReader(io.StringIO(said.out))
+    assert row["images"] == "1000" and 50 < float(row["our_top1"]) < float(row["our_dense_top1"])
+    assert f"digits {claim.label}: {float(row['our_top1']):.3f} %" in said.err
+    where = ("--data", "digits", "--cache", cache, "--weights-dir", tmp_path)
+    row = json.loads(say("reproduce", *where, "--json").out)
+    assert row["our_top1"] is None and row["top1_why"].startswith("not run: no digits.safetensors")
+    for options, expected in (
+        (("--data", "/nowhere/val"), "no such folder: /nowhere/val"),
+        (("--models", "digit"), "nothing is published of 'digit': did you mean 'digits'"),
+    ):
+        said = say("reproduce", *options)
+        assert said.code == 2 and expected in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["search", "demo", "front", "trials", "measure", "show", "methods", "table", "reproduce"],
+)
 def test_every_command_has_help_with_an_example(say, name: str) -> None:
     said = say(name, "--help")
     assert said.code == 0 and f"vitpareto {name}" in said.out.split("Usage", 1)[1].split("\n", 1)[1]

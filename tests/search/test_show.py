@@ -1,0 +1,163 @@
+"""From names and files to what is followed: whose images, whose class names, whose calibration."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from methods import BadInput, Recipe
+from search import embedded
+from search.errors import UserError
+from search.models import fingerprint
+from search.results import TrialResult
+from search.show import MOST, Asked, look
+from search.store import StudyFolder
+from tests.search import small
+
+TOPK = Recipe.of("topk", keep_rate=0.6, prune_layers=[3, 6, 9])
+RAJNI = Recipe.of("rajni", gamma=0.3, min_tokens=8)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    out = []
+    for i, pixels in enumerate(embedded.draw("search")[0][:2]):
+        out.append(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).save(out[-1])
+    return out
+
+
+def test_without_files_the_first_search_images_are_shown(cache: Path) -> None:
+    seen = look(Asked(TOPK), cache=cache)
+    pixels, labels = embedded.draw("search")
+    assert [image.name for image in seen.images] == [f"digits search {i}" for i in range(4)]
+    for image, expected, label in zip(seen.images, pixels, labels, strict=False):
+        assert np.array_equal(image.pixels, expected) and image.truth == str(label)
+    assert seen.recipe == TOPK and seen.notes == ()
+    assert len(look(Asked(TOPK), images=2, cache=cache).images) == 2
+
+
+def test_files_are_shown_as_the_model_sees_them(cache: Path, files: list[Path]) -> None:
+    seen = look(Asked(TOPK), files, cache=cache)
+    place = files[0].parent.name
+    assert [image.name for image in seen.images] == [f"{place}/0.png", f"{place}/1.png"]
+    own = look(Asked(TOPK), images=2, cache=cache)
+    for a, b in zip(seen.images, own.images, strict=True):
+        assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.group, b.group)
+        assert a.pruned == b.pruned and a.truth is None
+
+
+def test_calibration_is_the_datas_or_said_to_be_the_images_shown(
+    cache: Path, files: list[Path], tmp_path: Path
+) -> None:
+    whole = look(Asked(RAJNI), files, cache=cache)
+    assert whole.notes == ("rajni is calibrated on the 200 calibration images of digits",)
+    model = embedded.build()
+    images = embedded.normalise(embedded.draw("calibration")[0])
+    assert whole.recipe == RAJNI.build(model, calibration=images).recipe
+
+    # a model of nobody's classes, and files alone: there are no other images
+    name = own_model(tmp_path / "own")
+    few = look(Asked(RAJNI, name), files, cache=cache)
+    (note,) = few.notes
+    assert "calibrated on the images shown (2)" in note
+    assert few.recipe.tokens is not None and len(few.recipe.tokens.params["counts"]) == 12
+    assert few.images[0].dense.name == f"class {few.images[0].dense.label}"
+    # with its data named, theirs
+    named = look(Asked(RAJNI, name, data="digits"), files, cache=cache)
+    assert named.notes == whole.notes
+    assert named.images[0].dense.name in embedded.CLASSES
+
+
+def own_model(folder: Path) -> str:
+    """A user's own model of 10 classes, as timm's `local-dir:` takes it; weights are random."""
+    folder.mkdir()
+    settings = {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 12, "num_heads": 2}
+    config = {
+        "architecture": "vit_tiny_patch16_224",
+        "num_classes": 10,
+        "model_args": settings,
+        "pretrained_cfg": {"input_size": [3, 64, 64], "num_classes": 10},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **settings)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return f"local-dir:{folder}"
+
+
+def test_a_method_without_trained_parts_is_noted(cache: Path) -> None:
+    recipe = Recipe.of("patchmerger", prune_layers=[4], num_tokens=12)
+    (note,) = look(Asked(recipe), images=1, cache=cache).notes
+    assert note.startswith("patchmerger needs training")
+
+
+def test_classes_are_named_by_the_data(cache: Path, tmp_path: Path) -> None:
+    classes = ("n01440764", "n02123045", "n02123159")  # tench, tabby, tiger cat
+    folder = small.image_folder(tmp_path / "data", classes, 8)
+    weights = tmp_path / "w.safetensors"
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224")
+    save_file(model.state_dict(), weights)
+    asked = Asked(Recipe(), "vit_tiny_patch16_224", weights, str(folder))
+    (image,) = look(asked, images=1, cache=cache).images
+    assert image.dense.name in ("tench", "tabby", "tiger cat") and image.dense.label < 3
+    assert image.truth in ("tench", "tabby", "tiger cat") and image.name == "data search 0"
+    with pytest.raises(UserError, match="1000 classes and digits has 10"):
+        look(replace(asked, data="digits"), cache=cache)
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyFolder:
+    """A study as a search leaves it, with a calibrated trial 1 and a failed trial 2."""
+    folder = StudyFolder(tmp_path / "studies" / "s")
+    folder.create()
+    model = embedded.build()
+    folder.settle({"model_fingerprint": fingerprint(model)})
+    folder.write_job({"name": "s", "model": "digits", "data": "digits", "images": 30})
+    save_file(model.state_dict(), folder.weights)
+    resolved = {"tokens": {**RAJNI.to_dict()["tokens"], "counts": [64, 60, 50, *[40] * 9]}}
+    folder.write(TrialResult(1, "finished", RAJNI.to_dict(), "k", {"top1": 90.0}, resolved))
+    folder.write(TrialResult(2, "failed", TOPK.to_dict(), "f", reason="ValueError: no"))
+    return folder
+
+
+def test_a_trial_is_shown_as_it_was_measured(study: StudyFolder, cache: Path) -> None:
+    seen = look(Asked.of_trial(study, 1), images=2, cache=cache)
+    assert seen.images[0].patches == (64, 60, 50, *[40] * 9) and seen.notes == ()
+    assert seen.images[0].truth is not None
+
+    with pytest.raises(UserError, match="no trial 7; its trials are 1 to 2"):
+        Asked.of_trial(study, 7)
+    with pytest.raises(UserError, match="trial 2 of s is failed: ValueError: no"):
+        Asked.of_trial(study, 2)
+    (study.folder / "study.json").write_text('{"schema": 1, "model_fingerprint": "0123"}')
+    with pytest.raises(UserError, match="measured a model with fingerprint 0123"):
+        look(Asked.of_trial(study, 1), cache=cache)
+
+
+def test_bad_input_is_named(cache: Path, files: list[Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(files[0].read_bytes()[:200])
+    cases = (
+        ([tmp_path / "no.png"], None, "no.png is not there"),
+        ([tmp_path], None, "is a folder"),
+        ([broken], None, "broken.png cannot be read"),
+        (files, 2, "--images counts images of the data"),
+        ([], MOST + 1, f"accepted is 1 to {MOST}"),
+        ([], 0, f"accepted is 1 to {MOST}"),
+        (files * MOST, None, f"accepted is 1 to {MOST}"),
+    )
+    for given, images, expected in cases:
+        with pytest.raises(UserError, match=expected):
+            look(Asked(TOPK), given, images=images, cache=cache)
+    with pytest.raises(BadInput, match="names block 12"):
+        look(Asked(Recipe.of("topk", keep_rate=0.5, prune_layers=[12])), cache=cache)
