@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from search.searcher import Tally
     from search.store import StudyFolder
     from search.tracking import Page
+    from search.verify import Verification
 
 app = typer.Typer(
     name="vitpareto",
@@ -117,16 +119,30 @@ def demo_command(
     cache: Cache = None,
     trials: Annotated[int, typer.Option(help="Trials in all, dense included")] = 60,
 ) -> None:
-    """A real search on the embedded model and images: the front as a table and as a picture.
+    """A real search on the embedded model and images: the front, and its knee as a verified bundle.
 
     \b
     vitpareto demo
     """
+    from search.export import export, knee_trial
+    from search.verify import verify
+
     given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32}
     _search(None, [], {k: v for k, v in given.items() if v is not None})
+    folder = _find(store, "demo")
+    knee = knee_trial(folder.measured(), folder.job()["objectives"])
     where = f" --store {store}" if store else ""
-    typer.echo(f"look at it in MLflow: vitpareto ui demo{where}")
-    typer.echo(f"deploy its knee: vitpareto export demo --knee --out bundle{where}")
+    if knee is None:
+        typer.echo(f"no knee yet: more trials (vitpareto demo --trials {2 * trials}{where})")
+    else:
+        # named after its trial: a later knee is another bundle, and this one is only verified again
+        bundle = folder.folder / f"bundle-{knee.trial:06d}"
+        if not bundle.exists():
+            _say(f"trial {knee.trial}, the knee: exporting it to {bundle}")
+            export(folder, knee, bundle, cache=cache)
+        _verified(verify(bundle))
+        typer.echo(f"the knee, to deploy: {bundle}/README.md")
+    typer.echo(f"the study in MLflow: vitpareto ui demo{where}")
 
 
 def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
@@ -180,7 +196,7 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     )
     for path in page.artifacts.values():
         _say(f"plot: {path}")
-    _print_front(folder)
+    _print_front(folder, page.table)
     if not tally.ended:
         raise typer.Exit(130)  # interrupted: a script must be able to tell
 
@@ -218,10 +234,9 @@ def _title(folder: StudyFolder) -> str:
     return f"{folder.name}: {job['model']} on {job['data']}"
 
 
-def _print_front(folder: StudyFolder) -> None:
-    from dashboards.tables import front_rows, front_table
+def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    from dashboards.tables import front_table
 
-    rows = front_rows(folder.measured(), folder.latencies(), folder.job()["objectives"])
     notes = ["* knee"] if any(r["knee"] for r in rows) else []
     if target := next((r["latency_target"] for r in rows if r["latency_target"]), None):
         notes.append(f"ms: {target['device']}, {target['dtype']}, batch {target['batch']}")
@@ -327,7 +342,7 @@ def front_command(
     elif not rows:
         _say(f"study {name} has no finished trial yet")
     else:
-        _print_front(folder)
+        _print_front(folder, rows)
 
 
 @app.command("trials")
@@ -469,7 +484,11 @@ def verify_command(
     """
     from search.verify import verify
 
-    found = verify(bundle)
+    _verified(verify(bundle))
+
+
+def _verified(found: Verification) -> None:
+    """Print what was found; a non-zero exit where the bundle is not the measured model."""
     typer.echo(found.table())
     if not found.verified:
         raise typer.Exit(1)
