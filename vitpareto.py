@@ -56,7 +56,8 @@ LatencyBatch = Annotated[int | None, typer.Option(help="Batch at which latency i
 
 
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow server, or none [SQLite in the store]")
+    str | None,
+    typer.Option(help="MLflow server; store: SQLite there; none [MLFLOW_TRACKING_URI, or store]"),
 ]
 
 
@@ -127,7 +128,8 @@ def demo_command(
     from search.export import export, knee_trial
     from search.verify import verify
 
-    given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32}
+    given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32,
+             "tracking_uri": "store"}  # fmt: skip
     _search(None, [], {k: v for k, v in given.items() if v is not None})
     folder = _find(store, "demo")
     knee = knee_trial(folder.measured(), folder.job()["objectives"])
@@ -509,7 +511,7 @@ def sync_command(
 
     folder = _find(store, name)
     uri = tracking_uri or folder.job().get("tracking_uri")
-    report = sync(folder, None if uri == "none" else uri, _page(folder))
+    report = sync(folder, "store" if uri == "none" else uri, _page(folder))
     typer.echo(
         f"{report.created} runs created, {report.updated} updated, {report.closed} closed, "
         f"{report.removed} removed, {report.unchanged} unchanged"

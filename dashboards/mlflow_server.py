@@ -28,6 +28,8 @@ from search.mlflow_runs import STUDY_ID, TRIAL, experiment_of
 #: seconds a server may take to answer for the first time (a new database is built in it)
 STARTS_WITHIN_S = 120.0
 STOPS_WITHIN_S = 5.0
+#: MLflow's pages come in two kinds; this one shows runs and their charts
+WORKFLOW = "workflowType=machine_learning"
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def _page(url: str, study: str | None) -> str:
         return url
     name = experiment_of(study)
     missing = UserError(
-        f"MLflow has no study {study!r} in this store: vitpareto sync {study} brings it there"
+        f"MLflow has no study {study!r} in this store: vitpareto sync {study} "
+        "--tracking-uri store brings it there"
     )
     try:
         query = urllib.parse.urlencode({"experiment_name": name})
@@ -159,7 +162,8 @@ def _page(url: str, study: str | None) -> str:
     }
     for run in _ask(f"{url}/api/2.0/mlflow/runs/search", body).get("runs", ()):
         if not any(tag["key"] == TRIAL for tag in run["data"].get("tags", ())):
-            return f"{url}/#/experiments/{experiment}/runs/{run['info']['run_id']}"
+            run_id = run["info"]["run_id"]
+            return f"{url}/#/experiments/{experiment}/runs/{run_id}?{WORKFLOW}"
     return f"{url}/#/experiments/{experiment}"
 
 

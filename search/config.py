@@ -122,6 +122,12 @@ class SearchConfig:
             raise UserError(
                 f"job.gpus_per_trial is {share:g}: accepted is a fraction of one GPU, or whole GPUs"
             )
+        if self.tracking_uri and re.search(r"//[^/@]*:[^/@]+@", self.tracking_uri):
+            raise UserError(  # job.yaml stays in the store, and is shown to whoever sees the study
+                "job.tracking_uri holds a password, which would be kept in job.yaml: give it as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
+                "MLFLOW_TRACKING_URI, in the environment"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"job.device is {self.device!r}: accepted is auto, cpu, cuda or cuda:N")
         return self

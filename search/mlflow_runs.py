@@ -37,6 +37,8 @@ LONGEST_TAG, LONGEST_PARAM, LARGEST_BATCH = 8000, 6000, 1000
 PAGE = 1000
 #: server tags: which study a run is of, which trial; the study's own run has no trial
 STUDY_ID, TRIAL = "vitpareto.study_id", "trial"
+#: opens the experiment on its runs; MLflow's pages take it for one of language models otherwise
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 #: what uploaded artifacts were made of, so that equal ones are not uploaded again
 CONTENT = "vitpareto.artifacts"
 
@@ -258,7 +260,9 @@ class Mirror:
         name = experiment_of(self.study)
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            made: str = self.client.create_experiment(name, artifact_location=artifacts)
+            made: str = self.client.create_experiment(
+                name, artifact_location=artifacts, tags=EXPERIMENT_TAGS
+            )
             return made
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)

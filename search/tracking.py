@@ -78,8 +78,13 @@ class Page:
 
 
 def tracking_uri(folder: StudyFolder, uri: str | None) -> str:
-    """The server named, or SQLite in the study's store (an absolute path)."""
-    return uri or f"sqlite:///{folder.folder.parent.absolute() / 'mlflow.db'}"
+    """The server named (None: what MLflow's own MLFLOW_TRACKING_URI names), or for "store", and
+    where nothing is named, SQLite in the study's store (an absolute path).
+    """
+    named = uri or os.environ.get("MLFLOW_TRACKING_URI") or "store"
+    if named != "store":
+        return named
+    return f"sqlite:///{folder.folder.parent.absolute() / 'mlflow.db'}"
 
 
 # ------------------------------------------------------------------------------- beside the study
@@ -190,7 +195,12 @@ def _study_run(
 
 def study_note(folder: StudyFolder, front: Sequence[TrialResult]) -> str:
     """Markdown: the front, cheapest first as given, and how to get a model out of it."""
-    shown = [o for o in OBJECTIVES.values() if any(o.name in r.values for r in front)]
+    wanted = {*_objectives(folder), "top1", "gmacs", "latency_ms"}  # more is in the runs
+    shown = [
+        o
+        for o in OBJECTIVES.values()
+        if o.name in wanted and any(o.name in r.values for r in front)
+    ]
     head = ["trial", *(f"{o.name} ({o.unit})" for o in shown), "recipe"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in front:

@@ -16,9 +16,6 @@ from search.results import TrialResult
 from search.store import StudyFolder
 from search.tracking import sync
 
-# SQLAlchemy deprecates what MLflow's tables still use, and says so when they are imported
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
 
 def group_of(leader: int) -> list[int]:
     """Live processes of a process group (zombies are dead)."""
@@ -42,15 +39,18 @@ def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> 
     sync(folder)
     with serve(tmp_path, "deit-s") as served:
         assert served.url.startswith("http://127.0.0.1:")
-        experiment, run = served.page.removeprefix(f"{served.url}/#/experiments/").split("/runs/")
+        page = served.page.removeprefix(f"{served.url}/#/experiments/").partition("?")[0]
+        experiment, run = page.split("/runs/")
         assert experiment.isdigit() and len(run) == 32
-        with urllib.request.urlopen(served.url, timeout=10) as page:
-            assert b"<title>MLflow" in page.read()
+        with urllib.request.urlopen(served.url, timeout=10) as root:
+            assert b"<title>MLflow" in root.read()
         address = f"{served.url}/api/2.0/mlflow/runs/get?run_id={run}"
         with urllib.request.urlopen(address, timeout=10) as answer:
             assert b'"deit-s"' in answer.read()
         assert group_of(served.pid)
-        with pytest.raises(UserError, match="vitpareto sync other brings it there"):
+        with pytest.raises(
+            UserError, match="vitpareto sync other --tracking-uri store brings it there"
+        ):
             mlflow_server._page(served.url, "other")
         port = int(served.url.rpartition(":")[2])
         with (

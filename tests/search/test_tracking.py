@@ -27,9 +27,6 @@ from search.searcher import Tally
 from search.store import StudyFolder
 from search.tracking import Page, SyncReport, Tracker, sync
 
-# SQLAlchemy deprecates what MLflow's tables still use, and says so when they are imported
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
-
 AXES = objectives_named(("top1", "gmacs"))
 IMAGE = {"images": 8, "bits": "/w=="}
 
