@@ -333,6 +333,11 @@ def shown_uri(uri: str) -> str:
 
 
 def _brief(error: Exception) -> str:
+    root: BaseException = error
+    while inner := root.__cause__ or root.__context__:
+        root = inner
+    if isinstance(root, OSError) and root.strerror:
+        return root.strerror  # what four libraries wrapped: "Connection refused"
     text = shown_uri(str(error)).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
