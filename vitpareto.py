@@ -22,6 +22,7 @@ import typer
 
 if TYPE_CHECKING:
     from search.results import TrialResult
+    from search.run import Prepared
     from search.searcher import Tally
     from search.store import StudyFolder
     from search.tracking import Page
@@ -176,12 +177,29 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         if config.tracking_uri != "none":
             tracker = stack.enter_context(Tracker(folder, config.tracking_uri, say=_say))
             hooks.append(tracker.hear)
+        # like Ctrl-C, as a batch system ends a job: Ray's own answer is to abort
+        handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        stack.callback(signal.signal, signal.SIGTERM, handler)
         folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=hooks)
         progress.close()
+        seconds = time.monotonic() - begin
         page = _page(folder)
+        _print_end(prepared, folder, page, tally, progress, seconds)
         if tracker is not None:
             tracker.finish(page.artifacts, page.table, ended=tally.ended)
-    seconds = time.monotonic() - begin
+    if not tally.ended:
+        raise typer.Exit(130)  # interrupted: a script must be able to tell
+
+
+def _print_end(
+    prepared: Prepared,
+    folder: StudyFolder,
+    page: Page,
+    tally: Tally,
+    progress: Progress,
+    seconds: float,
+) -> None:
+    """What came of a search; SearchFailed where nothing did."""
     for split in ("search", "calibration"):
         if corrupt := prepared.data.split(split).corrupt:
             shown = ", ".join(corrupt[:5]) + (" …" if len(corrupt) > 5 else "")
@@ -199,8 +217,6 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     for path in page.artifacts.values():
         _say(f"plot: {path}")
     _print_front(folder, page.table)
-    if not tally.ended:
-        raise typer.Exit(130)  # interrupted: a script must be able to tell
 
 
 def _page(folder: StudyFolder) -> Page:
@@ -538,7 +554,8 @@ def ui_command(
     place = Path(store or os.environ.get("VITPARETO_STORE") or "studies")
     if name is not None:
         _find(store, name)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must end with us
+    for sent in (signal.SIGTERM, signal.SIGHUP):  # the server must end with us
+        signal.signal(sent, lambda number, _: sys.exit(128 + number))
     with serve(place, name, port=port) as served:
         typer.echo(served.page)
         sys.stdout.flush()

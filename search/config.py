@@ -89,9 +89,11 @@ class SearchConfig:
         config = cls(**plain, **lists, **maps, **strings)  # type: ignore[arg-type]
         return dataclasses.replace(
             config,
+            # a study is continued by name, from any folder
+            model=_absolute(config.model, "local-dir:"),
+            tracking_uri=config.tracking_uri and _absolute(config.tracking_uri, "sqlite:///"),
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
-            # a study is continued by name, from any folder
             data=os.path.abspath(config.data) if os.path.isdir(config.data) else config.data,
             weights=os.path.abspath(config.weights) if config.weights else None,
         )._checked()
@@ -161,6 +163,13 @@ _PLAIN: tuple[Parameter, ...] = (
     Choice("latency", choices=("front", "off"), default="front"),
     Int("latency_batch", low=1, high=65536, default=1),
 )
+
+
+def _absolute(address: str, scheme: str) -> str:
+    """An address whose scheme names a path of this machine, with that path made absolute."""
+    if not address.startswith(scheme):
+        return address
+    return scheme + os.path.abspath(address.removeprefix(scheme))
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

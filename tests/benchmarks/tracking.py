@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from dashboards.mlflow_server import serve
-from search.mlflow_runs import open_client
+from search.mlflow_client import open_client
 from search.store import StudyFolder
 from search.tracking import sync
 
