@@ -32,7 +32,7 @@ from search.bundle_readme import readme, resize_rule
 from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
-from search.models import fingerprint, load_model, num_classes
+from search.models import architecture, fingerprint, load_model, num_classes
 from search.pareto import NothingUnderBudget, choose, front_of, knee_of, objectives_named
 from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
 from search.store import StudyFolder
@@ -384,6 +384,7 @@ def _result(
     return {
         "schema": SCHEMA,
         "model": made.get("model", folder.job().get("model")),
+        **architecture(folder.job()["model"]),
         "study": folder.name,
         "trial": result.trial,
         "recipe": candidate.recipe.to_dict(),
