@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,9 +23,11 @@ import typer
 if TYPE_CHECKING:
     from methods import Recipe
     from search.results import TrialResult
+    from search.run import Prepared
     from search.searcher import Tally
     from search.store import StudyFolder
     from search.tracking import Page
+    from search.verify import Verification
 
 app = typer.Typer(
     name="vitpareto",
@@ -55,7 +58,8 @@ LatencyBatch = Annotated[int | None, typer.Option(help="Batch at which latency i
 
 
 TrackingUri = Annotated[
-    str | None, typer.Option(help="MLflow server, or none [SQLite in the store]")
+    str | None,
+    typer.Option(help="MLflow server; store: SQLite there; none [MLFLOW_TRACKING_URI, or store]"),
 ]
 
 
@@ -118,16 +122,31 @@ def demo_command(
     cache: Cache = None,
     trials: Annotated[int, typer.Option(help="Trials in all, dense included")] = 60,
 ) -> None:
-    """A real search on the embedded model and images: the front as a table and as a picture.
+    """A real search on the embedded model and images: the front, and its knee as a verified bundle.
 
     \b
     vitpareto demo
     """
-    given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32}
+    from search.export import export, knee_trial
+    from search.verify import verify
+
+    given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32,
+             "tracking_uri": "store"}  # fmt: skip
     _search(None, [], {k: v for k, v in given.items() if v is not None})
+    folder = _find(store, "demo")
+    knee = knee_trial(folder.measured(), folder.job()["objectives"])
     where = f" --store {store}" if store else ""
-    typer.echo(f"look at it in MLflow: vitpareto ui demo{where}")
-    typer.echo(f"deploy its knee: vitpareto export demo --knee --out bundle{where}")
+    if knee is None:
+        typer.echo(f"no knee yet: more trials (vitpareto demo --trials {2 * trials}{where})")
+    else:
+        # named after its trial: a later knee is another bundle, and this one is only verified again
+        bundle = folder.folder / f"bundle-{knee.trial:06d}"
+        if not bundle.exists():
+            _say(f"trial {knee.trial}, the knee: exporting it to {bundle}")
+            export(folder, knee, bundle, cache=cache)
+        _verified(verify(bundle))
+        typer.echo(f"the knee, to deploy: {bundle}/README.md")
+    typer.echo(f"the study in MLflow: vitpareto ui demo{where}")
 
 
 def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
@@ -159,12 +178,29 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         if config.tracking_uri != "none":
             tracker = stack.enter_context(Tracker(folder, config.tracking_uri, say=_say))
             hooks.append(tracker.hear)
+        # like Ctrl-C, as a batch system ends a job: Ray's own answer is to abort
+        handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        stack.callback(signal.signal, signal.SIGTERM, handler)
         folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=hooks)
         progress.close()
+        seconds = time.monotonic() - begin
         page = _page(folder)
+        _print_end(prepared, folder, page, tally, progress, seconds)
         if tracker is not None:
             tracker.finish(page.artifacts, page.table, ended=tally.ended)
-    seconds = time.monotonic() - begin
+    if not tally.ended:
+        raise typer.Exit(130)  # interrupted: a script must be able to tell
+
+
+def _print_end(
+    prepared: Prepared,
+    folder: StudyFolder,
+    page: Page,
+    tally: Tally,
+    progress: Progress,
+    seconds: float,
+) -> None:
+    """What came of a search; SearchFailed where nothing did."""
     for split in ("search", "calibration"):
         if corrupt := prepared.data.split(split).corrupt:
             shown = ", ".join(corrupt[:5]) + (" …" if len(corrupt) > 5 else "")
@@ -181,9 +217,7 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     )
     for path in page.artifacts.values():
         _say(f"plot: {path}")
-    _print_front(folder)
-    if not tally.ended:
-        raise typer.Exit(130)  # interrupted: a script must be able to tell
+    _print_front(folder, page.table)
 
 
 def _page(folder: StudyFolder) -> Page:
@@ -219,10 +253,9 @@ def _title(folder: StudyFolder) -> str:
     return f"{folder.name}: {job['model']} on {job['data']}"
 
 
-def _print_front(folder: StudyFolder) -> None:
-    from dashboards.tables import front_rows, front_table
+def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    from dashboards.tables import front_table
 
-    rows = front_rows(folder.measured(), folder.latencies(), folder.job()["objectives"])
     notes = ["* knee"] if any(r["knee"] for r in rows) else []
     if target := next((r["latency_target"] for r in rows if r["latency_target"]), None):
         notes.append(f"ms: {target['device']}, {target['dtype']}, batch {target['batch']}")
@@ -328,7 +361,7 @@ def front_command(
     elif not rows:
         _say(f"study {name} has no finished trial yet")
     else:
-        _print_front(folder)
+        _print_front(folder, rows)
 
 
 @app.command("trials")
@@ -642,7 +675,11 @@ def verify_command(
     """
     from search.verify import verify
 
-    found = verify(bundle)
+    _verified(verify(bundle))
+
+
+def _verified(found: Verification) -> None:
+    """Print what was found; a non-zero exit where the bundle is not the measured model."""
     typer.echo(found.table())
     if not found.verified:
         raise typer.Exit(1)
@@ -663,7 +700,7 @@ def sync_command(
 
     folder = _find(store, name)
     uri = tracking_uri or folder.job().get("tracking_uri")
-    report = sync(folder, None if uri == "none" else uri, _page(folder))
+    report = sync(folder, "store" if uri == "none" else uri, _page(folder))
     typer.echo(
         f"{report.created} runs created, {report.updated} updated, {report.closed} closed, "
         f"{report.removed} removed, {report.unchanged} unchanged"
@@ -690,7 +727,8 @@ def ui_command(
     place = Path(store or os.environ.get("VITPARETO_STORE") or "studies")
     if name is not None:
         _find(store, name)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must end with us
+    for sent in (signal.SIGTERM, signal.SIGHUP):  # the server must end with us
+        signal.signal(sent, lambda number, _: sys.exit(128 + number))
     with serve(place, name, port=port) as served:
         typer.echo(served.page)
         sys.stdout.flush()

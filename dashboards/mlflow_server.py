@@ -6,6 +6,7 @@ It starts and stops `mlflow server` and finds a study's page by asking it; it ch
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -23,11 +24,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from search.errors import UserError
+from search.mlflow_client import artifacts, ensure_database, store_uri
 from search.mlflow_runs import STUDY_ID, TRIAL, experiment_of
 
 #: seconds a server may take to answer for the first time (a new database is built in it)
 STARTS_WITHIN_S = 120.0
 STOPS_WITHIN_S = 5.0
+#: of linux/prctl.h
+PR_SET_PDEATHSIG = 1
+#: loopback is reached without the proxy that http_proxy names
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+#: MLflow's pages come in two kinds; this one shows runs and their charts
+WORKFLOW = "workflowType=machine_learning"
 
 
 @dataclass(frozen=True)
@@ -45,15 +53,18 @@ def serve(
 ) -> Iterator[Served]:
     """MLflow on STORE/mlflow.db; its processes are gone when the block ends.
 
-    port None: any free one. UserError where the port is taken, the server does not come up (with
-    its last words), or MLflow has no such study.
+    port None: any free one. UserError where there is no such store, the port is taken, the server
+    does not come up (with its last words), or MLflow has no such study.
     """
+    if not store.is_dir():
+        raise UserError(f"there is no store {store}: a search makes it, or name another --store")
     port = _free(host, port)
     store = store.absolute()
+    ensure_database(store)
     command = [
         sys.executable, "-m", "mlflow", "server",
-        "--backend-store-uri", f"sqlite:///{store / 'mlflow.db'}",
-        "--artifacts-destination", str(store / "mlartifacts"),
+        "--backend-store-uri", store_uri(store),
+        "--artifacts-destination", str(artifacts(store)),
         "--host", host, "--port", str(port),
         # several would be slower: they lose TCP_NODELAY, 44 ms a request
         "--workers", "1",
@@ -74,12 +85,19 @@ def serve(
             env=environment,
             cwd=store,
             start_new_session=True,  # a group of its own, so that its workers end with it
+            preexec_fn=_end_with_parent,
         )
         try:
             _wait(process, url, words)
             yield Served(url, _page(url, study), process.pid)
         finally:
             _stop(process)
+
+
+def _end_with_parent() -> None:
+    """In the new process: be told to end where the one that serves is killed outright (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _free(host: str, port: int | None) -> int:
@@ -100,7 +118,7 @@ def _free(host: str, port: int | None) -> int:
 def _wait(process: subprocess.Popen[bytes], url: str, words: IO[bytes]) -> None:
     deadline = time.monotonic() + STARTS_WITHIN_S
     while process.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2):
+        with contextlib.suppress(OSError), _OPENER.open(f"{url}/health", timeout=2):
             return
         time.sleep(0.1)
     words.seek(0)
@@ -140,7 +158,8 @@ def _page(url: str, study: str | None) -> str:
         return url
     name = experiment_of(study)
     missing = UserError(
-        f"MLflow has no study {study!r} in this store: vitpareto sync {study} brings it there"
+        f"MLflow has no study {study!r} in this store: vitpareto sync {study} "
+        "--tracking-uri store brings it there"
     )
     try:
         query = urllib.parse.urlencode({"experiment_name": name})
@@ -159,13 +178,14 @@ def _page(url: str, study: str | None) -> str:
     }
     for run in _ask(f"{url}/api/2.0/mlflow/runs/search", body).get("runs", ()):
         if not any(tag["key"] == TRIAL for tag in run["data"].get("tags", ())):
-            return f"{url}/#/experiments/{experiment}/runs/{run['info']['run_id']}"
+            run_id = run["info"]["run_id"]
+            return f"{url}/#/experiments/{experiment}/runs/{run_id}?{WORKFLOW}"
     return f"{url}/#/experiments/{experiment}"
 
 
 def _ask(address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with _OPENER.open(request, timeout=30) as answer:
         out: dict[str, Any] = json.load(answer)
         return out

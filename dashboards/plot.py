@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -119,9 +120,11 @@ def plot_front(
     figure = front_figure(
         results, objectives=objectives, title=title, published=published, controls=controls
     )
-    # An SVG carries the date of drawing unless told otherwise; a picture of results should not.
+    # An SVG carries the date of drawing and random ids unless told otherwise; the picture of the
+    # same results should be the same file.
     metadata = {"Date": None} if kind == ".svg" else None
-    figure.savefig(path, format=kind[1:], dpi=_DPI, metadata=metadata)
+    with matplotlib.rc_context({"svg.hashsalt": "vitpareto"}):
+        figure.savefig(path, format=kind[1:], dpi=_DPI, metadata=metadata)
     return path
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -59,7 +59,7 @@ def front_rows(
     return rows
 
 
-def front_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+def front_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """For a terminal; intervals are 95 %."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     for name, justify in (

@@ -89,9 +89,11 @@ class SearchConfig:
         config = cls(**plain, **lists, **maps, **strings)  # type: ignore[arg-type]
         return dataclasses.replace(
             config,
+            # a study is continued by name, from any folder
+            model=_absolute(config.model, "local-dir:"),
+            tracking_uri=config.tracking_uri and _absolute(config.tracking_uri, "sqlite:///"),
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
-            # a study is continued by name, from any folder
             data=os.path.abspath(config.data) if os.path.isdir(config.data) else config.data,
             weights=os.path.abspath(config.weights) if config.weights else None,
         )._checked()
@@ -127,6 +129,12 @@ class SearchConfig:
             raise UserError(
                 f"job.gpus_per_trial is {share:g}: accepted is a fraction of one GPU, or whole GPUs"
             )
+        if self.tracking_uri and re.search(r"//[^/@]*:[^/@]+@", self.tracking_uri):
+            raise UserError(  # job.yaml stays in the store, and is shown to whoever sees the study
+                "job.tracking_uri holds a password, which would be kept in job.yaml: give it as "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
+                "MLFLOW_TRACKING_URI, in the environment"
+            )
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"job.device is {self.device!r}: accepted is auto, cpu, cuda or cuda:N")
         return self
@@ -160,6 +168,13 @@ _PLAIN: tuple[Parameter, ...] = (
     Choice("latency", choices=("front", "off"), default="front"),
     Int("latency_batch", low=1, high=65536, default=1),
 )
+
+
+def _absolute(address: str, scheme: str) -> str:
+    """An address whose scheme names a path of this machine, with that path made absolute."""
+    if not address.startswith(scheme):
+        return address
+    return scheme + os.path.abspath(address.removeprefix(scheme))
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

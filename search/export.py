@@ -32,8 +32,8 @@ from search.bundle_readme import readme, resize_rule
 from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
-from search.models import fingerprint, load_model, num_classes
-from search.pareto import NothingUnderBudget, choose, front_of, knee_of
+from search.models import architecture, fingerprint, load_model, num_classes
+from search.pareto import NothingUnderBudget, choose, front_of, knee_of, objectives_named
 from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
 from search.store import StudyFolder
 from search.verify import (
@@ -90,10 +90,9 @@ def choose_trial(
     if trial is not None:
         return _numbered(results, finished, trial)
     if knee:
-        front = front_of(finished, objectives)
-        dense = next((r for r in finished if r.is_reference), None)
-        found = knee_of(front, objectives, dense)
+        found = knee_trial(finished, [o.name for o in objectives])
         if found is None:
+            front = front_of(finished, objectives)
             raise UserError(
                 f"the front has no knee (an end of it is none): {_shown(front)}; "
                 "give --max-gmacs or --trial N"
@@ -103,6 +102,13 @@ def choose_trial(
         return choose(finished, **budgets)
     except (NothingUnderBudget, ValueError) as error:
         raise UserError(str(error)) from error
+
+
+def knee_trial(results: Sequence[TrialResult], objectives: Sequence[str]) -> TrialResult | None:
+    """The knee of the front of these results; None where it has none."""
+    axes = objectives_named(objectives)
+    dense = next((r for r in results if r.is_reference and r.state == "finished"), None)
+    return knee_of(front_of(results, axes), axes, dense)
 
 
 def _numbered(
@@ -374,6 +380,7 @@ def _result(
     return {
         "schema": SCHEMA,
         "model": made.get("model", folder.job().get("model")),
+        **architecture(folder.job()["model"]),
         "study": folder.name,
         "trial": result.trial,
         "recipe": candidate.recipe.to_dict(),

@@ -8,9 +8,7 @@ done, or done twice by a request that timed out, is found again and settled.
 
 from __future__ import annotations
 
-import logging
 import math
-import os
 import shutil
 import tempfile
 import time
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from methods import Recipe
+from search.mlflow_client import TIMEOUT_S
 from search.pareto import Front, front_of, objectives_named, rank, reference_point
 from search.results import TrialResult
 
@@ -29,14 +28,13 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.tracking import MlflowClient
 
-#: seconds until a request is given up, and how often it is repeated (MLflow: 120 and 7, which is
-#: four minutes for every call to a server that is away)
-TIMEOUT_S, RETRIES = 5, 1
 #: what MLflow takes at most, in characters of a value and in entries of a batch
 LONGEST_TAG, LONGEST_PARAM, LARGEST_BATCH = 8000, 6000, 1000
 PAGE = 1000
 #: server tags: which study a run is of, which trial; the study's own run has no trial
 STUDY_ID, TRIAL = "vitpareto.study_id", "trial"
+#: opens the experiment on its runs; MLflow's pages take it for one of language models otherwise
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 #: what uploaded artifacts were made of, so that equal ones are not uploaded again
 CONTENT = "vitpareto.artifacts"
 
@@ -88,11 +86,9 @@ def ranks_of(results: Iterable[TrialResult], objectives: Sequence[str]) -> dict[
     }
 
 
-def trial_run(
-    result: TrialResult, when_ms: int, *, study: str, front: bool, rank: int | None
-) -> RunSpec:
-    """The run of one trial, whose result was durable at `when_ms`. Only finished ones have metrics;
-    a failed one ends FAILED with its reason.
+def trial_run(result: TrialResult, *, study: str, front: bool, rank: int | None) -> RunSpec:
+    """The run of one trial. Only finished ones have metrics; a failed one ends FAILED with its
+    reason.
     """
     metrics: dict[str, float] = {}
     if result.state == "finished":
@@ -122,8 +118,8 @@ def trial_run(
         params=params,
         metrics=metrics,
         tags=tags,
-        begin_ms=when_ms - int(1e3 * result.seconds),
-        end_ms=when_ms,
+        begin_ms=result.begun_ms,
+        end_ms=result.ended_ms,
     )
 
 
@@ -135,29 +131,21 @@ def _line(result: TrialResult) -> str:
 
 
 def runs_of(
-    results: Sequence[TrialResult],
-    when_ms: Mapping[int, int],
-    *,
-    study: str,
-    objectives: Sequence[str],
+    results: Sequence[TrialResult], *, study: str, objectives: Sequence[str]
 ) -> list[RunSpec]:
-    """The runs of all trials, by trial number; `when_ms`: when each result became durable."""
+    """The runs of all trials, by trial number."""
     ranks = ranks_of(results, objectives)
     return [
-        trial_run(
-            r, when_ms[r.trial], study=study, front=ranks.get(r.trial) == 0, rank=ranks.get(r.trial)
-        )
+        trial_run(r, study=study, front=ranks.get(r.trial) == 0, rank=ranks.get(r.trial))
         for r in results
     ]
 
 
-def curve_of(
-    results: Iterable[TrialResult], when_ms: Mapping[int, int], objectives: Sequence[str]
-) -> list[CurvePoint]:
-    """The hypervolume after each result, in the order in which they became durable."""
+def curve_of(results: Iterable[TrialResult], objectives: Sequence[str]) -> list[CurvePoint]:
+    """The hypervolume after each result, in the order in which they ended."""
     axes = objectives_named(objectives)
     names = {o.name for o in axes}
-    ordered = sorted(results, key=lambda r: (when_ms[r.trial], r.trial))
+    ordered = sorted(results, key=lambda r: (r.ended_ms, r.trial))
     early: list[TrialResult] = []
     front: Front | None = None
     out = []
@@ -172,7 +160,7 @@ def curve_of(
                     front.add(one.trial, one.values)
                 early.clear()
         volume = front.hypervolume() if front is not None else 0.0
-        out.append(CurvePoint(step, volume, when_ms[result.trial]))
+        out.append(CurvePoint(step, volume, result.ended_ms))
     return out
 
 
@@ -195,29 +183,6 @@ def _text(value: Any) -> str:
 # --------------------------------------------------------------------------- what a server is told
 
 
-def open_client(uri: str) -> MlflowClient:
-    """A client that gives up soon and says nothing. Raises what MLflow raises.
-
-    MLflow is imported here: that takes seconds, and the search's thread need not wait for them.
-    """
-    for name, value in {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(TIMEOUT_S),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(RETRIES),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_LOGGING_LEVEL": "WARNING",
-        # it would print a line a run, and ask the server for the run once more to do so
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    }.items():
-        os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # what fails is said once, by the tracker, and not for every attempt
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
 @dataclass
 class _Known:
     """A run as the server has it."""
@@ -237,32 +202,43 @@ class _Known:
 
 
 class Mirror:
-    """The runs of one study on one server. Every method raises what MLflow raises.
-
-    `progress` grows with every call that the server answered.
-    """
+    """The runs of one study on one server. Every method raises what MLflow raises."""
 
     def __init__(
-        self, client: MlflowClient, study: str, study_id: str, artifacts: str | None = None
+        self,
+        client: MlflowClient,
+        study: str,
+        study_id: str,
+        artifacts: str | None = None,
+        own: bool = False,
     ) -> None:
-        """artifacts: where a new experiment puts its files; None: where the server likes."""
+        """artifacts: where a new experiment puts its files; None: where the server likes. own: the
+        database is that place's, and an experiment with files elsewhere was copied or moved here.
+        """
         self.client, self.study, self.study_id = client, study, study_id
-        self.progress = 0
-        self.experiment = self._experiment(artifacts)
+        self.experiment = self._experiment(artifacts, own)
         self.runs: dict[int | None, _Known] = {}
         self.duplicates = 0
         self.refused: dict[int | None, str] = {}
         self.read()
 
-    def _experiment(self, artifacts: str | None) -> str:
+    def _experiment(self, artifacts: str | None, own: bool) -> str:
         name = experiment_of(self.study)
         found = self.client.get_experiment_by_name(name)
         if found is None:
-            made: str = self.client.create_experiment(name, artifact_location=artifacts)
+            made: str = self.client.create_experiment(
+                name, artifact_location=artifacts, tags=EXPERIMENT_TAGS
+            )
             return made
+        known = str(found.experiment_id)
         if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        return str(found.experiment_id)
+            self.client.restore_experiment(known)
+        if not own or artifacts is None or found.artifact_location.startswith(artifacts):
+            return known
+        # its runs would write into the place it came from: it makes room (MLflow can restore it)
+        self.client.rename_experiment(known, f"{name} of {found.artifact_location} ({known})")
+        self.client.delete_experiment(known)
+        return self._experiment(artifacts, own)
 
     def read(self) -> None:
         """Learn what the server has; of runs made twice by a late answer one is kept."""
@@ -275,7 +251,6 @@ class Mirror:
                 max_results=PAGE,
                 page_token=token,
             )
-            self.progress += 1
             for run in page:
                 self._file(_Known.of(run))
             token = page.token
@@ -335,7 +310,6 @@ class Mirror:
         run = self.client.create_run(
             self.experiment, start_time=spec.begin_ms, tags=spec.tags, run_name=spec.name
         )
-        self.progress += 1
         known = _Known(run.info.run_id, "RUNNING", {}, {}, dict(spec.tags))
         self.runs[spec.trial] = known
         if time.monotonic() - began >= TIMEOUT_S:
@@ -362,7 +336,6 @@ class Mirror:
                 self.client.update_run(known.run_id, status="RUNNING")
             else:
                 self.client.set_terminated(known.run_id, spec.status, spec.end_ms or None)
-            self.progress += 1
             known.status = spec.status
             return True
         return bool(params or tags or metrics)
@@ -382,7 +355,6 @@ class Mirror:
             [Param(k, v) for k, v in (params or {}).items()],
             [RunTag(k, v) for k, v in (tags or {}).items()],
         )
-        self.progress += 1
         known.metrics.update({m[0]: m[1] for m in metrics})
         known.params.update(params or {})
         known.tags.update(tags or {})
@@ -405,7 +377,6 @@ class Mirror:
         """The steps at which the server has a hypervolume."""
         assert self.parent is not None
         history = self.client.get_metric_history(self.parent.run_id, "hypervolume")
-        self.progress += 1
         return {m.step for m in history}
 
     def log_curve(self, points: Sequence[CurvePoint]) -> None:
@@ -424,13 +395,11 @@ class Mirror:
         parent = self.parent
         assert parent is not None
         there = {f.path for f in self.client.list_artifacts(parent.run_id)}
-        self.progress += 1
         wanted = set(files) | ({"front.json"} if table else set())
         if parent.tags.get(CONTENT) == content and wanted <= there:
             return False
         for name, path in files.items():
             self._artifact(parent.run_id, name, path)
-            self.progress += 1
         if table:
             self._table(parent.run_id, table, "front.json" in there)
         self._log(parent, [], tags={CONTENT: content})
@@ -454,14 +423,12 @@ class Mirror:
             self.client.log_text(run_id, text, "front.json")
         else:
             self.client.log_table(run_id, frame, "front.json")
-        self.progress += 1
 
     def close(self, keep: Collection[int | None]) -> int:
         """End the runs left RUNNING by a driver that died, apart from these; their number."""
         stale = [r for t, r in self.runs.items() if r.status == "RUNNING" and t not in keep]
         for known in stale:
             self.client.set_terminated(known.run_id, "KILLED")
-            self.progress += 1
             known.status = "KILLED"
         return len(stale)
 
@@ -470,5 +437,4 @@ class Mirror:
         extra = [t for t in self.runs if t not in keep]
         for trial in extra:
             self.client.delete_run(self.runs.pop(trial).run_id)
-            self.progress += 1
         return len(extra)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,18 @@ def _create(name: str, state: dict[str, Tensor] | None) -> nn.Module:
                 f"the pretrained weights of {name!r} cannot be had ({_first_line(error)}){WAY_OUT}"
             ) from error
         raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """What builds a `local-dir:` model without its folder: timm's `architecture` and `model_args`;
+    {} for any other, whose name says it.
+    """
+    if not name.startswith("local-dir:"):
+        return {}
+    text = (Path(name.removeprefix("local-dir:")) / "config.json").read_text(encoding="utf-8")
+    config = json.loads(text)
+    arguments = config.get("model_args") or {}
+    return {"architecture": config["architecture"], "model_args": arguments}
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,7 +95,7 @@ class TrialResult:
     peak_mb in MB); `images` is how many search images were seen, `bits` their correctness
     (`pack_bits`). `resolved` is the recipe with everything that was calibrated written into it,
     so that it rebuilds without calibration images. `latency` is a `Latency` as a dict, where it was
-    an objective.
+    an objective. `seconds` is how long it took, `ended_ms` when it was there, in ms since 1970.
     """
 
     trial: int
@@ -111,6 +112,12 @@ class TrialResult:
     reason: str = ""
     provenance: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] | None = None
+    ended_ms: int = field(default_factory=lambda: int(1e3 * time.time()))
+
+    @property
+    def begun_ms(self) -> int:
+        """When it was begun, in ms since 1970."""
+        return self.ended_ms - int(1e3 * self.seconds)
 
     @property
     def timed(self) -> Latency | None:

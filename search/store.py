@@ -227,6 +227,10 @@ class StudyFolder:
         paths = sorted((self.folder / "trials").glob("[0-9]*.json"))
         return [_result(path) for path in paths]
 
+    def finished_trials(self) -> int:
+        """How many results are durable."""
+        return sum(1 for _ in (self.folder / "trials").glob("[0-9]*.json"))
+
     def result(self, trial: int) -> TrialResult | None:
         path = self.folder / "trials" / f"{trial:06d}.json"
         return _result(path) if path.is_file() else None
@@ -281,7 +285,10 @@ class StaleWorker(RuntimeError):
 
 
 def _result(path: Path) -> TrialResult:
-    return TrialResult(**json.loads(path.read_text(encoding="utf-8")))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    # results of before it was stored: the file's time
+    stored.setdefault("ended_ms", path.stat().st_mtime_ns // 10**6)
+    return TrialResult(**stored)
 
 
 def _brief(value: Any) -> str:

@@ -6,7 +6,8 @@ search microseconds a trial and one line. `sync` makes a server equal to the stu
 
 STORE/mlflow.db, STORE/mlartifacts   where no server is named
 STORE/NAME/tracking.json   the study's id on servers, and why it ended
-STORE/NAME/outbox.jsonl    what the server is still owed; empty once it has everything
+STORE/NAME/outbox.jsonl    what servers are still owed, a line each with its server; what is sent is
+                           read from the study, and a server's lines go once it has everything
 STORE/NAME/tracking.lock   held (flock) by the one process that sends
 """
 
@@ -24,12 +25,12 @@ import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from methods import Recipe
-from search import mlflow_runs
+from search import mlflow_client, mlflow_runs
 from search.errors import UserError
 from search.mlflow_runs import CurvePoint, Mirror, RunSpec, curve_of, note_that_fits, ranks_of
 from search.pareto import front_of, objectives_named
@@ -41,8 +42,8 @@ if TYPE_CHECKING:  # `sync` need not wait for Ray
 
 #: seconds between attempts on a server that failed: doubled each time, up to the last
 FIRST_PAUSE_S, LAST_PAUSE_S = 1.0, 30.0
-#: seconds without any answer after which the end of a search waits no longer
-PATIENCE_S = 45.0
+#: seconds after which the end of a search waits no longer for a server, and says that it waits
+PATIENCE_S, TELL_AFTER_S = 45.0, 5.0
 #: seconds between two reports of the hypervolume, so that it is not a fourth call a trial
 CURVE_EVERY_S = 2.0
 #: seconds `sync` waits for a search that has just given up, whose last request must time out first
@@ -78,31 +79,57 @@ class Page:
 
 
 def tracking_uri(folder: StudyFolder, uri: str | None) -> str:
-    """The server named, or SQLite in the study's store (an absolute path)."""
-    return uri or f"sqlite:///{folder.folder.parent.absolute() / 'mlflow.db'}"
+    """The server named (None: what MLflow's own MLFLOW_TRACKING_URI names), or for "store", and
+    where nothing is named, SQLite in the study's store (an absolute path).
+    """
+    named = uri or os.environ.get("MLFLOW_TRACKING_URI") or "store"
+    return named if named != "store" else mlflow_client.store_uri(folder.folder.parent)
 
 
 # ------------------------------------------------------------------------------- beside the study
 
 
-def _mark(folder: StudyFolder) -> dict[str, str]:
-    """The study's id on servers, made once, and `ended`, why its last search ended ("": it runs or
-    was broken off).
+@dataclass(frozen=True)
+class _Mark:
+    """The study's id on servers, made once; `ended`: why its last tracked search ended ("": it runs
+    or was broken off), with as many `trials` on disk: with more of them, it is not true any more.
     """
-    path = folder.folder / "tracking.json"
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("id"):
-            return {"id": str(found["id"]), "ended": str(found.get("ended", ""))}
-    made = {"id": uuid.uuid4().hex, "ended": ""}
-    write_atomic(path, json.dumps(made))
-    return made
+
+    id: str
+    ended: str = ""
+    trials: int = 0
+
+    @classmethod
+    def read(cls, folder: StudyFolder) -> _Mark:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = json.loads((folder.folder / "tracking.json").read_text(encoding="utf-8"))
+            if found["id"]:
+                return cls(**found)
+        made = cls(uuid.uuid4().hex)
+        made.write(folder)
+        return made
+
+    def write(self, folder: StudyFolder) -> None:
+        write_atomic(folder.folder / "tracking.json", json.dumps(asdict(self)))
 
 
 def _set_ended(folder: StudyFolder, why: str) -> None:
-    mark = _mark(folder)
-    if mark["ended"] != why:
-        write_atomic(folder.folder / "tracking.json", json.dumps({**mark, "ended": why}))
+    mark = _Mark.read(folder)
+    now = replace(mark, ended=why, trials=folder.finished_trials() if why else 0)
+    if mark != now:
+        now.write(folder)
+
+
+def _settle_outbox(folder: StudyFolder, server: str) -> None:
+    """Drop the lines owed to this server, which has everything now. `server`: as `shown_uri`."""
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open(folder.folder / "outbox.jsonl", "r+", encoding="utf-8") as outbox,
+    ):
+        kept = [line for line in outbox if f'"to": {json.dumps(server)}' not in line]
+        outbox.seek(0)
+        outbox.truncate()
+        outbox.writelines(kept)
 
 
 @contextlib.contextmanager
@@ -121,33 +148,24 @@ def _sending(folder: StudyFolder, wait_s: float = 0.0) -> Iterator[None]:
         yield
 
 
-def _durable_ms(folder: StudyFolder, results: Sequence[TrialResult]) -> dict[int, int]:
-    """When each result became durable, ms since 1970: its file's time."""
-    trials = folder.folder / "trials"
-    return {r.trial: (trials / f"{r.trial:06d}.json").stat().st_mtime_ns // 10**6 for r in results}
-
-
 # ------------------------------------------------------------------------------ study -> server
 
 
 def _connect(folder: StudyFolder, uri: str, study_id: str) -> Mirror:
     """Raises whatever MLflow raises."""
+    store = folder.folder.parent
+    own = uri == mlflow_client.store_uri(store)
+    if own:
+        mlflow_client.ensure_database(store)
+    # a server knows its own place for files
     local = not uri.startswith(("http://", "https://", "databricks"))
-    if local:
-        folder.folder.parent.mkdir(parents=True, exist_ok=True)
-    return Mirror(
-        mlflow_runs.open_client(uri),
-        folder.name,
-        study_id,
-        # a server knows its own place; without one, files lie beside the database
-        (folder.folder.parent.absolute() / "mlartifacts").as_uri() if local else None,
-    )
+    artifacts = mlflow_client.artifacts(store).as_uri() if local else None
+    return Mirror(mlflow_client.open_client(uri), folder.name, study_id, artifacts, own)
 
 
 def _study_run(
     folder: StudyFolder,
     results: Sequence[TrialResult],
-    when: Mapping[int, int],
     *,
     status: str,
     reason: str,
@@ -176,21 +194,26 @@ def _study_run(
         (r.provenance["versions"] for r in results if "versions" in r.provenance), {}
     )
     tags |= {f"version.{name}": str(version) for name, version in versions.items()}
-    begin = min((when[r.trial] - int(1e3 * r.seconds) for r in results), default=0)
+    now = int(1e3 * time.time())
     return RunSpec(
         trial=None,
         name=folder.name,
         status=status,
         params=params,
         tags=tags,
-        begin_ms=begin or int(1e3 * time.time()),
-        end_ms=max(when.values(), default=int(1e3 * time.time())),
+        begin_ms=min((r.begun_ms for r in results), default=now),
+        end_ms=max((r.ended_ms for r in results), default=now),
     )
 
 
 def study_note(folder: StudyFolder, front: Sequence[TrialResult]) -> str:
     """Markdown: the front, cheapest first as given, and how to get a model out of it."""
-    shown = [o for o in OBJECTIVES.values() if any(o.name in r.values for r in front)]
+    wanted = {*_objectives(folder), "top1", "gmacs", "latency_ms"}  # more is in the runs
+    shown = [
+        o
+        for o in OBJECTIVES.values()
+        if o.name in wanted and any(o.name in r.values for r in front)
+    ]
     head = ["trial", *(f"{o.name} ({o.unit})" for o in shown), "recipe"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in front:
@@ -231,7 +254,6 @@ def _reconcile(
     page None: files and table on the server stay as they are.
     """
     results = folder.measured()
-    when = _durable_ms(folder, results)
     objectives = _objectives(folder)
     status = "RUNNING" if running else "FINISHED" if ended else "KILLED"
     counts: Counter[str] = Counter()
@@ -246,18 +268,18 @@ def _reconcile(
         return outcome
 
     parent = _study_run(
-        folder, results, when, status=status, reason=ended, note=page.note if page else ""
+        folder, results, status=status, reason=ended, note=page.note if page else ""
     )
     own = ""
     if running or mirror.parent is None:
         own = put(replace(parent, status="RUNNING"))
-    for spec in mlflow_runs.runs_of(results, when, study=folder.name, objectives=objectives):
+    for spec in mlflow_runs.runs_of(results, study=folder.name, objectives=objectives):
         put(spec)
     trials: set[int | None] = {None, *(r.trial for r in results)}
     counts["closed"] += mirror.close(keep=trials)
     removed = mirror.duplicates + (0 if running else mirror.remove(keep=trials))
     steps = mirror.steps()
-    points = [p for p in curve_of(results, when, objectives) if p.step not in steps]
+    points = [p for p in curve_of(results, objectives) if p.step not in steps]
     mirror.log_curve(points)
     changed = bool(points)
     if page is not None:
@@ -295,17 +317,15 @@ def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) 
     where = tracking_uri(folder, uri)
     try:
         with _sending(folder, LOCK_WAIT_S):
-            mark = _mark(folder)
-            done = len(folder.results())
-            wanted = folder.job().get("trials")
-            # a study from before it was tracked says nothing of its end: its trials do
-            ended = mark["ended"] or (
-                f"{done} trials measured" if wanted and done >= wanted else ""
-            )
-            mirror = _connect(folder, where, mark["id"])
-            report = _reconcile(mirror, folder, running=folder.running, ended=ended, page=page)
-            with contextlib.suppress(FileNotFoundError):
-                os.truncate(folder.folder / "outbox.jsonl", 0)
+            mark = _Mark.read(folder)
+            done, wanted = folder.finished_trials(), folder.job().get("trials")
+            # a search that was not tracked says nothing of its end: its trials do
+            measured = f"{done} trials measured" if wanted and done >= wanted else ""
+            ended = mark.ended if mark.trials == done else measured
+            mirror = _connect(folder, where, mark.id)
+            # nobody else sends now, so nobody would end a run that said RUNNING, searched or not
+            report = _reconcile(mirror, folder, ended="" if folder.running else ended, page=page)
+            _settle_outbox(folder, shown_uri(where))
             return report
     except BlockingIOError:
         raise UserError(
@@ -314,7 +334,10 @@ def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) 
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow at {shown_uri(where)} failed: {_brief(error)}") from error
+        said = f"MLflow at {shown_uri(where)} failed: {_brief(error)}"
+        if where == mlflow_client.store_uri(folder.folder.parent):
+            said += "; it holds nothing that the studies do not: move the file away, sync again"
+        raise UserError(said) from error
 
 
 def shown_uri(uri: str) -> str:
@@ -323,6 +346,11 @@ def shown_uri(uri: str) -> str:
 
 
 def _brief(error: Exception) -> str:
+    root: BaseException = error
+    while inner := root.__cause__ or root.__context__:
+        root = inner
+    if isinstance(root, OSError) and root.strerror:
+        return root.strerror  # what four libraries wrapped: "Connection refused"
     text = shown_uri(str(error)).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text[:200]}{'…' if len(text) > 200 else ''}"
 
@@ -392,7 +420,7 @@ class Tracker:
         if result is None:
             return
         heard = _Heard(result.trial, tally.front, tally.hypervolume, tally.finished + tally.failed)
-        self._owe(heard, {"trial": result.trial, "step": heard.step, "front": heard.front})
+        self._owe(heard, {"trial": result.trial, "step": heard.step})
 
     def _start(self) -> None:
         if self._thread is None:
@@ -405,7 +433,8 @@ class Tracker:
                 if self._outbox is None:
                     path = self.folder.folder / "outbox.jsonl"
                     self._outbox = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-                os.write(self._outbox, json.dumps(line).encode() + b"\n")
+                owed = {"to": shown_uri(self.uri), **line}
+                os.write(self._outbox, json.dumps(owed).encode() + b"\n")
             except OSError as error:  # the study itself will have more to say about its disk
                 log.debug("outbox: %s", error)
             self._todo.append(entry)
@@ -424,7 +453,7 @@ class Tracker:
         """Send what is left, with the study's page; whether the server has everything now.
 
         ended: why the search is over (`Tally.ended`); "": it was broken off, the run ends KILLED.
-        Waits while the server answers; for one that does not, about 12 s, at most PATIENCE_S.
+        Waits at most PATIENCE_S, for a server that does not answer about 12 s.
         """
         return self._finish(_End(ended, Page(artifacts or {}, table, note)))
 
@@ -445,14 +474,15 @@ class Tracker:
         self._owe(end, {"ended": end.ended})
         self._start()
         self._hurry.set()
-        progress, moved = -1, began
+        told = False
         while not self._over.wait(0.02):
-            mirror, now = self._mirror, time.monotonic()
-            if mirror is not None and mirror.progress != progress:
-                progress, moved = mirror.progress, now
+            waited = time.monotonic() - began
             failed = self._failures > failures and (was_down or self._failed_began >= began)
-            if failed or now - moved > PATIENCE_S:
+            if failed or waited > PATIENCE_S:
                 break
+            if waited > TELL_AFTER_S and not told:
+                told = True
+                self.say(f"sending the rest to MLflow at {shown_uri(self.uri)}")
         if self._over.is_set():
             return True
         self._given_up = True
@@ -499,7 +529,7 @@ class Tracker:
                 self._wake.set()
                 return False
             if self._outbox is not None and not self._curve:
-                os.ftruncate(self._outbox, 0)
+                _settle_outbox(self.folder, shown_uri(self.uri))
             if not self._ending:
                 return False
             if self._outbox is not None:
@@ -544,8 +574,7 @@ class Tracker:
         with self._guard:
             if not self._ending:
                 _set_ended(self.folder, "")
-        mark = _mark(self.folder)
-        mirror = _connect(self.folder, self.uri, mark["id"])
+        mirror = _connect(self.folder, self.uri, _Mark.read(self.folder).id)
         self._mirror = mirror
         self._curve.clear()
         _reconcile(mirror, self.folder, running=True)
@@ -555,17 +584,16 @@ class Tracker:
         result = self.folder.result(heard.trial)
         if result is None:
             return  # its file is gone: then it is no part of the study any more
-        when = _durable_ms(self.folder, [result])[result.trial]
         if heard.trial not in mirror.runs:  # else it was on disk when the thread began
             front = heard.trial in heard.front
             mirror.put(
                 mlflow_runs.trial_run(
-                    result, when, study=self.folder.name, front=front, rank=0 if front else None
+                    result, study=self.folder.name, front=front, rank=0 if front else None
                 )
             )
         if heard.step not in self._steps:
             self._steps.add(heard.step)
-            self._curve.append(CurvePoint(heard.step, heard.hypervolume, when))
+            self._curve.append(CurvePoint(heard.step, heard.hypervolume, result.ended_ms))
         if len(self._todo) == 1:  # of several that wait, only the last front is still true
             self._retag(mirror, set(heard.front))
 

@@ -272,13 +272,17 @@ def check_files(bundle: Path) -> dict[str, Any]:
     return result
 
 
-def rebuild(bundle: Path, model: str) -> nn.Module:
-    """The measured model from recipe.yaml and weights.safetensors, in eager mode, on the CPU."""
+def rebuild(bundle: Path, result: dict[str, Any]) -> nn.Module:
+    """The measured model from recipe.yaml, weights.safetensors and what result.json says of its
+    architecture, in eager mode, on the CPU.
+    """
     weights = safetensors.torch.load_file(bundle / "weights.safetensors")
-    if model == embedded.NAME:
+    if result["model"] == embedded.NAME:
         dense: nn.Module = embedded.build(pretrained=False)
     else:
-        dense = timm.create_model(model, num_classes=len(weights["head.weight"]))
+        name = result.get("architecture", result["model"])
+        options = {**result.get("model_args", {}), "num_classes": len(weights["head.weight"])}
+        dense = timm.create_model(name, **options)
     recipe = Recipe.from_yaml((bundle / "recipe.yaml").read_text(encoding="utf-8"))
     return recipe.build(dense.eval(), weights=weights).eval()
 
@@ -339,7 +343,7 @@ def check_programs(bundle: Path, result: dict[str, Any]) -> Verification:
     preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     notes, comparisons = [], []
     try:
-        model = rebuild(bundle, result["model"])
+        model = rebuild(bundle, result)
     except BadInput:
         raise
     except Exception as error:  # a model of a hub that cannot be reached, or of another timm

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from clusters.local import Room, local_cluster
+
+# nobody's server hears of a test
+for name in ("MLFLOW_TRACKING_URI", "VITPARETO_STORE"):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope="session")

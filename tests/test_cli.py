@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,7 @@ def test_search_front_trials_and_more(say, store: Path, cache: Path, tmp_path: P
     assert "front of s: digits on digits" in said.out and "topk keep_rate" in said.out
     assert (store / "s" / "front.png").stat().st_size > 10_000
     assert (store / "s" / "front.svg").read_text().startswith("<?xml")
+    assert "MLflow" not in said.err
 
     # only the name: everything else stays as the study was started
     said = say("search", "--name", "s", "--trials", 8, *where)
@@ -76,6 +79,45 @@ def test_search_front_trials_and_more(say, store: Path, cache: Path, tmp_path: P
     picture = tmp_path / "front.svg"
     assert say("front", "s", "--plot", picture, "--store", store).code == 0
     assert picture.stat().st_size > 10_000
+
+
+def test_sync_export_and_verify(say, store: Path, tmp_path: Path, cache: Path) -> None:
+    said = say("sync", "s", "--store", store)
+    assert said.out == "0 runs created, 0 updated, 0 closed, 0 removed, 9 unchanged\n"
+    out = tmp_path / "bundle"
+    best = max(
+        (json.loads(x) for x in say("front", "s", "--json", "--store", store).out.splitlines()),
+        key=lambda r: r["top1"],
+    )
+    said = say("export", "s", "--min-top1", best["top1"], "--out", out, "--store", store)
+    assert said.code == 0 and said.out == f"{out}\n" and f"trial {best['trial']} " in said.err
+    said = say("verify", out)
+    assert said.code == 0 and "verified: 20 images" in said.out
+
+    said = say("export", "s", "--min-top1", 1, "--out", out, "--store", store)
+    assert said.code == 2 and f"{out} exists already" in said.err
+    said = say("export", "s", "--max-gmacs", 1e-6, "--out", tmp_path / "b", "--store", store)
+    assert said.code == 2 and "nearest" in said.err and not (tmp_path / "b").exists()
+    labels = json.loads((out / "labels.json").read_text())
+    (out / "labels.json").write_text(json.dumps(labels[::-1]))
+    said = say("verify", out)
+    assert said.code == 2 and "labels.json has sha256" in said.err and "Traceback" not in said.err
+
+
+def test_ui_serves_the_study_until_it_is_ended(store: Path) -> None:
+    command = [sys.executable, "-m", "vitpareto", "ui", "s", "--store", str(store)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout is not None
+            page = served.stdout.readline().strip()
+            assert page.startswith("http://127.0.0.1:") and "/runs/" in page
+            with urllib.request.urlopen(page, timeout=30) as answer:
+                assert b"<title>MLflow" in answer.read()
+        finally:
+            served.terminate()
+            assert served.wait(60) == 143
+    with pytest.raises(OSError):
+        urllib.request.urlopen(page, timeout=5)
 
 
 def test_measure(say, cache: Path, tmp_path: Path) -> None:
@@ -199,10 +241,10 @@ def test_reproduce(say, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: 
         assert said.code == 2 and expected in said.err and "Traceback" not in said.err
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["search", "demo", "front", "trials", "measure", "show", "methods", "table", "reproduce"],
-)
+COMMANDS = [c.name for c in vitpareto.app.registered_commands]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_with_an_example(say, name: str) -> None:
     said = say(name, "--help")
     assert said.code == 0 and f"vitpareto {name}" in said.out.split("Usage", 1)[1].split("\n", 1)[1]
@@ -232,6 +274,7 @@ BAD = {
     "wrong weights": (("--weights", "WEIGHTS"), "wrong shape"),
     "missing job": (("nowhere.yaml",), "nowhere.yaml"),
     "no CUDA": (("--device", "cuda"), "no CUDA device"),
+    "password": (("--tracking-uri", "https://me:secret@host"), "MLFLOW_TRACKING_PASSWORD"),
 }  # fmt: skip
 
 
@@ -261,7 +304,7 @@ def test_bad_input_is_one_message_and_loses_nothing(
     said = say("search", "--store", tmp_path / "studies", "--cache", cache, *options)
     assert said.code != 0
     assert expected in said.err, said.err
-    assert "Traceback" not in said.err
+    assert "Traceback" not in said.err and "secret" not in said.err
     assert not list(tmp_path.glob("studies/*/trials/*")), "nothing may be measured"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -15,9 +18,6 @@ from search.errors import UserError
 from search.results import TrialResult
 from search.store import StudyFolder
 from search.tracking import sync
-
-# SQLAlchemy deprecates what MLflow's tables still use, and says so when they are imported
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 
 def group_of(leader: int) -> list[int]:
@@ -42,15 +42,18 @@ def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> 
     sync(folder)
     with serve(tmp_path, "deit-s") as served:
         assert served.url.startswith("http://127.0.0.1:")
-        experiment, run = served.page.removeprefix(f"{served.url}/#/experiments/").split("/runs/")
+        page = served.page.removeprefix(f"{served.url}/#/experiments/").partition("?")[0]
+        experiment, run = page.split("/runs/")
         assert experiment.isdigit() and len(run) == 32
-        with urllib.request.urlopen(served.url, timeout=10) as page:
-            assert b"<title>MLflow" in page.read()
+        with urllib.request.urlopen(served.url, timeout=10) as root:
+            assert b"<title>MLflow" in root.read()
         address = f"{served.url}/api/2.0/mlflow/runs/get?run_id={run}"
         with urllib.request.urlopen(address, timeout=10) as answer:
             assert b'"deit-s"' in answer.read()
         assert group_of(served.pid)
-        with pytest.raises(UserError, match="vitpareto sync other brings it there"):
+        with pytest.raises(
+            UserError, match="vitpareto sync other --tracking-uri store brings it there"
+        ):
             mlflow_server._page(served.url, "other")
         port = int(served.url.rpartition(":")[2])
         with (
@@ -85,3 +88,37 @@ def test_a_server_that_does_not_come_up_says_why(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match=r"ended with code \d+: .*database"), serve(tmp_path):
         pass
+
+
+def test_a_store_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"there is no store .*nowhere: a search makes it"),
+        serve(tmp_path / "nowhere"),
+    ):
+        pass
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_proxy_is_not_asked_for_loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlflow_server, "STARTS_WITHIN_S", 30.0)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with serve(tmp_path) as served:
+        assert served.page == served.url
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: PR_SET_PDEATHSIG")
+def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
+    program = (
+        "import pathlib, sys, time; from dashboards.mlflow_server import serve;"
+        "context = serve(pathlib.Path(sys.argv[1])); served = context.__enter__();"
+        "print(served.pid, served.url, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        group, url = one.stdout.readline().split()
+        one.kill()
+    deadline = time.monotonic() + 30
+    while group_of(int(group)):
+        assert time.monotonic() < deadline, f"{url} is still served"
+        time.sleep(0.1)

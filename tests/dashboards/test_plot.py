@@ -343,6 +343,12 @@ def test_a_png_is_1800_pixels_wide(tmp_path: Path, name: str):
     assert pixels[..., :3].std() > 0.05  # something is drawn
 
 
+@pytest.mark.parametrize("name", ["front.png", "front.svg"])
+def test_the_same_results_are_the_same_file(tmp_path: Path, name: str):
+    drawn = [plot_front(study(60), title=TITLE, path=tmp_path / f"{i}-{name}") for i in range(2)]
+    assert drawn[0].read_bytes() == drawn[1].read_bytes()
+
+
 def test_an_svg_parses_and_names_its_parts(tmp_path: Path):
     path = plot_front(study(60), title=TITLE, path=tmp_path / "front.svg")
     root = ElementTree.fromstring(path.read_text(encoding="utf-8"))

@@ -149,7 +149,7 @@ def test_any_batch_size_gives_the_same_results(study: Study, batch: int) -> None
     bundle = study.bundle("tome")
     images = study.place.images(batch)
     with torch.no_grad():
-        expected = rebuild(bundle, "digits")(images)
+        expected = rebuild(bundle, {"model": "digits"})(images)
         pt2 = torch.export.load(bundle / "model.pt2").module()(images)
     session = onnxruntime.InferenceSession(bundle / "model.onnx")
     onnx = session.run(["logits", "score", "class"], {"images": images.numpy()})
@@ -170,7 +170,7 @@ def test_readme_programs_run_as_they_stand(study: Study) -> None:
     tensor = preprocess.transform()(Image.open(photo))
     images = torch.as_tensor(np.asarray(tensor)).permute(1, 2, 0)[None]
     example = torch.from_numpy(Measured.load(bundle / "verify.npz").images[:1])
-    model = rebuild(bundle, "digits")
+    model = rebuild(bundle, {"model": "digits"})
     for raw, arguments in ((example, []), (images, [str(photo)])):
         with torch.no_grad():
             score, label = model(preprocess.normalise(raw)).softmax(1).max(1)

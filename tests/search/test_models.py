@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pickle
 from pathlib import Path
@@ -22,6 +23,7 @@ from search import embedded
 from search.errors import UserError
 from search.models import (
     MappedModel,
+    architecture,
     fingerprint,
     load_model,
     num_classes,
@@ -353,3 +355,11 @@ def test_a_fingerprint_reads_every_kind_of_tensor() -> None:
 def test_a_name_of_the_right_class_with_other_blocks_is_refused() -> None:
     with pytest.raises(BadInput, match="VisionTransformer cannot be pruned: its block 0 is timm"):
         load_model("vit_small_patch16_18x2_224")
+
+
+def test_a_local_dirs_architecture_is_known_without_it(tmp_path: Path) -> None:
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 2}, "num_classes": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = architecture(f"local-dir:{tmp_path}")
+    assert found == {"architecture": "vit_tiny_patch16_224", "model_args": {"depth": 2}}
+    assert architecture("digits") == architecture("vit_tiny_patch16_224") == {}

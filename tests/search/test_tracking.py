@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import socket
 import sqlite3
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,17 +21,15 @@ import pytest
 import yaml
 
 from dashboards.mlflow_server import serve
-from search import mlflow_runs, tracking
+from search import mlflow_client, mlflow_runs, tracking
 from search.errors import UserError
-from search.mlflow_runs import STUDY_ID, curve_of, experiment_of, open_client, ranks_of
+from search.mlflow_client import open_client
+from search.mlflow_runs import STUDY_ID, curve_of, experiment_of, ranks_of
 from search.pareto import Front, objectives_named, reference_point
 from search.results import TrialResult
 from search.searcher import Tally
 from search.store import StudyFolder
 from search.tracking import Page, SyncReport, Tracker, sync
-
-# SQLAlchemy deprecates what MLflow's tables still use, and says so when they are imported
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
 
 AXES = objectives_named(("top1", "gmacs"))
 IMAGE = {"images": 8, "bits": "/w=="}
@@ -207,7 +208,7 @@ def test_runs_say_what_the_study_says(study: Study, said: list[str]) -> None:
 
 def _curve(study: Study) -> list[mlflow_runs.CurvePoint]:
     results = study.folder.results()
-    return curve_of(results, tracking._durable_ms(study.folder, results), ("top1", "gmacs"))
+    return curve_of(results, ("top1", "gmacs"))
 
 
 def test_latencies_timed_at_the_end_arrive_with_it(study: Study) -> None:
@@ -252,7 +253,7 @@ class Counting:
 @pytest.fixture
 def counting(study: Study, monkeypatch: pytest.MonkeyPatch) -> Counting:
     made = Counting(open_client(tracking.tracking_uri(study.folder, None)))
-    monkeypatch.setattr(mlflow_runs, "open_client", lambda uri: made)
+    monkeypatch.setattr(mlflow_client, "open_client", lambda uri: made)
     monkeypatch.setattr(tracking, "FIRST_PAUSE_S", 0.05)
     return made
 
@@ -444,6 +445,88 @@ def test_what_a_killed_driver_left_running_is_closed(
     check(study)
 
 
+def test_a_search_that_nobody_tracks_is_not_left_running(study: Study) -> None:
+    study.one()
+    with study.folder.locked():
+        sync(study.folder)
+    study.one()
+    assert runs(study)[None].info.status == "KILLED"
+    with Tracker(study.folder) as tracker:
+        tracker.hear(None, study.tally)
+        assert finish(tracker, study, "2 trials measured")
+    assert check(study)[None].data.tags["reason"] == "2 trials measured"
+    study.one()  # continued without a tracker: that reason is not true any more
+    study.folder.write_job({"trials": 3})
+    sync(study.folder)
+    assert check(study)[None].data.tags["reason"] == "3 trials measured"
+
+
+def test_a_copied_store_writes_into_its_own_place(study: Study, tmp_path: Path) -> None:
+    study.one()
+    sync(study.folder, page=study.page())
+    store = study.folder.folder.parent
+    copy = shutil.copytree(store, tmp_path / "copy")
+    before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
+    moved = StudyFolder(copy / study.folder.name)
+    (copy / study.folder.name / "front.svg").write_bytes(b"another picture")
+    page = Page({"front.svg": moved.folder / "front.svg"}, [{"trial": 0}])
+    assert sync(moved, page=page).created == 2
+    assert sync(moved, page=page) == SyncReport(unchanged=2)
+    assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before
+    assert any(p.read_bytes() == b"another picture" for p in copy.rglob("artifacts/front.svg"))
+
+
+def test_the_curve_does_not_hang_on_the_files_times(study: Study) -> None:
+    for _ in range(6):
+        study.one()
+    before = _curve(study)
+    for i, path in enumerate(sorted((study.folder.folder / "trials").glob("*.json"))):
+        os.utime(path, (9 - i, 9 - i))
+    assert _curve(study) == before
+
+
+# --- the store's database
+
+
+@pytest.mark.parametrize("name", ["a b", "a#b", "ü", "a'b;c"])
+def test_a_store_may_have_an_odd_name(tmp_path: Path, empty: Path, name: str) -> None:
+    store = tmp_path / name
+    store.mkdir()
+    shutil.copy(empty, store / "mlflow.db")
+    study = Study(store, "s")
+    study.one()
+    assert sync(study.folder).created == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+    check(study, ended="KILLED")
+
+
+@pytest.mark.parametrize("name", ["a%20b", "what?"])
+def test_a_store_that_mlflow_would_misread_is_refused(tmp_path: Path, name: str) -> None:
+    study = Study(tmp_path / name, "s")
+    for start in (Tracker, sync):
+        with pytest.raises(UserError, match="name another --store"):
+            start(study.folder)
+
+
+def test_a_database_is_built_by_one_process_and_put_in_place_whole(tmp_path: Path) -> None:
+    (tmp_path / ".mlflow.db.left").write_bytes(b"by one that was killed")
+    program = (
+        "import pathlib, sys, warnings; warnings.simplefilter('ignore');"
+        "from search.mlflow_client import *;"
+        "store = pathlib.Path(sys.argv[1]); ensure_database(store);"
+        "print(len(open_client(store_uri(store)).search_experiments()))"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in both:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "1\n"), err
+    assert not list(tmp_path.glob(".mlflow.db*"))
+
+
 # --- servers
 
 
@@ -496,7 +579,41 @@ def test_a_server_that_is_away_costs_two_lines_and_sync_restores(
     report = sync(study.folder, page=study.page())
     assert report.created == 4
     check(study)
-    assert (study.folder.folder / "outbox.jsonl").stat().st_size == 0
+    owed = (study.folder.folder / "outbox.jsonl").read_text()
+    assert len(owed.splitlines()) == 4 and "secret" not in owed, "the other server has nothing yet"
+
+
+def test_a_server_that_answers_slowly_is_not_waited_for_for_long(
+    study: Study, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE_S", 3.0)
+    monkeypatch.setattr(tracking, "TELL_AFTER_S", 0.5)
+    put = mlflow_runs.Mirror.put
+    monkeypatch.setattr(
+        mlflow_runs.Mirror, "put", lambda self, spec: (time.sleep(1), put(self, spec))[1]
+    )
+    tracker = Tracker(study.folder, say=said.append)
+    for _ in range(12):
+        study.one(tracker.hear)
+    began = time.monotonic()
+    assert not finish(tracker, study)
+    assert time.monotonic() - began < 6
+    assert len(said) == 2 and "sending the rest" in said[0] and "vitpareto sync" in said[1]
+    monkeypatch.undo()
+    sync(study.folder, page=study.page())
+    check(study)
+
+
+def test_a_database_that_cannot_be_opened_is_said_at_once(study: Study, said: list[str]) -> None:
+    uri = f"sqlite:///{study.folder.folder}/no/such/folder/x.db"
+    with Tracker(study.folder, uri, say=said.append) as tracker:
+        study.one(tracker.hear)
+        began = time.monotonic()
+        assert not finish(tracker, study)
+    with pytest.raises(UserError, match=r"x\.db: unable to open database file"):
+        sync(study.folder, uri)
+    assert time.monotonic() - began < 10
+    assert len(said) == 2
 
 
 @pytest.fixture

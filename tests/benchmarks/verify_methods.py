@@ -1,0 +1,63 @@
+"""Every method that needs no training, at its first published setting, exported and verified.
+
+    python tests/benchmarks/verify_methods.py
+
+On the embedded model with all its blocks and images: the table of `vitpareto verify`, its largest
+difference over batches 1, 2 and 5 of each runtime. Minutes; the suite does the same on two blocks.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+import methods
+from methods import Recipe
+from search import run
+from search.config import SearchConfig
+from search.export import export
+from search.trial import Workplace, run_trial
+from search.verify import verify
+
+SETTINGS = {"dense": {}, "resize": {"size": 48}, "random": {"keep_rate": 0.75}}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SearchConfig.of(
+            {"name": "all", "store": scratch, "cache": f"{scratch}/cache", "device": "cpu"}
+        )
+        prepared = run.prepare(config)
+        prepared.folder.write_job(config.plain())
+        prepared.folder.settle(prepared.identity)
+        place = Workplace.open(run.make_task(prepared, epoch="", threads=2))
+        untrained = [n for n in methods.names() if methods.get(n).training != "required"]
+        print(f"{'method':<12}{'eager':>9}{'onnx':>9}{'pt2':>9}  class  tied  wrong      s  recipe")
+        for trial, name in enumerate(untrained):
+            declared = methods.get(name)
+            params = SETTINGS.get(name)
+            if params is None:
+                params = declared.preset(declared.presets[0], prepared.shape)
+            result = run_trial(place, trial, Recipe.of(name, **params))
+            assert result.state == "finished", result
+            prepared.folder.write(result)
+            begin = time.monotonic()
+            found = verify(export(prepared.folder, result, Path(scratch) / f"bundle-{trial}"))
+            seconds = time.monotonic() - begin
+            rows = found.comparisons
+            worst = [
+                max(c.max_difference for c in rows if c.runtime == runtime)
+                for runtime in ("eager", "onnxruntime", "torch.export")
+            ]
+            print(
+                f"{name:<12}{''.join(f'{w:>9.1e}' for w in worst)}"
+                f"{f'{min(c.same_class for c in rows)}/{found.images}':>7}"
+                f"{max(c.near_tied for c in rows):>6}{sum(c.wrong for c in rows):>7}"
+                f"{seconds:>7.0f}  {Recipe.from_dict(result.recipe)}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
