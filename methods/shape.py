@@ -1,8 +1,8 @@
 """The dimensions of a ViT and the multiply-accumulates that follow from them, in closed form.
 
 What a method needs to know of a model (`ModelShape`) and what the dense parts of the reduced
-forward cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm and group
-norm 5 per element (4 without weights), batch norm 2 (1), softmax, GELU, RMS norm, additions,
+forward cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm and
+group norm 5 per element (4 without weights), batch norm 2 (1), softmax, GELU, RMS norm, additions,
 gathers and scatters 0.
 """
 
