@@ -130,7 +130,11 @@ class RajniReduction(Reduction):
         if seen is None:
             return tokens
         if self.counts is not None:
-            return keep(tokens, top_k(ranking(seen.importance), self.counts[block]))
+            count = self.counts[block]
+            ratio = torch.full_like(seen.eta, count / tokens.patches)
+            figures = {"rho": seen.rho, "eta": seen.eta, "keep_ratio": ratio}
+            tokens = replace(tokens, figures=figures)
+            return keep(tokens, top_k(ranking(seen.importance), count))
         return self._reduce_by_image(tokens, seen)
 
     def _reduce_by_image(self, tokens: Tokens, found: Reading) -> Tokens:
