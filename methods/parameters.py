@@ -82,8 +82,9 @@ class Float(Parameter):
 
     @property
     def accepts(self) -> str:
-        least = "<" if self.open_low else "<="
-        return f"a number, {self.low:g} {least} {self.name} <= {self.high:g}"
+        least = "<" if self.open_low or math.isinf(self.low) else "<="
+        most = "<" if math.isinf(self.high) else "<="
+        return f"a number, {self.low:g} {least} {self.name} {most} {self.high:g}"
 
     def check(self, value: Any, where: str) -> float:
         if not _real(value):

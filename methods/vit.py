@@ -253,6 +253,15 @@ class _Reduced(VisionTransformer):
         """Normalised tokens after the last block, [B, N', C] (padding included)."""
         return self.norm(self.run(images)[0].x)
 
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's on a dense model; BadInput on a pruned one: its schedule is for its patches."""
+        if type(self.reduction) is not Reduction or self.resize_to is not None:
+            raise BadInput(
+                f"the model is already reduced ({self.recipe}) for its number of patches: call "
+                "set_input_size on the dense model, then prune"
+            )
+        super().set_input_size(*args, **kwargs)
+
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: timm's own would run the blocks without the reduction."""
         raise NotImplementedError(

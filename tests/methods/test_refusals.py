@@ -219,3 +219,10 @@ def test_a_reduced_model_has_no_intermediates():
     pruned = methods.prune(dense("class"), "topk", keep_rate=0.5)
     with pytest.raises(NotImplementedError, match="trace=True"):
         pruned.forward_intermediates(images(dense("class")))
+
+
+def test_a_pruned_model_keeps_its_number_of_patches():
+    model = dense("class")
+    pruned = methods.prune(model, "topk", keep_rate=0.5, prune_layers=(0,))
+    with pytest.raises(BadInput, match=r"already reduced \(topk .*then prune"):
+        pruned.set_input_size(img_size=48)
