@@ -14,13 +14,8 @@ from typing import Any
 from rich.table import Table
 
 from methods import Recipe
-from search.pareto import front_of, knee_of
+from search.pareto import front_of, knee_of, reference_of
 from search.results import OBJECTIVES, Latency, TrialResult
-
-
-def reference_of(results: Sequence[TrialResult]) -> TrialResult | None:
-    """The dense model's result, if it is there."""
-    return next((r for r in results if r.is_reference and r.state == "finished"), None)
 
 
 def front_rows(

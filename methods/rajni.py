@@ -19,7 +19,7 @@ from methods.base import PUBLISHED_PATCHES, Method, Paper, Preset, batches, regi
 from methods.parameters import BadInput, Choice, Counts, Float, Int, Layers
 from methods.shape import ModelShape
 from methods.staged import pruned_blocks
-from methods.tokens import Tokens, keep, keep_padded, top_k
+from methods.tokens import Tokens, check_layers, keep, keep_padded, top_k
 from methods.vit import Attended, Reduction, _Reduced
 
 
@@ -210,12 +210,7 @@ class Rajni(Method):
         }
 
     def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
-        layers = params.get("prune_layers") or ()
-        if layers and layers[-1] >= shape.depth:
-            raise BadInput(
-                f"rajni.prune_layers names block {layers[-1]}: the model's blocks are 0 to "
-                f"{shape.depth - 1}"
-            )
+        check_layers(shape.depth, params.get("prune_layers") or (), self.name)
         if params.get("min_tokens") is not None and params["min_tokens"] > shape.patches:
             raise BadInput(
                 f"rajni.min_tokens is {params['min_tokens']}: the model has {shape.patches} patches"

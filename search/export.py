@@ -33,7 +33,14 @@ from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
 from search.models import architecture, fingerprint, load_model, num_classes
-from search.pareto import NothingUnderBudget, choose, front_of, knee_of, objectives_named
+from search.pareto import (
+    NothingUnderBudget,
+    choose,
+    front_of,
+    knee_of,
+    objectives_named,
+    reference_of,
+)
 from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
 from search.store import StudyFolder
 from search.verify import (
@@ -107,8 +114,7 @@ def choose_trial(
 def knee_trial(results: Sequence[TrialResult], objectives: Sequence[str]) -> TrialResult | None:
     """The knee of the front of these results; None where it has none."""
     axes = objectives_named(objectives)
-    dense = next((r for r in results if r.is_reference and r.state == "finished"), None)
-    return knee_of(front_of(results, axes), axes, dense)
+    return knee_of(front_of(results, axes), axes, reference_of(results))
 
 
 def _numbered(
@@ -376,7 +382,7 @@ def _result(
     }
     values = result.values
     timed = folder.latencies().get(result.trial) or result.timed
-    dense = next((r for r in folder.results() if r.is_reference and r.state == "finished"), None)
+    dense = reference_of(folder.results())
     return {
         "schema": SCHEMA,
         "model": made.get("model", folder.job().get("model")),

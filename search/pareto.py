@@ -377,6 +377,11 @@ def knee(members: ArrayLike, signs: Sequence[int] = (-1, 1)) -> int:
     return int(tied[np.argmin(scaled[tied, 1])])
 
 
+def reference_of(results: Iterable[TrialResult]) -> TrialResult | None:
+    """The dense model's result, if it is there."""
+    return next((r for r in results if r.is_reference and r.state == "finished"), None)
+
+
 def knee_of(
     front: Sequence[TrialResult], objectives: Sequence[Objective], dense: TrialResult | None
 ) -> TrialResult | None:

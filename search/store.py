@@ -227,7 +227,7 @@ class StudyFolder:
         paths = sorted((self.folder / "trials").glob("[0-9]*.json"))
         return [_result(path) for path in paths]
 
-    def finished_trials(self) -> int:
+    def durable_trials(self) -> int:
         """How many results are durable."""
         return sum(1 for _ in (self.folder / "trials").glob("[0-9]*.json"))
 

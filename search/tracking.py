@@ -115,7 +115,7 @@ class _Mark:
 
 def _set_ended(folder: StudyFolder, why: str) -> None:
     mark = _Mark.read(folder)
-    now = replace(mark, ended=why, trials=folder.finished_trials() if why else 0)
+    now = replace(mark, ended=why, trials=folder.durable_trials() if why else 0)
     if mark != now:
         now.write(folder)
 
@@ -318,7 +318,7 @@ def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) 
     try:
         with _sending(folder, LOCK_WAIT_S):
             mark = _Mark.read(folder)
-            done, wanted = folder.finished_trials(), folder.job().get("trials")
+            done, wanted = folder.durable_trials(), folder.job().get("trials")
             # a search that was not tracked says nothing of its end: its trials do
             measured = f"{done} trials measured" if wanted and done >= wanted else ""
             ended = mark.ended if mark.trials == done else measured
