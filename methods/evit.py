@@ -16,7 +16,7 @@ from methods.base import Paper, Preset, register
 from methods.parameters import BadInput, Choice
 from methods.shape import ModelShape
 from methods.staged import STAGED_PARAMETERS, STAGED_SPACE, StagedMethod, chosen_layers
-from methods.tokens import Tokens, check_layers, gather, keep, regroup, top_k
+from methods.tokens import Tokens, check_layers, gather, keep, regroup, top_k, with_prefix
 from methods.vit import Attended, Reduction
 
 
@@ -33,7 +33,7 @@ def keep_and_fuse(tokens: Tokens, index: Tensor, attention: Tensor) -> Tokens:
     attention [B, n]: a, not renormalised, so that the fused token is a weighted sum and no mean: it
     gets no `size`, and pooling counts it as one patch. In a trace it holds all that went into it.
     """
-    prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
+    patches = tokens.x[:, tokens.prefix :]
     fused = attention.scatter(1, index, 0.0)[:, None] @ patches
     group = tokens.group
     if group is not None:
@@ -41,7 +41,7 @@ def keep_and_fuse(tokens: Tokens, index: Tensor, attention: Tensor) -> Tokens:
         place = torch.arange(left, device=index.device).expand_as(index)
         moved = index.new_full((index.shape[0], tokens.patches), left).scatter(1, index, place)
         group = regroup(group, moved)
-    x = torch.cat([prefix, gather(patches, index), fused], dim=1)
+    x = torch.cat([gather(tokens.x, with_prefix(index, tokens.prefix)), fused], dim=1)
     return replace(tokens, x=x, group=group)
 
 

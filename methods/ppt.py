@@ -45,14 +45,14 @@ def merge_or_keep(
     others = torch.arange(1 - first, tokens.patches, 2, device=rest.device)
     merged = torch.cat([2 * rest + first, others.expand(rest.shape[0], -1)], dim=1)
     gone, into = 2 * source + first, target + rest.shape[1]
-    if tokens.size is None:
-        tokens = replace(tokens, size=tokens.x.new_ones(tokens.x.shape[0], tokens.patches))
+    tokens = replace(tokens, size=tokens.sizes())
     out = keep(tokens, torch.where(pooled[:, None], merged, kept))
     size, before = cast(Tensor, out.size), cast(Tensor, tokens.size)
     added = before.gather(1, gone) * pooled[:, None].to(size.dtype)
     total = size.scatter_add(1, into, added)
     scale = torch.cat([size.new_ones(size.shape[0], tokens.prefix), size / total], dim=1)
-    rows = gather(tokens.x, gone + tokens.prefix) * (added / total.gather(1, into))[..., None]
+    share = (added / total.gather(1, into)).to(tokens.x.dtype)
+    rows = gather(tokens.x, gone + tokens.prefix) * share[..., None]
     where = (into + tokens.prefix)[..., None].expand_as(rows)
     group = out.group
     if tokens.group is not None and group is not None:
@@ -60,7 +60,10 @@ def merge_or_keep(
         there = cast(Tensor, regroup(tokens.group, moved))
         group = torch.where(pooled[:, None] & (there >= 0), there, group)
     return replace(
-        out, x=(out.x * scale[..., None]).scatter_add(1, where, rows), size=total, group=group
+        out,
+        x=(out.x * scale.to(out.x.dtype)[..., None]).scatter_add(1, where, rows),
+        size=total,
+        group=group,
     )
 
 

@@ -22,7 +22,8 @@ class Tokens:
     """The tokens between two operations of the reduced forward, with all that travels with them.
 
     x: [B, P + n, C], prefix tokens first. prefix: P.
-    size: [B, n], how many original patches each stands for; None while all are 1.
+    size: [B, n], at least float32, how many original patches each stands for; None while all are
+        1 (see `sizes`).
     valid: [B, n] bool, False for padding; None while there is none.
     group: [B, n0] int64, the current patch index that holds each original patch, -1 once dropped;
         None unless a trace is taken.
@@ -52,6 +53,15 @@ class Tokens:
             return torch.full((batch,), total, dtype=torch.int64, device=self.x.device)
         return self.valid.sum(dim=1) + self.prefix
 
+    def sizes(self) -> Tensor:
+        """`size`, or the ones that None stands for: [B, n] in at least float32, so that counts
+        above 256 stay exact whatever x is.
+        """
+        if self.size is not None:
+            return self.size
+        wide = torch.promote_types(self.x.dtype, torch.float32)
+        return self.x.new_ones(self.x.shape[0], self.patches, dtype=wide)
+
     def key_bias(self, proportional: bool) -> Tensor | None:
         """What is added to attention logits per key, [B, 1, 1, N]; None where it would be all 0.
 
@@ -63,7 +73,7 @@ class Tokens:
         batch = self.x.shape[0]
         bias = self.x.new_zeros(batch, self.patches)
         if self.size is not None and proportional:
-            bias = self.size.to(self.x.dtype).log()
+            bias = self.size.log().to(self.x.dtype)
         if self.valid is not None:
             bias = bias.masked_fill(~self.valid, float("-inf"))
         head = self.x.new_zeros(batch, self.prefix)
@@ -83,8 +93,18 @@ class Tokens:
 
 def gather(values: Tensor, index: Tensor) -> Tensor:
     """values [B, n, …] at index [B, k] -> [B, k, …]."""
-    shape = index.shape + (1,) * (values.dim() - 2)
-    return values.gather(1, index.reshape(shape).expand(*index.shape, *values.shape[2:]))
+    if values.dim() == 2:
+        return values.gather(1, index)
+    # whole rows by number: an index for every channel took a CPU three times as long
+    batch, n = values.shape[:2]
+    rows = index + torch.arange(batch, device=index.device)[:, None] * n
+    return values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
+
+
+def with_prefix(index: Tensor, prefix: int) -> Tensor:
+    """Indices of patches [B, k] -> of the whole sequence, its prefix first: [B, prefix + k]."""
+    head = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
+    return torch.cat([head, index + prefix], dim=1)
 
 
 def top_k(score: Tensor, k: int) -> Tensor:
@@ -105,7 +125,6 @@ def keep(tokens: Tokens, index: Tensor, valid: Tensor | None = None) -> Tokens:
 
     `valid` [B, k] marks padding among them (False); None: as before for the patches kept.
     """
-    prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
     if valid is None and tokens.valid is not None:
         valid = gather(tokens.valid, index)
     group = tokens.group
@@ -117,7 +136,7 @@ def keep(tokens: Tokens, index: Tensor, valid: Tensor | None = None) -> Tokens:
         group = regroup(group, moved)
     return replace(
         tokens,
-        x=torch.cat([prefix, gather(patches, index)], dim=1),
+        x=gather(tokens.x, with_prefix(index, tokens.prefix)),
         size=None if tokens.size is None else gather(tokens.size, index),
         valid=valid,
         group=group,
@@ -172,17 +191,18 @@ def merge_matched(tokens: Tokens, match: tuple[Tensor, Tensor, Tensor]) -> Token
     """Merge by `bipartite_match`: size-weighted means; order: prefix, rest of A, all of B."""
     rest, source, target = match
     prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
-    size = tokens.size if tokens.size is not None else patches.new_ones(patches.shape[:2])
-    a, b = bipartite_split(patches * size[..., None], tokens.prefix)
-    size_a, size_b = bipartite_split(size, tokens.prefix)
+    a, b = bipartite_split(patches, tokens.prefix)
+    size_a, size_b = bipartite_split(tokens.sizes(), tokens.prefix)
+    added = size_a.gather(1, source)
+    total = size_b.scatter_add(1, target, added)
+    # each weighed by its share before it is added: a sum could leave a half precision's range
+    share = (added / total.gather(1, target)).to(patches.dtype)
     where = target[..., None].expand(-1, -1, patches.shape[-1])
-    b = b.scatter_add(1, where, gather(a, source))
-    size_b = size_b.scatter_add(1, target, size_a.gather(1, source))
-    new_size = torch.cat([size_a.gather(1, rest), size_b], dim=1)
-    summed = torch.cat([gather(a, rest), b], dim=1)
+    b = b * (size_b / total).to(patches.dtype)[..., None]
+    b = b.scatter_add(1, where, gather(a, source) * share[..., None])
     group = tokens.group
     if group is not None:
-        place_a = rest.new_zeros(size_a.shape, dtype=torch.int64)
+        place_a = rest.new_zeros(size_a.shape)
         left = rest.shape[1]
         place_a = place_a.scatter(1, rest, torch.arange(left, device=rest.device).expand_as(rest))
         place_a = place_a.scatter(1, source, target + left)
@@ -193,8 +213,8 @@ def merge_matched(tokens: Tokens, match: tuple[Tensor, Tensor, Tensor]) -> Token
         group = regroup(group, moved)
     return replace(
         tokens,
-        x=torch.cat([prefix, summed / new_size[..., None]], dim=1),
-        size=new_size,
+        x=torch.cat([prefix, gather(a, rest), b], dim=1),
+        size=torch.cat([size_a.gather(1, rest), total], dim=1),
         group=group,
     )
 
