@@ -1,10 +1,11 @@
 # Two commands: `make demo` shows a search, `make test` runs the suite. Both make .venv first.
+# `make slow`: what takes hours or a quiet machine (tests/benchmarks), by hand.
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/vitpareto demo
@@ -16,6 +17,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+slow: $(VENV)/.installed-test
+	$(BIN)/python tests/benchmarks/verify_methods.py
+	$(BIN)/python tests/benchmarks/speed.py
+	$(BIN)/python tests/benchmarks/log_size.py
+	$(BIN)/python tests/benchmarks/sweep_timm.py
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \

@@ -46,11 +46,9 @@ def read(tokens: Tokens, attended: Attended, score: str) -> Reading:
         row = heads.mean(dim=1)
         rho = 1 + row[:, 0] * norms[:, 0]
     else:
-        rows = attended.attention(prefix, attended.q.shape[2])
-        heads = attended.mean_row(rows)
+        heads, own = attended.patch_rows()
         row = heads.mean(dim=1)
-        own = rows[..., prefix:].mean(dim=1).diagonal(dim1=-2, dim2=-1) * norms[:, prefix:]
-        rho = 1 + masked_mean(own, valid)
+        rho = 1 + masked_mean(own.mean(dim=1) * norms[:, prefix:], valid)
     if score == "jacobian":
         importance = (heads[..., prefix:] * attended.v[:, :, prefix:].norm(dim=-1)).sum(dim=1)
     else:

@@ -1,6 +1,7 @@
-"""TRAM, token reduction by an attention-based multilayer network (formulas as in TRAM's published
-README and code): patches are the nodes, one layer of the network a block, and a patch counts by the
-attention that well attended patches pay it, summed over the blocks so far.
+"""TRAM (Marchetti, Traini, Ursino and Virgili, "Efficient token pruning in Vision Transformers using
+an attention-based Multilayer Network", Expert Systems with Applications 279, 2025): patches are the
+nodes, one layer of the network a block, and a patch counts by the attention that well attended
+patches pay it, summed over the blocks so far.
 """
 
 from __future__ import annotations
@@ -68,8 +69,11 @@ class Tram(StagedMethod):
     name = "tram"
     summary = "keep the patches that well attended patches attend to, summed over the blocks so far"
     paper = Paper(
-        "TRAM: token reduction by an attention-based multilayer network",
-        "as published in TRAM's README",
+        "Efficient token pruning in Vision Transformers using an attention-based Multilayer "
+        "Network",
+        "Marchetti, Traini, Ursino, Virgili",
+        2025,
+        "https://doi.org/10.1016/j.eswa.2025.127449",
     )
     presets = staged_presets("TRAM's table")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,12 +21,15 @@ from timm.layers.attention_pool import AttentionPoolLatent
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from methods.by_head import attend_by_head
 from methods.parameters import BadInput
 from methods.tokens import Tokens
 
 POOLS = ("token", "avg", "map")
+#: patch queries whose attention `Attended.patch_rows` holds at a time
+ROWS = 64
 
 
 class UnsupportedModel(BadInput):
@@ -64,15 +68,27 @@ class Attended:
         """
         if self.class_token:
             return self.attention(0, 1)[:, :, 0]
-        return self.mean_row(self.attention(self.prefix, self.q.shape[2]))
+        return self.patch_rows()[0]
 
-    def mean_row(self, rows: Tensor) -> Tensor:
-        """Mean over the patch queries of rows [B, H, n, …], padding left out: [B, H, …]."""
-        if self.valid is None:
-            return rows.mean(dim=2)
-        weight = self.valid.to(rows.dtype)
-        weight = weight / weight.sum(dim=1, keepdim=True)
-        return (rows * weight[:, None, :, None]).sum(dim=2)
+    def patch_rows(self) -> tuple[Tensor, Tensor]:
+        """The mean over the patch queries of their attention, padding left out, [B, H, N], and what
+        each patch pays itself, [B, H, n].
+
+        Some queries at a time: [B, H, n, N] is more memory than a dense model needs.
+        """
+        total = self.q.shape[2]
+        weight = self.q.new_full((1, total - self.prefix), 1 / (total - self.prefix))
+        if self.valid is not None:
+            weight = self.valid.to(self.q.dtype)
+            weight = weight / weight.sum(dim=1, keepdim=True)
+        shares, own = [], []
+        for first in range(self.prefix, total, ROWS):
+            last = min(first + ROWS, total)
+            rows = self.attention(first, last)
+            own.append(rows[..., first:last].diagonal(dim1=-2, dim2=-1))
+            part = weight[:, None, first - self.prefix : last - self.prefix, None]
+            shares.append((rows * part).sum(dim=2))
+        return torch.stack(shares).sum(dim=0), torch.cat(own, dim=-1)
 
 
 class Reduction(nn.Module):
@@ -221,8 +237,11 @@ class _Reduced(VisionTransformer):
         """All blocks, the final norm not applied."""
         tokens = self.embed(images, trace)
         record = Trace([], [], [])
+        step: Callable[[int, Tokens], Tokens] = self.run_block
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            step = partial(checkpoint, self.run_block, use_reentrant=False)
         for index in range(len(self.blocks)):
-            tokens = self.run_block(index, tokens)
+            tokens = step(index, tokens)
             if trace:
                 record.tokens.append(tokens.counts())
                 record.group.append(cast(Tensor, tokens.group))
@@ -235,7 +254,7 @@ class _Reduced(VisionTransformer):
         x = self.norm(tokens.x)
         weight = tokens.pool_weight()
         if weight is None or self.global_pool == "token":
-            return self.forward_head(x)
+            return super().forward_head(x)
         if self.pool_include_prefix:
             weight = torch.cat([weight.new_ones(x.shape[0], tokens.prefix), weight], dim=1)
         else:
@@ -252,6 +271,17 @@ class _Reduced(VisionTransformer):
     def forward_features(self, images: Tensor) -> Tensor:  # type: ignore[override]
         """Normalised tokens after the last block, [B, N', C] (padding included)."""
         return self.norm(self.run(images)[0].x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """As timm's where the class token is all that it reads; refused where it pools a reduced
+        model's patches: what `forward_features` gives says neither sizes nor padding.
+        """
+        if self.global_pool != "token" and type(self.reduction) is not Reduction:
+            raise NotImplementedError(
+                f"a reduced model with {self.global_pool!r} pooling has no forward_head: its "
+                "patches count by their sizes; call the model itself"
+            )
+        return super().forward_head(x, pre_logits)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
         """As timm's on a dense model; BadInput on a pruned one: its schedule is for its patches."""

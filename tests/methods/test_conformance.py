@@ -291,6 +291,47 @@ def test_export_leaves_the_model_as_it_was(case: Case):
         close(logits(program.module(), batch[:count]), expected[:count])
 
 
+@pytest.mark.parametrize("case", [case for case in EXPORTED if not case.per_image], ids=str)
+def test_compiles_as_one_graph(case: Case):
+    """A break would run what follows eagerly: slow on a GPU, and nobody would be told. Only where
+    each image decides its count the shapes of what follows hang on the data.
+    """
+    reduced, batch = pruned("class", case), images(dense("class"))
+    torch._dynamo.reset()
+    compiled = torch.compile(reduced, backend="eager", fullgraph=True)
+    close(logits(compiled, batch), logits(reduced, batch))
+    with torch.inference_mode():
+        close(compiled(batch.clone()), logits(reduced, batch))
+
+
+@some_pairs
+def test_gradient_checkpointing_is_kept(kind, case: Case):
+    """The same gradients, with each block's activations computed a second time."""
+    batch, found, entered = images(dense(kind), 2), [], []
+    for on in (False, True):
+        reduced = copy.deepcopy(pruned(kind, case)).train()
+        reduced.set_grad_checkpointing(on)
+        reduced.blocks[1].norm1.register_forward_pre_hook(lambda *_: entered.append(1))
+        reduced(batch).square().sum().backward()
+        found.append([p.grad for p in reduced.parameters()])
+    assert len(entered) == 1 + 2
+    for plain, again in zip(*found, strict=True):
+        assert (plain is None) == (again is None)
+        assert plain is None or torch.equal(plain, again)
+
+
+@some_pairs
+def test_head_and_features_are_the_model_or_refused(kind, case: Case):
+    reduced, batch = pruned(kind, case), images(dense(kind))
+    with torch.no_grad():
+        features = reduced.forward_features(batch)
+        if reduced.global_pool != "token" and reduced.recipe.tokens is not None:
+            with pytest.raises(NotImplementedError, match="call the model itself"):
+                reduced.forward_head(features)
+        else:
+            assert torch.equal(reduced.forward_head(features), reduced(batch))
+
+
 def test_every_method_has_a_program():
     assert {case.method for case in EXPORTED} == set(methods.names())
 

@@ -13,6 +13,8 @@ from tiny_models import dense, images
 from torch import Tensor
 
 import methods
+from methods.ppt import merge_or_keep
+from methods.tokens import Tokens, bipartite_match, merge_matched
 
 some_pairs = pytest.mark.parametrize(
     "kind, case", PAIRS, ids=[f"{kind}-{case}" for kind, case in PAIRS]
@@ -30,6 +32,10 @@ def test_fused_and_plain_attention_agree(kind, case: Case):
     said, _ = recorded(fused, batch)
     # float32 through four blocks of peaked attention
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-4)
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
 def off(said: Tensor, exact: Tensor) -> float:
@@ -98,3 +104,33 @@ def test_autocast_runs(case: Case):
     with torch.autocast("cpu", torch.bfloat16):
         said, _ = recorded(reduced, batch)
     assert said.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["tome", "ppt"])
+def test_merging_stays_within_half_precisions_range(method):
+    """A sum of three patches would leave float16's range (65,504), their mean does not."""
+    x = torch.full((1, 9, 4), 30000.0, dtype=torch.float16)
+    size = torch.full((1, 8), 3.0)
+    tokens = Tokens(x, 1, size=size)
+    metric = draw(1, 9, 4)
+    match = bipartite_match(metric, 1, 3)
+    if method == "tome":
+        merged = merge_matched(tokens, match)
+    else:
+        kept = torch.arange(5)[None]
+        merged = merge_or_keep(tokens, match, kept, torch.tensor([True]))
+    assert merged.x.dtype is torch.float16
+    torch.testing.assert_close(merged.x, torch.full_like(merged.x, 30000.0), rtol=2e-3, atol=0)
+    assert merged.size.sum() == 24
+
+
+def test_sizes_are_counted_exactly_in_bfloat16():
+    """256 + 1 is 256 in bfloat16: sizes are kept in float32."""
+    tokens = Tokens(torch.ones(1, 2, 4, dtype=torch.bfloat16), 0, size=torch.tensor([[1.0, 256.0]]))
+    merged = merge_matched(tokens, bipartite_match(draw(1, 2, 4), 0, 1))
+    assert merged.size.tolist() == [[257.0]]
+    unmerged = Tokens(torch.ones(1, 600, 4, dtype=torch.bfloat16), 0)
+    assert unmerged.sizes().dtype is torch.float32
+    halves = merge_matched(unmerged, bipartite_match(draw(1, 600, 4), 0, 300))
+    assert halves.size.sum() == 600
+    assert halves.size.dtype is torch.float32

@@ -23,15 +23,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("rows", [128, 3, 2])
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_attention_by_head_is_attention(rows, with_bias, monkeypatch):
+@pytest.mark.parametrize("batch", [2, 4])
+def test_attention_by_head_is_attention(rows, with_bias, batch, monkeypatch):
     """Values, maximum and gradients, the queries as one or in parts (of unequal size), with and
-    without gradients and in inference mode, which reuses its buffers.
+    without gradients and in inference mode, which reuses its buffers: by head where there are more
+    heads than images, else by image.
     """
     monkeypatch.setattr(by_head, "ROWS", rows)
-    bias = draw(2, 1, 1, 7, seed=9) if with_bias else None
+    bias = draw(batch, 1, 1, 7, seed=9) if with_bias else None
     results = []
     for ours in (True, False):
-        q, k, v = (draw(2, 3, 7, 4, seed=s).requires_grad_() for s in range(3))
+        q, k, v = (draw(batch, 3, 7, 4, seed=s).requires_grad_() for s in range(3))
         if ours:
             out, peak = attend_by_head(q, k, v, 0.5, bias, 0.0)
             assert not peak.requires_grad
@@ -65,6 +67,7 @@ def test_dropout_spares_the_maximum(inference):
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_heads_are_joined_without_a_copy(inference):
+    """Where they come head by head."""
     with torch.inference_mode(inference):
         out, _ = attend_by_head(*(draw(2, 3, 7, 4, seed=s) for s in range(3)), 0.5, None, 0.0)
         assert out.transpose(1, 2).reshape(2, 7, 12).data_ptr() == out.data_ptr()
