@@ -1,7 +1,7 @@
-"""TRAM (Marchetti, Traini, Ursino and Virgili, "Efficient token pruning in Vision Transformers using
-an attention-based Multilayer Network", Expert Systems with Applications 279, 2025): patches are the
-nodes, one layer of the network a block, and a patch counts by the attention that well attended
-patches pay it, summed over the blocks so far.
+"""TRAM (Marchetti, Traini, Ursino and Virgili, "Efficient token pruning in Vision Transformers
+using an attention-based Multilayer Network", Expert Systems with Applications 279, 2025): patches
+are the nodes, one layer of the network a block, and a patch counts by the attention that well
+attended patches pay it, summed over the blocks so far.
 """
 
 from __future__ import annotations
