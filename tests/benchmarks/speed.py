@@ -50,7 +50,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--only", nargs="*", default=list(FIXED), choices=list(SETTINGS))
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=list(FIXED),
+        choices=list(SETTINGS),
+        metavar="SETTING",
+        help="of: " + ", ".join(SETTINGS).replace("%", "%%"),
+    )
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     torch.manual_seed(0)
@@ -65,7 +72,7 @@ def main() -> None:
         for name in asked.only:
             method, params = SETTINGS[name]
             pruned = methods.prune(dense, method, **params)
-            ratio = macs(dense) / macs(pruned)
+            ratio = macs(dense) / macs(pruned, images)
             memory = peak_mb(pruned, images) / base
             ours, theirs = pruned, dense
             if asked.compile:
