@@ -40,6 +40,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+#: enough for a front with a knee on the embedded model
+DEMO_TRIALS = 60
+
 Store = Annotated[str | None, typer.Option(help="Folder of studies [./studies or VITPARETO_STORE]")]
 Cache = Annotated[str | None, typer.Option(help="Decoded images [the user's cache folder]")]
 Model = Annotated[
@@ -120,7 +123,7 @@ def search_command(
 def demo_command(
     store: Store = None,
     cache: Cache = None,
-    trials: Annotated[int, typer.Option(help="Trials in all, dense included")] = 60,
+    trials: Annotated[int, typer.Option(help="Trials in all, dense included")] = DEMO_TRIALS,
 ) -> None:
     """A real search on the embedded model and images: the front, and its knee as a verified bundle.
 
@@ -137,7 +140,12 @@ def demo_command(
     knee = knee_trial(folder.measured(), folder.job()["objectives"])
     where = f" --store {store}" if store else ""
     if knee is None:
-        typer.echo(f"no knee yet: more trials (vitpareto demo --trials {2 * trials}{where})")
+        more = max(DEMO_TRIALS, 2 * len(folder.measured()))
+        kept = where + (f" --cache {cache}" if cache else "")
+        typer.echo(
+            "the front has no knee yet, so nothing is exported: continue with more trials, "
+            f"vitpareto demo --trials {more}{kept}"
+        )
     else:
         # named after its trial: a later knee is another bundle, and this one is only verified again
         bundle = folder.folder / f"bundle-{knee.trial:06d}"

@@ -34,7 +34,7 @@ RULES = {
 
 def plain_costs(rows: Sequence[CostRow]) -> list[dict[str, Any]]:
     """One plain dict a candidate (G, M, images/s, MB), for CSV and JSON; published figures as one
-    text: `11.85 thop (ours 11.8506)`.
+    text: `11.85 thop (ours 11.8506)`, with how their model differs where it is not the row's.
     """
     return [{**asdict(row), "published": _published(row, exact=True)} for row in rows]
 
@@ -90,6 +90,11 @@ def cost_notes(rows: Sequence[CostRow]) -> list[str]:
         found = list(dict.fromkeys(row.method for row in rows if row.rule == rule))
         if found:
             notes.append(f"{rule} ({', '.join(found)}): {meaning}")
+    others = [(f.remark, row) for row in rows for f in row.published if f.differs]
+    for remark in dict.fromkeys(remark for remark, _ in others):
+        about = ", ".join(dict.fromkeys(row.method for said, row in others if said == remark))
+        on = ", ".join(dict.fromkeys(row.model for said, row in others if said == remark))
+        notes.append(f"published of another model ({about} on {on}): {remark}")
     return notes + _conventions({f.counter for row in rows for f in row.published})
 
 
@@ -98,7 +103,8 @@ def _published(row: CostRow, exact: bool) -> str:
     for f in row.published:
         ours = NONE if f.ours is None else f"{f.ours:.6g}" if exact else f"{f.ours:.4g}"
         theirs = f"{f.gflops:.6g}" if exact else f"{f.gflops:.4g}"
-        parts.append(f"{theirs} {f.counter} (ours {ours})")
+        differs = f", both of a model with {f.differs}" if f.differs else ""
+        parts.append(f"{theirs} {f.counter} (ours {ours}){differs}")
     return "; ".join(parts)
 
 

@@ -26,14 +26,6 @@ OUTLINES = np.array(
 )
 
 
-def joined(group: NDArray[np.int64], together: Together) -> NDArray[np.bool_]:
-    """Which original patches are no token of their own any more, and not dropped: bool [n0]."""
-    if together == "mixed":  # once anything is mixed, everything is
-        return np.full(len(group), not np.array_equal(group, np.arange(len(group))))
-    members = np.bincount(group[group >= 0], minlength=1)
-    return (group >= 0) & (members[group.clip(min=0)] > 1)
-
-
 def owners_of(image: FollowedImage, followed: Followed) -> NDArray[np.int64]:
     """The patch that each pixel is cut into, [h, w]; pixels beyond the last whole patch are in
     none and left out.
@@ -49,7 +41,7 @@ def painted(image: FollowedImage, block: int, followed: Followed) -> NDArray[np.
     owners = owners_of(image, followed)
     out = image.pixels[: owners.shape[0], : owners.shape[1]] / 255
     group = image.group[block]
-    gone, several = (group < 0)[owners], joined(group, followed.together)[owners]
+    gone, several = (group < 0)[owners], image.joined(followed.together)[block][owners]
     if several.any():
         of = group[owners][several]
         if followed.together == "fused":
@@ -74,9 +66,8 @@ def group_colours(image: FollowedImage, together: Together) -> list[NDArray[np.f
     different colours as far as these go, then each is had by as few as can be.
     """
     out, held = [], dict[int, int]()  # first patch -> which colour
-    for group in image.group:
+    for group, several in zip(image.group, image.joined(together), strict=True):
         colours = np.zeros((len(group), 3))
-        several = joined(group, together)
         members = [np.flatnonzero(several & (group == g)) for g in np.unique(group[several])]
         held = {int(m[0]): held[int(m[0])] for m in members if int(m[0]) in held}
         for m in sorted(members, key=lambda m: int(m[0])):
@@ -88,15 +79,19 @@ def group_colours(image: FollowedImage, together: Together) -> list[NDArray[np.f
 
 
 def outlines(
-    group: NDArray[np.int64], colours: NDArray[np.float64], followed: Followed, inset: float
+    image: FollowedImage,
+    block: int,
+    colours: NDArray[np.float64],
+    followed: Followed,
+    inset: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(segments [k, 2, 2] in pixels (x, y), colours [k, 3]) around the groups of joined patches,
-    `inset` pixels inside, so that groups side by side both show theirs. colours [n0, 3]: each
-    patch's group's.
+    """(segments [k, 2, 2] in pixels (x, y), colours [k, 3]) around the groups of joined patches
+    after a block, `inset` pixels inside, so that groups side by side both show theirs.
+    colours [n0, 3]: each patch's group's.
     """
+    group, several = image.group[block], image.joined(followed.together)[block]
     rows, columns = followed.grid
     ph, pw = followed.patch
-    several = joined(group, followed.together)
     label = np.full((rows + 2, columns + 2), -2)
     label[1:-1, 1:-1] = group.reshape(rows, columns)
     centre = label[1:-1, 1:-1]

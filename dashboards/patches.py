@@ -26,7 +26,6 @@ from dashboards.painting import (
     OUTLINES,
     PAPER,
     group_colours,
-    joined,
     outlines,
     owners_of,
     painted,
@@ -130,9 +129,11 @@ def patches_figure(followed: Followed) -> Figure:
 def patch_rows(followed: Followed) -> list[dict[str, Any]]:
     """What is in the picture and between its columns: one plain dict an image.
 
-    blocks: for every block the patches left, how many of the original ones are dropped or share
-    their token with others, and the method's own figures (None where one is not a number).
+    blocks: for every block the patches left, how many of the original ones are dropped or in a
+    token that is merged, fused or mixed, and the method's own figures (None where one is not a
+    number).
     """
+    joined = [image.joined(followed.together).sum(axis=1) for image in followed.images]
     return [
         {
             "image": image.name,
@@ -147,7 +148,7 @@ def patch_rows(followed: Followed) -> list[dict[str, Any]]:
                     "block": block,
                     "patches": left,
                     "dropped": int((image.group[block] < 0).sum()),
-                    followed.together: int(joined(image.group[block], followed.together).sum()),
+                    followed.together: int(together[block]),
                     "figures": {k: v if math.isfinite(v) else None for k, v in figures.items()},
                 }
                 for block, (left, figures) in enumerate(
@@ -155,7 +156,7 @@ def patch_rows(followed: Followed) -> list[dict[str, Any]]:
                 )
             ],
         }
-        for image in followed.images
+        for image, together in zip(followed.images, joined, strict=True)
     ]
 
 
@@ -190,7 +191,7 @@ def _keys(followed: Followed, blocks: list[int]) -> dict[str, Patch]:
     """The legend: only what the drawn columns hold."""
     drawn = np.stack([image.group[block] for image in followed.images for block in blocks])
     keys = {}
-    if any(joined(group, followed.together).any() for group in drawn):
+    if any(image.joined(followed.together)[blocks].any() for image in followed.images):
         fused = followed.together == "fused"
         grey = np.full(3, 0.6)
         face = tinted(grey) if fused else grey
@@ -240,8 +241,9 @@ class _Row:
 
     @staticmethod
     def _said(figures: dict[str, float]) -> list[str]:
-        """A block's figures in lines."""
-        text = "  ".join(f"{_GREEK.get(k, k)} {v:.3g}" for k, v in figures.items())
+        """A block's figures in lines; one that is not a number says nothing."""
+        shown = {_GREEK.get(k, k): v for k, v in figures.items() if math.isfinite(v)}
+        text = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
         return _wrap(text, _CELL + 2 * _MARGIN, _TEXT)
 
     def draw(self, figure: Figure, y: float) -> None:
@@ -278,8 +280,8 @@ class _Row:
         points = 72 * self.side / self.followed.grid[0]  # a patch is that high
         line = min(1.5, max(0.5, 0.1 * points))
         inset = 0.5 * line / points * self.followed.patch[0]
-        group = self.image.group[block]
-        segments, colours = outlines(group, self.colours[block], self.followed, inset)
+        colours = self.colours[block]
+        segments, colours = outlines(self.image, block, colours, self.followed, inset)
         axes.add_collection(
             LineCollection(list(segments), colors=colours, linewidths=line, capstyle="butt"),
             autolim=False,

@@ -31,7 +31,9 @@ def keep_and_fuse(tokens: Tokens, index: Tensor, attention: Tensor) -> Tokens:
     """The patches at index [B, k] stay; the others become one, `sum a_j x_j`, last in the sequence.
 
     attention [B, n]: a, not renormalised, so that the fused token is a weighted sum and no mean: it
-    gets no `size`, and pooling counts it as one patch. In a trace it holds all that went into it.
+    gets no `size`, and pooling counts it as one patch. In a trace it holds all that went into it;
+    the figure `fused` [B] is how many of the block's patches did. Where one did, its group alone
+    could not tell the fused token from a patch that stayed.
     """
     patches = tokens.x[:, tokens.prefix :]
     fused = attention.scatter(1, index, 0.0)[:, None] @ patches
@@ -42,7 +44,8 @@ def keep_and_fuse(tokens: Tokens, index: Tensor, attention: Tensor) -> Tokens:
         moved = index.new_full((index.shape[0], tokens.patches), left).scatter(1, index, place)
         group = regroup(group, moved)
     x = torch.cat([gather(tokens.x, with_prefix(index, tokens.prefix)), fused], dim=1)
-    return replace(tokens, x=x, group=group)
+    went = torch.full_like(index[:, 0], tokens.patches - index.shape[1])
+    return replace(tokens, x=x, group=group, figures={"fused": went})
 
 
 class EViTReduction(Reduction):

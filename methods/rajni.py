@@ -99,7 +99,13 @@ def ranking(importance: Tensor) -> Tensor:
 
 
 class RajniReduction(Reduction):
-    """counts: frozen patches after each block, or None: each image finds its own at `layers`."""
+    """counts: frozen patches after each block, or None: each image finds its own at `layers`.
+
+    Figures of a trace: rho, eta and keep_ratio [B], an image's the same in every batch. Where
+    counts are frozen: at the blocks that drop, keep_ratio as the counts have it. Otherwise at every
+    one of `layers`: what the image asks for, before `min_tokens` and rounding, and NaN once it has
+    no more than `min_tokens` patches, where nothing is read of it any more.
+    """
 
     site = "after-block"
 
@@ -126,7 +132,10 @@ class RajniReduction(Reduction):
 
     def reduce(self, block: int, tokens: Tokens, seen: Reading | None) -> Tokens:
         if seen is None:
-            return tokens
+            if self.counts is not None or block not in self.layers:
+                return tokens
+            unread = tokens.x.new_full((tokens.x.shape[0],), float("nan"))
+            return replace(tokens, figures={"rho": unread, "eta": unread, "keep_ratio": unread})
         if self.counts is not None:
             count = self.counts[block]
             ratio = torch.full_like(seen.eta, count / tokens.patches)
@@ -143,10 +152,12 @@ class RajniReduction(Reduction):
         if before is not None:
             ratio = keep_ratio(found.rho, found.eta, before, self.gamma)
         eta = found.eta if before is None else torch.where(active, found.eta, before)
+        figures = {"rho": found.rho, "eta": found.eta, "keep_ratio": ratio}
         tokens = replace(
             tokens,
             per_image={**tokens.per_image, "eta": eta},
-            figures={"rho": found.rho, "eta": found.eta, "keep_ratio": ratio},
+            # of an image that takes no part any more nothing would be read were it alone
+            figures={k: v.masked_fill(~active, float("nan")) for k, v in figures.items()},
         )
         # at least float32: n times 1 must be n in every dtype of the model
         exact = torch.promote_types(ratio.dtype, torch.float32)

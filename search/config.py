@@ -200,8 +200,10 @@ def read_job(path: Path | None, sets: list[str], options: Mapping[str, Any]) -> 
     """What a user gave, later wins: the job file, `--set key=value`, options (None: not given).
 
     `--set space.topk.keep_rate=[0.5,0.9]` sets one entry of a mapping. Values are read as YAML.
+    UserError where an option and a `--set` mean different values of one key: none is guessed.
     """
     job: dict[str, Any] = {}
+    set_by: dict[str, str] = {}
     if path is not None:
         try:
             loaded = yaml.load(path.read_text(encoding="utf-8"), YamlLoader)
@@ -225,5 +227,19 @@ def read_job(path: Path | None, sets: list[str], options: Mapping[str, Any]) -> 
             job[head] = {**_mapping(head, job.get(head) or {}), rest: parsed}
         else:
             job[key] = parsed
-    job.update({k: v for k, v in options.items() if v is not None})
+            set_by[key] = text
+    for key, value in options.items():
+        if value is None:
+            continue
+        if key in set_by and _meant(key, job[key]) != _meant(key, value):
+            raise UserError(
+                f"{key} is given twice: {value!r} by --{key.replace('_', '-')}, {job[key]!r} by "
+                f"--set {set_by[key]}; accepted is one of them"
+            )
+        job[key] = value
     return job
+
+
+def _meant(key: str, value: Any) -> Any:
+    """A job's value as a search takes it: `topk,tome` is [topk, tome], and a bare `off` is off."""
+    return getattr(SearchConfig.of({key: value}), key)

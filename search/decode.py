@@ -76,8 +76,11 @@ class Preprocess:
         """
         config = timm.data.resolve_model_data_config(model)
         patch_embed = getattr(model, "patch_embed", None)
-        channels = getattr(getattr(patch_embed, "proj", None), "in_channels", None)
-        channels = int(channels or config["input_size"][0])
+        # the first convolution sees the images; a hybrid's `proj` sees its stem's features
+        parts = () if patch_embed is None else patch_embed.modules()
+        convolutions = (part for part in parts if isinstance(part, torch.nn.Conv2d))
+        first = next(convolutions, None)
+        channels = config["input_size"][0] if first is None else first.in_channels
         if channels != 3:
             raise UserError(f"the model takes {channels} channels: only RGB models are measured")
         height, width = getattr(patch_embed, "img_size", None) or config["input_size"][1:]

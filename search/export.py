@@ -32,7 +32,7 @@ from search.bundle_readme import readme, resize_rule
 from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
-from search.models import architecture, fingerprint, load_model, num_classes
+from search.models import architecture, check_trained, fingerprint, load_model, num_classes
 from search.pareto import (
     NothingUnderBudget,
     choose,
@@ -191,6 +191,7 @@ class Candidate:
             refused = declared.refuses_export(declared.check(recipe.tokens.params, shape), shape)
             if refused:
                 raise UserError(f"trial {result.trial} ({recipe}) {refused}")
+            check_trained(recipe.checked(shape), shape)
         preprocess = Preprocess.of(dense)
         data = open_data(
             job.data, preprocess, cache=Path(job.cache), seed=job.seed, images=job.images

@@ -51,7 +51,36 @@ class FollowedImage:
     def stages(self) -> list[int]:
         """The blocks after which something had become of a patch."""
         before = np.vstack([np.arange(self.group.shape[1]), self.group[:-1]])
-        return np.flatnonzero((before != self.group).any(axis=1)).tolist()
+        moved = (before != self.group).any(axis=1)
+        # the last patch fused alone stays where it was, and is no longer what it was
+        fuses = np.array([figures.get("fused", 0) > 0 for figures in self.figures])
+        return np.flatnonzero(moved | fuses).tolist()
+
+    def fused(self) -> NDArray[np.bool_]:
+        """Which original patches are in a fused token after each block, [depth, n0]: from a block
+        that says in its figures that it fused some into its last token, on.
+        """
+        out = np.zeros(self.group.shape, dtype=np.bool_)
+        rows = zip(self.group, self.patches, self.figures, strict=True)
+        for block, (group, left, figures) in enumerate(rows):
+            if figures.get("fused", 0) > 0:
+                out[block:] |= group == left - 1
+        return out & (self.group >= 0)
+
+    def joined(self, together: Together) -> NDArray[np.bool_]:
+        """Which original patches are no token of their own any more, and not dropped: [depth, n0].
+        A patch that was fused alone is not its own either: it became its weighted self.
+        """
+        if together == "fused":
+            return self.fused()
+        if together == "mixed":  # once anything is mixed, everything is
+            own = (self.group == np.arange(self.group.shape[1])).all(axis=1)
+            return ~own[:, None] & (self.group >= 0)
+        rows = []
+        for group in self.group:
+            members = np.bincount(group[group >= 0], minlength=1)
+            rows.append((group >= 0) & (members[group.clip(min=0)] > 1))
+        return np.array(rows)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from methods import check_supported, model_shape
+from methods import ModelShape, Recipe, check_supported, model_shape
 from methods.parameters import nearest
 from search import embedded
 from search.errors import UserError
@@ -159,6 +159,22 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path | None) -> None:
     if said:
         raise UserError(f"weights file {path} does not fit the model; {'; '.join(said)}")
     model.load_state_dict(state)
+
+
+def check_trained(recipe: Recipe, shape: ModelShape) -> None:
+    """UserError where the recipe, checked for a model of this shape, has parts that only training
+    makes: it holds no weights for them, and with fresh ones an accuracy says nothing.
+    """
+    step = recipe.tokens
+    if step is None or step.declared.training != "required":
+        return
+    if not step.declared.is_dense(step.params, shape):
+        raise UserError(
+            f"{step.method} needs training, and a recipe holds no trained weights: accuracy with "
+            "fresh ones would say nothing. With trained weights it runs through "
+            f"methods.prune(model, {step.method!r}, weights=...); what it costs is shown by "
+            f"vitpareto table --methods {step.method}"
+        )
 
 
 def num_classes(model: nn.Module) -> int:

@@ -111,7 +111,8 @@ def recompute(row: Row) -> float | None:
 
 def matching(model: str, recipe: Recipe) -> tuple[Row, ...]:
     """Rows of this model (timm name, with or without a tag) whose published setting is the checked
-    recipe's: what a row does not say may be anything.
+    recipe's: what a row does not say may be anything. Where a row has `model_options`, its figures
+    are of a model that differs from timm's by them: they have to be shown with them.
     """
     params = {} if recipe.tokens is None else recipe.tokens.plain()
     return tuple(

@@ -32,7 +32,7 @@ from search.config import IDENTITY, SearchConfig
 from search.cost import device_name, latency, recipe_macs
 from search.datasets import Data, Preprocess, check_head, open_data
 from search.errors import UserError
-from search.models import MappedModel, fingerprint, load_model, num_classes
+from search.models import MappedModel, check_trained, fingerprint, load_model, num_classes
 from search.pareto import front_of
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.searcher import FrontSearcher, Tally
@@ -120,15 +120,21 @@ def resolve_device(asked: str) -> str:
     return asked
 
 
-def prepare(config: SearchConfig, decode: DecodeProgress | None = None) -> Prepared:
+def prepare(
+    config: SearchConfig, decode: DecodeProgress | None = None, recipe: Recipe | None = None
+) -> Prepared:
     """Look at every part of the job, decode its images and make its folder, before anything is
-    started. UserError for the first thing that is wrong.
+    started. BadInput for the first thing that is wrong. recipe: one that is to be measured, looked
+    at before any image is.
     """
     folder = StudyFolder(Path(config.store) / config.name)
     space = Space.of(config.study_methods, config.space, config.fixed)
     device = resolve_device(config.device)
     model = load_model(config.model, Path(config.weights) if config.weights else None)
-    shape = methods.model_shape(model)
+    shape, reshape = methods.model_shape(model), shape_finder(model)
+    if recipe is not None:
+        reduced = reshape(recipe)
+        check_trained(recipe.checked(reduced), reduced)
     preprocess = Preprocess.of(model)
     data = open_data(
         config.data,
@@ -140,7 +146,7 @@ def prepare(config: SearchConfig, decode: DecodeProgress | None = None) -> Prepa
     )
     head = check_head(num_classes(model), data)
     prepared = Prepared(
-        config, folder, model, shape, preprocess, data, head, device, space, shape_finder(model)
+        config, folder, model, shape, preprocess, data, head, device, space, reshape
     )
     _check_window(prepared)
     folder.check(prepared.identity)
@@ -351,15 +357,15 @@ def measure(
 ) -> tuple[TrialResult, TrialResult, Latency]:
     """One recipe and the dense model measured on the search images, in this process; no study.
 
-    Returns (recipe's result, dense's result, latency beside dense). UserError for bad input.
+    Returns (recipe's result, dense's result, latency beside dense). BadInput before any image is
+    read: also for a method that needs training (`check_trained`).
     """
     with contextlib.ExitStack() as stack:
         scratch = Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="vitpareto-measure-"))
         )
         config = replace(config, store=str(scratch), name="measure")
-        prepared = prepare(config, decode)
-        recipe.checked(prepared.reshape(recipe))
+        prepared = prepare(config, decode, recipe)
         place = Workplace.open(make_task(prepared, epoch="", threads=None))
         dense = run_trial(place, 0, Recipe())
         result = run_trial(place, 1, recipe)

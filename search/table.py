@@ -48,14 +48,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Figure:
-    """A published figure of the same model and setting: GFLOPs as its source counts, and ours so
-    counted (None where that cannot be recomputed).
+    """A published figure of the same setting: GFLOPs as its source counts, and ours so counted
+    (None where that cannot be recomputed). differs: how the model of both is not the row's, ""
+    where it is, as timm's options; remark: what the source's row says of that.
     """
 
     gflops: float
     counter: str
     ours: float | None
     source: str
+    differs: str = ""
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,14 @@ def _with_times(row: CostRow, timed: Latency, batch: int) -> CostRow:
 
 def _figures(model: str, recipe: Recipe) -> tuple[Figure, ...]:
     return tuple(
-        Figure(row.gflops, row.counter or "not said", recompute(row), row.source)
+        Figure(
+            row.gflops,
+            row.counter or "not said",
+            recompute(row),
+            row.source,
+            ", ".join(f"{k}={v}" for k, v in row.model_options.items()),
+            row.remark if row.model_options else "",
+        )
         for row in matching(model, recipe)
         if row.gflops is not None
     )

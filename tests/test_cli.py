@@ -131,6 +131,23 @@ def test_measure(say, cache: Path, tmp_path: Path) -> None:
     assert "resize size=48 tome r=2" in text and "speed-up" in text
 
 
+def test_measure_refuses_fresh_weights(say, cache: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("tokens: {method: patchmerger, prune_layers: [3], num_tokens: 20}\n")
+    said = say("measure", "--recipe", recipe, "--images", 30, "--cache", cache, "--json")
+    assert said.code == 2 and said.out == "" and "Traceback" not in said.err
+    assert "methods.prune(model, 'patchmerger', weights=...)" in said.err
+
+
+def test_a_demo_without_a_knee_says_what_to_do(say, cache: Path, tmp_path: Path) -> None:
+    said = say("demo", "--trials", 2, "--store", tmp_path, "--cache", cache)
+    assert said.code == 0, said.err
+    line = next(x for x in said.out.splitlines() if "knee" in x)
+    command = line.partition("continue with more trials, ")[2]
+    assert command == f"vitpareto demo --trials 60 --store {tmp_path} --cache {cache}"
+    assert "front of demo" in said.out and not list(tmp_path.glob("demo/bundle*"))
+
+
 def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
     from PIL import Image
 
@@ -261,6 +278,7 @@ BAD = {
     "unknown objective": (("--objectives", "top1,gmac"), "did you mean 'gmacs'"),
     "unknown sampler": (("--sampler", "tpee"), "did you mean 'tpe'"),
     "unknown key": (("--set", "trails=3"), "did you mean 'trials'"),
+    "given twice": (("--trials", "3", "--set", "trials=4"), "3 by --trials, 4 by --set trials=4"),
     "out of range": (("--trials", "0"), "1 <= trials"),
     "parameter out of range": (("--set", "space.topk.keep_rate=[0.5,1.5]"), "keep_rate is 1.5"),
     "unknown parameter": (("--set", "fixed.tome.inflexion=0"), "did you mean 'inflection'"),

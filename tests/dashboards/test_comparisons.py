@@ -87,6 +87,24 @@ def test_what_a_rate_meant_is_told(costs: list[CostRow]) -> None:
     assert cost_notes([MEASURED])[0].startswith("keep rate (topk)")
 
 
+def test_a_figure_of_another_model_is_shown_with_its_difference() -> None:
+    models = ["vit_small_patch16_224", "vit_base_patch16_224"]
+    rows = list(cost_rows(models, ["topk", "patchmerger"], [0.75], Bench(rounds=0)))
+    said = ", both of a model with class_token=False, global_pool=avg"
+    small, base = (cells(table, "published GFLOPs") for table in cost_tables(rows))
+    assert small[1:] == ["2.997 thop (ours 2.997)", f"2.909 thop (ours 2.907){said}"]
+    assert base[2] == f"11.5 thop (ours 11.49){said}"
+    assert [row["published"].endswith(said) for row in plain_costs(rows)] == [
+        False,
+        False,
+        True,
+    ] * 2
+    (note,) = [note for note in cost_notes(rows) if "another model" in note]
+    assert note.startswith(f"published of another model (patchmerger on {', '.join(models)}): the")
+    assert note.endswith("0.7 to 1.1 % more")
+    assert not [note for note in cost_notes(rows[:2]) if "another model" in note]
+
+
 def test_costs_as_plain_rows(costs: list[CostRow]) -> None:
     plain = [json.loads(line) for line in json_lines(plain_costs([*costs, MEASURED])).splitlines()]
     assert plain[1]["published"] == "2.9973 thop (ours 2.99682)"

@@ -19,7 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from dashboards.painting import FUSED, OUTLINES, group_colours, joined, outlines, painted
+from dashboards.painting import FUSED, OUTLINES, group_colours, outlines, painted
 from dashboards.patches import COLUMNS, draw_patches, patch_rows, patches_figure, summary
 from methods import Recipe, Untrained
 from search import embedded
@@ -56,9 +56,11 @@ def followed(name: str, images: int = 3) -> Followed:
     return follow(dense, pruned, batch, model="digits", classes=embedded.CLASSES)
 
 
-def by_hand(group: list[list[int]], together: str = "merged", **more: Any) -> Followed:
+def by_hand(
+    group: list[list[int]], together: str = "merged", fused: tuple[int, ...] = (), **more: Any
+) -> Followed:
     """An image of 2 x 3 patches of 4 x 2 pixels, one grey a patch, and what became of them in as
-    many blocks as `group` has rows.
+    many blocks as `group` has rows; fused: how many went into the fused token in each.
     """
     grey = np.arange(6).reshape(2, 3) * 40
     pixels = np.repeat(np.repeat(grey, 4, axis=0), 2, axis=1)[..., None].repeat(3, axis=2)
@@ -67,7 +69,7 @@ def by_hand(group: list[list[int]], together: str = "merged", **more: Any) -> Fo
         pixels.astype(np.uint8),
         tuple(len(set(row) - {-1}) for row in group),
         np.array(group),
-        tuple({} for _ in group),
+        tuple({"fused": n} for n in fused) or tuple({} for _ in group),
         Guess(3, "cat", 0.981),
         Guess(5, "dog", 0.4),
         **more,
@@ -101,19 +103,41 @@ def test_kept_patches_are_untouched_dropped_ones_pale_and_merged_ones_their_mean
 
 
 def test_fused_patches_are_tinted_in_one_colour() -> None:
-    it = by_hand([[0, 1, 2, 3, 3, 3]], "fused")
+    it = by_hand([[0, 1, 2, 3, 3, 3]], "fused", (3,))
     out = painted(it.images[0], 0, it)
     plain = it.images[0].pixels / 255
     assert np.array_equal(out[:4], plain[:4])
     assert (np.abs(out[4:] - FUSED) < 0.35 * np.abs(plain[4:] - FUSED) + 1e-9).all()
 
 
+def test_a_patch_fused_alone_is_tinted_outlined_and_told_also_after_its_block() -> None:
+    """The last patch, whose group does not tell; then another, and the first stays in its token."""
+    it = by_hand([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1, 5, 2, 3, 4]], "fused", (1, 0, 1))
+    (image,) = it.images
+    assert image.patches == (6, 6, 6) and image.stages() == [0, 2]
+    plain = image.pixels / 255
+    for block, patches in ((0, {5}), (1, {5}), (2, {2, 5})):
+        out = painted(image, block, it).reshape(2, 4, 3, 2, 3)
+        changed = (out != plain.reshape(2, 4, 3, 2, 3)).any(axis=(1, 3, 4)).ravel()
+        assert set(np.flatnonzero(changed)) == patches
+        colours = group_colours(image, "fused")[block]
+        assert set(np.flatnonzero(colours.any(axis=1))) == patches
+        assert len(outlines(image, block, colours, it, 0.5)[0]) == 4 * len(patches)
+    (row,) = patch_rows(it)
+    assert [(b["patches"], b["dropped"], b["fused"]) for b in row["blocks"]] == [
+        (6, 0, 1), (6, 0, 1), (6, 0, 2),
+    ]  # fmt: skip
+    assert [b["figures"]["fused"] for b in row["blocks"]] == [1, 0, 1]
+    (key,) = keys(patches_figure(it))
+    assert key.startswith("fused: dropped patches that live on")
+
+
 def test_once_mixed_every_patch_is_of_a_group() -> None:
-    assert not joined(np.arange(6), "mixed").any() and not joined(np.arange(6), "merged").any()
-    group = np.array([0, 1, 1, 2, 3, 3])
-    assert joined(group, "mixed").all()
-    assert joined(group, "merged").tolist() == [False, True, True, False, True, True]
-    assert not joined(np.full(6, -1), "merged").any()
+    image = by_hand([[0, 1, 2, 3, 4, 5], [0, 1, 1, 2, 3, 3], [-1] * 6]).images[0]
+    assert image.joined("mixed").tolist() == [[False] * 6, [True] * 6, [False] * 6]
+    assert image.joined("merged").tolist() == [
+        [False] * 6, [False, True, True, False, True, True], [False] * 6,
+    ]  # fmt: skip
 
 
 def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
@@ -129,7 +153,7 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
 def outlined(it: Followed) -> tuple[np.ndarray, np.ndarray]:
     """The first image's outlines after its first block, half a pixel inside."""
     image = it.images[0]
-    return outlines(image.group[0], group_colours(image, it.together)[0], it, inset=0.5)
+    return outlines(image, 0, group_colours(image, it.together)[0], it, inset=0.5)
 
 
 def test_an_outline_runs_once_around_a_group_inside_its_patches() -> None:
@@ -164,7 +188,7 @@ def test_a_group_keeps_its_colour_while_it_grows_and_leaves_it_when_it_is_gone()
     assert np.array_equal(third[:5], np.tile(first[0], (5, 1)))
     assert np.array_equal(fourth, np.tile(first[0], (6, 1)))
     assert np.array_equal(last[2], first[0]), "free again: the one who had it is dropped"
-    fused = group_colours(by_hand(rows).images[0], "fused")
+    fused = group_colours(by_hand(rows, fused=(1, 1, 1, 1, 0)).images[0], "fused")
     assert np.array_equal(fused[3], np.tile(FUSED, (6, 1)))
 
 
@@ -220,6 +244,13 @@ def test_images_that_decide_have_titles_and_figures_of_their_own() -> None:
         line = f"ρ {said['rho']:.3g}  η {said['eta']:.3g}  keep_ratio {said['keep_ratio']:.3g}"
         assert line in [" ".join(t.split("\n")) for t in texts(figure)]
     assert texts(figure).count("input") == 3
+
+
+def test_a_figure_that_is_no_number_is_left_out() -> None:
+    it = by_hand([[0, 1, 1, -1, 2, 3]])
+    figures = ({"rho": float("nan"), "eta": 0.25, "keep_ratio": float("nan")},)
+    figure = patches_figure(replace(it, images=(replace(it.images[0], figures=figures),)))
+    assert "η 0.25" in texts(figure) and not [t for t in texts(figure) if "nan" in t]
 
 
 def test_a_resized_image_is_drawn_resized() -> None:

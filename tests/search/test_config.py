@@ -140,13 +140,13 @@ def job_file(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def test_options_beat_set_and_set_beats_the_file(tmp_path: Path) -> None:
+def test_options_and_set_beat_the_file(tmp_path: Path) -> None:
     path = job_file(
         tmp_path,
         "trials: 10\nseed: 1\nbatch: 8\n"
         "space: {rajni.gamma: [0.01, 0.1], topk.first: [0.1, 0.2]}\n",
     )
-    sets = ["seed=2", "batch=9", "space.topk.keep_rate=[0.5,0.9]", "space.topk.first=[0.2,0.3]",
+    sets = ["seed=2", "space.topk.keep_rate=[0.5,0.9]", "space.topk.first=[0.2,0.3]",
             "fixed.tome.inflection=0", "methods=[topk, rajni, tome]"]  # fmt: skip
     config = SearchConfig.of(read_job(path, sets, {"batch": 10, "trials": None}))
     assert (config.trials, config.seed, config.batch) == (10, 2, 10)
@@ -155,6 +155,47 @@ def test_options_beat_set_and_set_beats_the_file(tmp_path: Path) -> None:
     }  # fmt: skip
     assert config.fixed == {"tome.inflection": 0}
     assert config.methods == ("topk", "rajni", "tome")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("batch=9", {"batch": 10}, "batch is given twice: 10 by --batch, 9 by --set batch=9"),
+        ("max_gmacs=2e0", {"max_gmacs": 3.0},
+         "max_gmacs is given twice: 3.0 by --max-gmacs, 2.0 by --set max_gmacs=2e0"),
+        ("methods=[topk, tome]", {"methods": "topk"},
+         "methods is given twice: 'topk' by --methods, ['topk', 'tome'] by --set methods=[topk"),
+        ("latency=off", {"latency": "front"}, "'front' by --latency, False by --set latency=off"),
+        ("trials=null", {"trials": 5}, "trials is given twice: 5 by --trials, None by --set"),
+        ("weights=null", {"weights": "w.pth"}, "'w.pth' by --weights, None by --set weights=null"),
+    ],
+)  # fmt: skip
+def test_an_option_and_a_set_that_differ_are_refused(
+    text: str, options: dict[str, Any], said: str
+) -> None:
+    """Whichever silently won, a study would be another than one of them asked for."""
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        read_job(None, ["seed=3", text], {"name": "s", **options})
+    assert "accepted is one of them" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("batch=10", {"batch": 10}),
+        ("batch=10", {"batch": None}),
+        ("max_gmacs=3", {"max_gmacs": 3.0}),
+        ("methods=[topk, tome]", {"methods": "topk,tome"}),
+        ("latency=off", {"latency": "off"}),
+    ],
+)
+def test_an_option_and_a_set_that_mean_the_same_are_taken(
+    text: str, options: dict[str, Any]
+) -> None:
+    key = text.partition("=")[0]
+    by_set = SearchConfig.of(read_job(None, [text], {}))
+    assert SearchConfig.of(read_job(None, [text], options)) == by_set
+    assert getattr(by_set, key) != getattr(SearchConfig.of({}), key)
 
 
 def test_numbers_with_an_exponent_and_a_bare_off_mean_what_they_say(tmp_path: Path) -> None:

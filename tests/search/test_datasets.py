@@ -278,6 +278,22 @@ def test_preprocess_of_a_model_is_at_the_size_it_was_built_for() -> None:
         Preprocess.of(timm.create_model("vit_tiny_patch16_224", in_chans=1, depth=1))
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("vit_tiny_r_s16_p8_224", 224), ("vit_small_resnet26d_224", 64), ("vitamin_small_224", 224)],
+)
+def test_a_convolutional_stem_is_asked_what_it_is_shown(name: str, size: int) -> None:
+    """Its last layer takes the features of the stem (64, 2048), or is none."""
+    with torch.device("meta"):
+        model = timm.create_model(name, img_size=size)
+        grey = timm.create_model(name, img_size=size, in_chans=1)
+    preprocess = Preprocess.of(model)
+    assert preprocess.input_size == (3, size, size)
+    assert model.patch_embed(torch.empty(1, *preprocess.input_size, device="meta")).ndim >= 3
+    with pytest.raises(UserError, match="takes 1 channels: only RGB models are measured"):
+        Preprocess.of(grey)
+
+
 def _tuples(described: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in described.items()}
 

@@ -306,6 +306,15 @@ def _measured(images: int = 40) -> Measured:
     return Measured(empty, np.zeros(images, np.int64), logits, others, selection)
 
 
+def test_untrained_parts_are_refused(study: Study, tmp_path: Path) -> None:
+    """No search measures one; a result that names one all the same has no weights to export."""
+    recipe = Recipe.of("patchmerger", prune_layers=[0], num_tokens=[9]).to_dict()
+    result = replace(study.results["topk"], recipe=recipe, resolved=recipe)
+    with pytest.raises(UserError, match=r"methods.prune\(model, 'patchmerger', weights=...\)"):
+        export(study.folder, result, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_near_tied_must_equal_a_run_of_the_measured_model() -> None:
     measured = _measured()
     found = compare(measured, measured.other_logits[1], "x", 1)

@@ -13,7 +13,7 @@ import torch
 
 import methods
 from clusters.local import Room
-from methods import Recipe
+from methods import BadInput, Recipe
 from search import run
 from search.config import SearchConfig
 from search.cost import fvcore_macs
@@ -229,6 +229,37 @@ def test_measure_needs_no_study(tmp_path: Path, cache: Path) -> None:
     assert result.values["gmacs"] < dense.values["gmacs"]
     assert timed.rounds >= 30
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        ("{method: patchmerger, prune_layers: [3], num_tokens: 20}",
+         "patchmerger needs training, .* methods.prune(model, 'patchmerger', weights=...)"),
+        ("{method: dynamicvit, prune_layers: [3], keep_rates: [0.5]}",
+         "dynamicvit needs training, .* vitpareto table --methods dynamicvit"),
+        ("{method: tnt, prune_layers: [2], keep_rates: [0.6]}", "tnt needs training"),
+        ("{method: topk, keep_rate: 0.5, prune_layers: [12]}", "names block 12"),
+        ("{method: evit, counts: [64, 32]}", "evit.counts has 2 entries: the model has 12 blocks"),
+    ],
+)  # fmt: skip
+def test_measure_refuses_a_recipe_before_any_image_is_read(
+    tmp_path: Path, cache: Path, tokens: str, said: str
+) -> None:
+    """Fresh weights have no accuracy to measure. The data is not there: it would be said next."""
+    config = SearchConfig.of({"data": "/nowhere/val", "cache": str(cache), "store": str(tmp_path)})
+    with pytest.raises(BadInput, match=said.replace("(", r"\(").replace(")", r"\)")) as refused:
+        run.measure(config, Recipe.from_yaml(f"tokens: {tokens}"))
+    assert "\n" not in str(refused.value)
+
+
+def test_measure_takes_what_has_no_trained_part(tmp_path: Path, cache: Path) -> None:
+    """DynamicViT that drops nothing is the dense model, and needs no weights."""
+    config = SearchConfig.of({"images": 20, "cache": str(cache), "store": str(tmp_path)})
+    recipe = Recipe.from_yaml("tokens: {method: dynamicvit, prune_layers: [], keep_rates: []}")
+    result, dense, _ = run.measure(config, recipe)
+    assert result.values["top1"] == dense.values["top1"]
+    assert result.values["gmacs"] == dense.values["gmacs"]
 
 
 def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:

@@ -12,6 +12,7 @@ from methods.base import Preset
 from methods.parameters import Float
 from methods.staged import StagedMethod
 from search.cost import recipe_macs
+from search.counters import counter, work
 from search.models import fresh_model
 from search.table import AT_MOST, GIVEN, KEPT, NEAREST, Bench, CostRow, cost_rows, setting_at
 
@@ -172,6 +173,20 @@ def test_closed_forms_alone_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert [f.gflops for f in rows[1].published] == [2.9964]
     assert rows[1].published[0].ours == pytest.approx(2.9968, abs=1e-4)
     assert rows[2].published == ()
+
+
+def test_a_published_figure_of_another_model_says_how_it_differs() -> None:
+    """TRAM's PatchMerger has no class token; the row's own model has one, and costs more."""
+    names = ["patchmerger", "topk"]
+    _, merger, topk = cost_rows(["vit_small_patch16_224"], names, [0.75], CLOSED)
+    (other,), (same,) = merger.published, topk.published
+    assert other.differs == "class_token=False, global_pool=avg"
+    assert "no class token" in other.remark and (same.differs, same.remark) == ("", "")
+    shape, model = SMALL
+    recipe = Recipe.of("patchmerger", prune_layers=[2, 5, 8], num_tokens=[147, 110, 82])
+    with_token = counter("thop").count(work(recipe.checked(shape), model)) / 1e9
+    assert other.ours == pytest.approx(other.gflops, rel=1e-3)
+    assert with_token > 1.005 * other.gflops, "set beside it unsaid, it would mislead"
 
 
 @pytest.mark.parametrize(
