@@ -771,7 +771,9 @@ def methods_command(
                         "paper": m.paper.title if m.paper else None,
                         "url": m.paper.url if m.paper else None,
                         "parameters": {p.name: p.accepts for p in m.parameters},
-                        "searched": {p.name: p.accepts for p in m.space},
+                        "searched": {p.name: p.accepts for p in m.space}
+                        if m.training != "required"
+                        else None,
                         "presets": {p.name: p.choices for p in m.presets},
                     }
                 )
@@ -781,9 +783,13 @@ def methods_command(
         typer.echo(f"{m.name}: {m.summary} [{kind}, {m.site}, training: {m.training}]")
         if m.paper is not None:
             typer.echo(f"  paper       {m.paper.title}; {m.paper.authors} {m.paper.url}".rstrip())
-        for label, declared in (("parameter", m.parameters), ("searched", m.space)):
+        searched = m.training != "required"
+        for label, declared in (("parameter", m.parameters), ("searched", m.space * searched)):
             for p in declared:
                 typer.echo(f"  {label:<11} {p.name}: {p.accepts}{f' ({p.doc})' if p.doc else ''}")
+        if not searched:
+            typer.echo("  searched    not: it needs training; with trained weights it runs through "
+                       f"methods.prune(model, {m.name!r}, weights=...)")  # fmt: skip
         for preset in m.presets:
             choices = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                                 for k, v in preset.choices.items())  # fmt: skip

@@ -27,20 +27,27 @@ def attend_by_head(
     cache when the maximum reads them. The maximum is taken before dropout and has no gradient.
     bias [B, 1, 1, N] is added to the logits.
     """
-    batch, _, total, _ = q.shape
+    batch, heads, total, _ = q.shape
     if total <= 2 * ROWS:
         out, peak = _attend_rows(q, k, v, scale, bias, dropout)
         return out.transpose(1, 2), peak
     outs: list[Tensor] = []
+    whole: Tensor | None = None
     for first in range(0, total, ROWS):
         rows = q[:, :, first : first + ROWS]
         out, part = _attend_rows(rows, k, v, scale, bias, dropout)
-        outs.append(out)
         if first == 0:
             # filled in, not joined: [B, N, N] twice would be the peak of the model's memory
             peak = part.new_empty(batch, total, total)
+            if not out.requires_grad:
+                whole = out.new_empty(batch, total, heads, v.shape[3])
         peak[:, first : first + ROWS] = part
-    return torch.cat(outs, dim=1).transpose(1, 2), peak
+        if whole is None:
+            outs.append(out)
+        else:
+            whole[:, first : first + ROWS] = out
+    out = torch.cat(outs, dim=1) if whole is None else whole
+    return out.transpose(1, 2), peak
 
 
 def _attend_rows(
@@ -48,7 +55,7 @@ def _attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """`attend_by_head` for some queries, q [B, H, n, D]: (output [B, n, H, D], maximum [B, n, N]).
 
-    The output's layout is the one that joins the heads without a copy.
+    Taken head by head, the output's layout is the one that joins the heads without a copy.
     """
     # inference mode: nothing differentiates, traces or exports what is written in place
     plain = not torch.compiler.is_compiling() and q.is_inference()

@@ -80,15 +80,14 @@ class Tokens:
         return torch.cat([head, bias], dim=1)[:, None, None, :]
 
     def pool_weight(self) -> Tensor | None:
-        """Weight of each patch in a pooled mean, [B, n]: its size, 0 for padding; None if all 1."""
+        """Weight of each patch in a pooled mean, [B, n]: its size, 0 for padding; None if all 1.
+
+        In at least float32, as `sizes`.
+        """
         if self.size is None and self.valid is None:
             return None
-        weight = self.x.new_ones(self.x.shape[0], self.patches)
-        if self.size is not None:
-            weight = self.size.to(self.x.dtype)
-        if self.valid is not None:
-            weight = weight * self.valid.to(self.x.dtype)
-        return weight
+        weight = self.sizes()
+        return weight if self.valid is None else weight * self.valid.to(weight.dtype)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:

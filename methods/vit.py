@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -74,21 +73,25 @@ class Attended:
         """The mean over the patch queries of their attention, padding left out, [B, H, N], and what
         each patch pays itself, [B, H, n].
 
-        Some queries at a time: [B, H, n, N] is more memory than a dense model needs.
+        Some queries at a time: [B, H, n, N] is more memory than a dense model needs. Summed in at
+        least float32: a half precision's sum of many small shares drifts.
         """
-        total = self.q.shape[2]
-        weight = self.q.new_full((1, total - self.prefix), 1 / (total - self.prefix))
-        if self.valid is not None:
-            weight = self.valid.to(self.q.dtype)
-            weight = weight / weight.sum(dim=1, keepdim=True)
-        shares, own = [], []
+        total, dtype = self.q.shape[2], self.q.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        sums, own = [], []
         for first in range(self.prefix, total, ROWS):
             last = min(first + ROWS, total)
             rows = self.attention(first, last)
-            own.append(rows[..., first:last].diagonal(dim1=-2, dim2=-1))
-            part = weight[:, None, first - self.prefix : last - self.prefix, None]
-            shares.append((rows * part).sum(dim=2))
-        return torch.stack(shares).sum(dim=0), torch.cat(own, dim=-1)
+            # a copy: a view would keep all of `rows` alive
+            own.append(rows[..., first:last].diagonal(dim1=-2, dim2=-1).clone())
+            if self.valid is not None:
+                counted = self.valid[:, first - self.prefix : last - self.prefix]
+                rows = rows.masked_fill(~counted[:, None, :, None], 0.0)
+            sums.append(rows.sum(dim=2, dtype=wide))
+        count: Tensor | int = total - self.prefix
+        if self.valid is not None:
+            count = self.valid.sum(dim=1)[:, None, None]
+        return (torch.stack(sums).sum(dim=0) / count).to(dtype), torch.cat(own, dim=-1)
 
 
 class Reduction(nn.Module):
@@ -233,13 +236,22 @@ class _Reduced(VisionTransformer):
             tokens = self.reduction.reduce(index, tokens, seen)
         return tokens
 
+    def _again(self, index: int, tokens: Tokens) -> Tokens:
+        """`run_block`, whose activations the backward pass computes a second time."""
+
+        def block(x: Tensor) -> Tokens:
+            return self.run_block(index, replace(tokens, x=x))
+
+        # a tensor as argument tells checkpoint whose device's random state it has to restore
+        return cast(Tokens, checkpoint(block, tokens.x, use_reentrant=False))
+
     def run(self, images: Tensor, trace: bool = False) -> tuple[Tokens, Trace]:
         """All blocks, the final norm not applied."""
         tokens = self.embed(images, trace)
         record = Trace([], [], [])
         step: Callable[[int, Tokens], Tokens] = self.run_block
         if self.grad_checkpointing and torch.is_grad_enabled():
-            step = partial(checkpoint, self.run_block, use_reentrant=False)
+            step = self._again
         for index in range(len(self.blocks)):
             tokens = step(index, tokens)
             if trace:
@@ -260,12 +272,13 @@ class _Reduced(VisionTransformer):
         else:
             x = x[:, tokens.prefix :]
         if self.global_pool == "map":
-            bias = weight.log()[:, None, None, :]
+            bias = weight.log().to(x.dtype)[:, None, None, :]
             pooled = cast(AttentionPoolLatent, self.attn_pool)(x, attn_mask=bias)
         else:
+            # shares, not sizes: a sum over all patches could leave a half precision's range
+            share = (weight / weight.sum(dim=1, keepdim=True)).to(x.dtype)[..., None]
             # where, not only a product: padding may hold anything, and 0 * inf is not 0
-            x = torch.where(weight[..., None] > 0, x * weight[..., None], x.new_zeros(()))
-            pooled = x.sum(dim=1) / weight.sum(dim=1, keepdim=True)
+            pooled = torch.where(share > 0, x * share, x.new_zeros(())).sum(dim=1)
         return self.head(self.head_drop(self.fc_norm(pooled)))
 
     def forward_features(self, images: Tensor) -> Tensor:  # type: ignore[override]

@@ -242,4 +242,5 @@ def read_job(path: Path | None, sets: list[str], options: Mapping[str, Any]) -> 
 
 def _meant(key: str, value: Any) -> Any:
     """A job's value as a search takes it: `topk,tome` is [topk, tome], and a bare `off` is off."""
-    return getattr(SearchConfig.of({key: value}), key)
+    meant = getattr(SearchConfig.of({key: value}), key)
+    return os.path.abspath(meant) if key in ("store", "cache") else meant

@@ -80,7 +80,8 @@ def look(
         raise UserError("--images counts images of the data: with image files named there are none")
     if len(files) > MOST or (images is not None and not 1 <= images <= MOST):
         raise UserError(f"{len(files) or images} images asked for: accepted is 1 to {MOST}")
-    pictures = [read_image(file) for file in files]  # before a model is loaded
+    for file in files:
+        _check_there(file)
     dense = load_model(asked.model, asked.weights)
     if asked.fingerprint is not None and (now := fingerprint(dense)) != asked.fingerprint:
         raise UserError(
@@ -100,6 +101,7 @@ def look(
     names = [str(Path(*file.parts[-2:])) for file in files]
     truths: list[str | None] = [None] * len(files)
     if files:
+        pictures = [read_image(file) for file in files]
         transform = preprocess.transform()
         raw = torch.stack([transform(p).permute(1, 2, 0) for p in pictures])
     else:
@@ -129,10 +131,14 @@ def look(
     )
 
 
-def read_image(file: Path) -> Image.Image:
-    """RGB; UserError where the file is not there or no image."""
+def _check_there(file: Path) -> None:
     if not file.is_file():
         raise UserError(f"image {file} {'is a folder' if file.is_dir() else 'is not there'}")
+
+
+def read_image(file: Path) -> Image.Image:
+    """RGB; UserError where the file is not there or no image."""
+    _check_there(file)
     try:
         with Image.open(file) as image:
             return image.convert("RGB")

@@ -6,7 +6,8 @@
 
 Prints, a line a setting: the MACs ratio (dense over pruned), the speed-up (median of the rounds'
 paired ratios, 95 % interval), their quotient (1: as fast as the MACs promise), and the peak memory
-over the dense model's. Random weights: neither speed nor MACs depend on them.
+over the dense model's; of settings that `--only` leaves out, MACs and memory alone. Random weights:
+neither speed nor MACs depend on them.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def main() -> None:
         default=list(FIXED),
         choices=list(SETTINGS),
         metavar="SETTING",
-        help="of: " + ", ".join(SETTINGS).replace("%", "%%"),
+        help="whose speed is asked, of: " + ", ".join(SETTINGS).replace("%", "%%"),
     )
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -69,11 +70,13 @@ def main() -> None:
     for batch in asked.batch:
         images = torch.randn(batch, 3, *dense.patch_embed.img_size, device=asked.device).to(dtype)
         base = peak_mb(dense, images)
-        for name in asked.only:
-            method, params = SETTINGS[name]
+        for name, (method, params) in SETTINGS.items():
             pruned = methods.prune(dense, method, **params)
             ratio = macs(dense) / macs(pruned, images)
             memory = peak_mb(pruned, images) / base
+            if name not in asked.only:
+                print(f"batch {batch:>3}  {name:<11} MACs {ratio:5.3f}  memory {memory:.3f}")
+                continue
             ours, theirs = pruned, dense
             if asked.compile:
                 # afresh for each: past dynamo's limit of models it would fall back to eager
@@ -81,7 +84,7 @@ def main() -> None:
                 ours, theirs = (torch.compile(m, fullgraph=True) for m in (pruned, dense))
             found = latency(ours, theirs, images, rounds=asked.rounds)
             print(
-                f"batch {batch:>3}  {name:<10} MACs {ratio:5.3f}  speed-up {found.speedup:5.3f} "
+                f"batch {batch:>3}  {name:<11} MACs {ratio:5.3f}  speed-up {found.speedup:5.3f} "
                 f"({found.speedup_low:.3f}–{found.speedup_high:.3f})  quotient "
                 f"{found.speedup / ratio:5.3f} ({found.speedup_low / ratio:.3f}–"
                 f"{found.speedup_high / ratio:.3f})  {found.p50_ms:7.1f} ms  memory {memory:.3f}",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import collections
 import gc
-import hashlib
 import resource
 import sys
 import time
@@ -83,7 +82,6 @@ class Entry:
     prefix: str = ""
     pooling: str = ""
     parts: list[str] = field(default_factory=list)
-    likeness: str = ""
 
 
 def empty(name: str) -> nn.Module:
@@ -103,7 +101,6 @@ def look(name: str) -> Entry:
     except methods.UnsupportedModel as error:
         entry.refused = str(error).split(" cannot be pruned: its ")[1]
         return entry
-    entry.likeness = likeness(model)
     shape = methods.model_shape(model)
     entry.gmacs = shape.macs(shape.dense_counts(), "mid-block") / 1e9
     registers, block = model.num_reg_tokens, model.blocks[0]
@@ -125,20 +122,6 @@ def look(name: str) -> Entry:
     }
     entry.parts = [part for part, there in has.items() if there]
     return entry
-
-
-def likeness(model: nn.Module) -> str:
-    """Equal for entry points that, with the same random weights, compute the same: all their
-    modules, sizes and settings are. They differ in what was trained, and are pruned once.
-    """
-    settings = [
-        (name, type(module).__name__, key, repr(value))
-        for name, module in model.named_modules()
-        for key, value in sorted(vars(module).items())
-        if isinstance(value, (bool, int, float, str, tuple)) or value is None
-    ]
-    shapes = [(key, tuple(value.shape)) for key, value in model.state_dict().items()]
-    return hashlib.sha256(repr((repr(model), settings, shapes)).encode()).hexdigest()
 
 
 def filled(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -340,22 +323,17 @@ def main() -> int:
     for entry in broken:
         print(f"  not built {entry.name}: {entry.broken}", flush=True)
     trials: dict[str, Trial] = {}
-    tried: dict[str, Trial] = {}
     # the cheapest first
     for entry in sorted(entries, key=lambda e: e.gmacs):
         if args.look or not entry.gmacs:
             continue
-        if entry.likeness in tried:
-            trials[entry.name] = tried[entry.likeness]
-            continue
         begin = time.perf_counter()
-        trials[entry.name] = tried[entry.likeness] = trial = try_out(entry.name)
+        trials[entry.name] = trial = try_out(entry.name)
         gc.collect()
         took = time.perf_counter() - begin
         print(f"{entry.name} {took:.0f} s {trial}", file=sys.stderr, flush=True)
     if trials:
-        print(f"\n{len(tried)} kinds stand for {len(trials)} entry points. ", end="")
-        print("\n".join(verdict(trials, time.perf_counter() - start)), flush=True)
+        print("\n" + "\n".join(verdict(trials, time.perf_counter() - start)), flush=True)
     return int(bool(broken) or any(t.wrong for t in trials.values()))
 
 

@@ -14,6 +14,7 @@ from timm.models.deit import VisionTransformerDistilled
 from tiny_models import MODELS, dense, images, vit
 
 import methods
+from methods import vit as vit_module
 from methods.vit import Reduction
 
 every_model = pytest.mark.parametrize("kind", MODELS)
@@ -306,11 +307,15 @@ def test_compiles_as_one_graph(case: Case):
 
 @some_pairs
 def test_gradient_checkpointing_is_kept(kind, case: Case):
-    """The same gradients, with each block's activations computed a second time."""
+    """The same gradients, with each block's activations and draws made a second time."""
     batch, found, entered = images(dense(kind), 2), [], []
     for on in (False, True):
         reduced = copy.deepcopy(pruned(kind, case)).train()
+        for module in reduced.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
         reduced.set_grad_checkpointing(on)
+        torch.manual_seed(5)
         reduced.blocks[1].norm1.register_forward_pre_hook(lambda *_: entered.append(1))
         reduced(batch).square().sum().backward()
         found.append([p.grad for p in reduced.parameters()])
@@ -318,6 +323,21 @@ def test_gradient_checkpointing_is_kept(kind, case: Case):
     for plain, again in zip(*found, strict=True):
         assert (plain is None) == (again is None)
         assert plain is None or torch.equal(plain, again)
+
+
+def test_checkpointing_restores_the_device_s_draws(monkeypatch):
+    """torch saves the random state of the devices of those tensors that are arguments."""
+    reduced = copy.deepcopy(pruned("class", FIRST[0])).train()
+    reduced.set_grad_checkpointing()
+    seen = []
+
+    def recorded_checkpoint(function, *args, **kwargs):
+        seen.append([type(a) for a in args])
+        return function(*args)
+
+    monkeypatch.setattr(vit_module, "checkpoint", recorded_checkpoint)
+    reduced(images(dense("class"), 2))
+    assert seen == [[torch.Tensor]] * len(reduced.blocks)
 
 
 @some_pairs

@@ -9,12 +9,13 @@ import pytest
 import torch
 from decisions import Decisions
 from method_settings import CASES, PAIRS, Case, pruned, recorded
-from tiny_models import dense, images
+from tiny_models import dense, images, vit
 from torch import Tensor
 
 import methods
 from methods.ppt import merge_or_keep
 from methods.tokens import Tokens, bipartite_match, merge_matched
+from methods.vit import Attended
 
 some_pairs = pytest.mark.parametrize(
     "kind, case", PAIRS, ids=[f"{kind}-{case}" for kind, case in PAIRS]
@@ -134,3 +135,37 @@ def test_sizes_are_counted_exactly_in_bfloat16():
     halves = merge_matched(unmerged, bipartite_match(draw(1, 600, 4), 0, 300))
     assert halves.size.sum() == 600
     assert halves.size.dtype is torch.float32
+
+
+@pytest.mark.parametrize("method", ["tome", "ppt", "ats"])
+def test_pooling_stays_within_half_precisions_range(method):
+    """Sizes times a large channel, summed over all patches, would leave float16's range."""
+    case = next(c for c in CASES if c.method == method)
+    half = case.build(vit(global_pool="avg", fc_norm=False).eval()).half()
+    # what the pooling sees is the same token in every patch, with channels up to 20,000
+    with torch.no_grad():
+        half.norm.weight.zero_()
+        half.norm.bias.copy_(torch.linspace(0, 20000, len(half.norm.bias)))
+        half.head.weight.mul_(1e-4)
+        said = half(images(half, 3).half())
+        expected = half.head(half.norm.bias.expand(3, -1))
+    torch.testing.assert_close(said, expected, rtol=5e-3, atol=5e-3)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_mean_over_many_queries_in_half_precision(padded):
+    q, k, v = (torch.randn(2, 2, 1024, 8, generator=torch.Generator().manual_seed(s)).double()
+               for s in range(3))  # fmt: skip
+    valid = None
+    if padded:
+        valid = torch.arange(1024).expand(2, -1) < torch.tensor([[700], [1024]])
+
+    def mean(dtype):
+        parts = (t.half().to(dtype) for t in (q, k, v))
+        seen = Attended(*parts, 8**-0.5, None, 0, False, valid)
+        return seen.patch_rows()[0].double()
+
+    exact, said = mean(torch.float64), mean(torch.float16)
+    # one rounding of the result, and those of each softmax
+    assert ((said - exact).abs() / exact).mean() < 3e-4
+    torch.testing.assert_close(said.sum(dim=-1), exact.sum(dim=-1), rtol=5e-4, atol=0)

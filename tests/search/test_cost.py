@@ -225,11 +225,21 @@ def test_peak_memory_grows_with_the_batch_and_holds_weights_and_logits() -> None
     assert peak_mb(vit(), images(8)) == peaks[2], "and it is the same each time"
 
 
+#: models of real proportions, an MLP four times as wide: DeiT-Ti; ViT-S of 784 patches without a
+#: class token, in whose place methods look at every patch's attention
+PROPORTIONS: dict[str, dict[str, Any]] = {
+    "class token": {"model_name": "deit_tiny_patch16_224", "depth": 4},
+    "none": {
+        "model_name": "vit_small_patch16_224", "depth": 4, "img_size": 448, "class_token": False,
+        "global_pool": "avg",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PROPORTIONS)
 @pytest.mark.parametrize("name", [n for n in TRAINING_FREE if n != "dense"])
-def test_pruned_models_take_no_more_memory_than_dense(name: str) -> None:
-    """In a model of real proportions (DeiT-Ti: an MLP four times as wide), reducing from the first
-    block, where most tokens are alive while the method looks at them.
-    """
+def test_pruned_models_take_no_more_memory_than_dense(name: str, kind: str) -> None:
+    """Reducing from the first block, where most tokens are alive while the method looks at them."""
     settings = {
         **SETTINGS,
         "resize": {"size": 160},
@@ -244,12 +254,13 @@ def test_pruned_models_take_no_more_memory_than_dense(name: str) -> None:
         "ppt": {"r": 13, "prune_layers": (0, 1, 2)},
     }
     torch.manual_seed(0)
-    model = timm.create_model("deit_tiny_patch16_224", depth=4).eval()
-    x = torch.randn(2, 3, 224, 224)
+    model = timm.create_model(**PROPORTIONS[kind]).eval()
+    x = torch.randn(2, 3, *model.patch_embed.img_size)
     less = methods.prune(model, name, **settings[name])
     held = sum(b.numel() * b.element_size() for b in less.get_submodule("reduction").buffers())
-    scores = 4 * 2 * (196 + 2)  # what an after-block method has to carry past the MLP
-    assert peak_mb(less, x) - (held + scores) / 1e6 <= peak_mb(methods.prune(model, "dense"), x)
+    # what a method carries past an MLP: for every patch a score, a size and an index
+    carried = (4 + 4 + 8) * 2 * (model.patch_embed.num_patches + 2)
+    assert peak_mb(less, x) - (held + carried) / 1e6 <= peak_mb(methods.prune(model, "dense"), x)
     assert peak_mb(methods.prune(model, "dense"), x) <= peak_mb(model, x)
 
 
