@@ -15,7 +15,7 @@ import pkgutil
 
 from methods.base import Method, Paper, Preset, get, names, register
 from methods.parameters import BadInput
-from methods.recipe import Recipe, Step, Untrained, prune
+from methods.recipe import Recipe, Step, Untrained, prune, weights_digest
 from methods.shape import ModelShape, model_shape
 from methods.vit import Trace, UnsupportedModel, check_supported
 
@@ -39,4 +39,5 @@ __all__ = [
     "names",
     "prune",
     "register",
+    "weights_digest",
 ]

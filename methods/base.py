@@ -7,7 +7,7 @@ is all it takes: `@register` above the class.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -51,6 +51,8 @@ class Method:
     site: ClassVar[str] = "mid-block"
     #: "none", "calibration" (a few images, no gradient) or "required" (gradient training)
     training: ClassVar[Literal["none", "calibration", "required"]] = "none"
+    #: where training is required: one training serves every setting
+    trained_once: ClassVar[bool] = False
     #: a control is what every method must beat; it is never a finding by itself
     control: ClassVar[bool] = False
     parameters: ClassVar[tuple[Parameter, ...]] = ()
@@ -140,9 +142,22 @@ class Method:
         """The token step as a module (kind "tokens")."""
         raise NotImplementedError
 
-    def restructure(self, model: nn.Module, params: dict[str, Any]) -> nn.Module:
-        """The structural step (kind "structure") on `model`, which may be changed in place."""
+    def restructure(
+        self,
+        model: nn.Module,
+        params: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> nn.Module:
+        """The structural step (kind "structure") on `model`, which may be changed in place.
+
+        weights: the state dict that will be loaded into the result, for steps whose dimensions it
+        decides.
+        """
         raise NotImplementedError
+
+    def shaped_by_weights(self, params: dict[str, Any]) -> bool:
+        """Whether a trained candidate's dimensions can only be read from its weights."""
+        return False
 
     def calibrate(
         self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]

@@ -6,6 +6,7 @@ them at a budget has not earned its place there.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -159,7 +160,12 @@ class Resize(Method):
                 f"{shape.patch[0]} up to the model's own {shape.image[0]}"
             )
 
-    def restructure(self, model: nn.Module, params: dict[str, Any]) -> nn.Module:
+    def restructure(
+        self,
+        model: nn.Module,
+        params: dict[str, Any],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> nn.Module:
         small, shape = reduced(model, None), model_shape(model)
         if params["size"] == shape.image[0]:
             return small

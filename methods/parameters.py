@@ -86,7 +86,9 @@ class Float(Parameter):
         most = "<" if math.isinf(self.high) else "<="
         return f"a number, {self.low:g} {least} {self.name} {most} {self.high:g}"
 
-    def check(self, value: Any, where: str) -> float:
+    def check(self, value: Any, where: str) -> float | None:
+        if value is None and self.default is None:
+            return None
         if not _real(value):
             raise self.reject(value, where)
         below = value <= self.low if self.open_low else value < self.low

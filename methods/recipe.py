@@ -4,9 +4,11 @@ At most one structural step and at most one token step:
 
     structure: {method: resize, size: 160}
     tokens: {method: tome, r: 13, inflection: 0}
+    weights: 0123456789abcdef
 
-An empty recipe is the dense model. A recipe is checked against a model's dimensions before anything
-is built or any image is read.
+`weights` names by content what was trained: the complete state dict of the built model. An empty
+recipe is the dense model. A recipe is checked against a model's dimensions before anything is built
+or any image is read.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -28,14 +30,23 @@ from methods.base import Method, get
 from methods.parameters import BadInput, nearest
 from methods.shape import ModelShape, model_shape
 from methods.vit import check_supported, reduced
+from methods.weights import load_strictly, weights_digest
+
+__all__ = ["Recipe", "Step", "Untrained", "YamlLoader", "prune", "weights_digest"]
 
 
 class Untrained(UserWarning):
     """A method with trained parts was built without weights: they are fresh ones."""
 
 
+#: what `weights_digest` gives
+_DIGEST = re.compile(r"[0-9a-f]{16}\Z")
+
+
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5)."""
+    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5), and a digest of
+    16 digits as the text that it is, not as a number.
+    """
 
 
 YamlLoader.add_implicit_resolver(
@@ -43,6 +54,9 @@ YamlLoader.add_implicit_resolver(
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+for _digit in "0123456789":
+    # first, before the resolvers of whole and real numbers: no parameter has 16 digits
+    YamlLoader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", _DIGEST))
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """At most one structural and one token step; `Recipe()` is dense."""
+    """At most one structural and one token step; `Recipe()` is dense.
+
+    weights: the digest (`weights_digest`) of the state dict that the built model holds, for what
+    was trained; None: the dense model's own weights, and fresh ones where the method has its own.
+    """
 
     structure: Step | None = None
     tokens: Step | None = None
+    weights: str | None = None
 
     @classmethod
     def of(cls, method: str, **params: Any) -> Recipe:
@@ -90,11 +109,20 @@ class Recipe:
         if not isinstance(data, Mapping):
             raise BadInput(f"a recipe is a mapping with structure and tokens, got {data!r}")
         steps: dict[str, Step | None] = {}
+        weights: str | None = None
         for part, step in data.items():
-            if part not in ("structure", "tokens"):
-                known = nearest(part, ["structure", "tokens"])
+            if part not in ("structure", "tokens", "weights"):
+                known = nearest(part, ["structure", "tokens", "weights"])
                 raise BadInput(f"a recipe has no part {part!r}{known}")
             if step is None:
+                continue
+            if part == "weights":
+                if not isinstance(step, str) or not _DIGEST.match(step):
+                    raise BadInput(
+                        f"recipe.weights is {step!r}: accepted are the 16 hex digits of a state "
+                        "dict's digest"
+                    )
+                weights = step
                 continue
             if not isinstance(step, Mapping) or "method" not in step:
                 raise BadInput(f"recipe.{part} needs a method and its parameters, got {step!r}")
@@ -107,7 +135,7 @@ class Recipe:
                 )
             params = {k: v for k, v in step.items() if k != "method"}
             steps[part] = Step(declared.name, declared.check(params))
-        return cls(**steps)
+        return cls(**steps, weights=weights)
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
@@ -120,7 +148,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         parts = {"structure": self.structure, "tokens": self.tokens}
-        return {part: step.plain() for part, step in parts.items() if step is not None}
+        out: dict[str, Any] = {p: step.plain() for p, step in parts.items() if step is not None}
+        if self.weights is not None:
+            out["weights"] = self.weights
+        return out
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
@@ -132,32 +163,52 @@ class Recipe:
         return step.method if step is not None else "dense"
 
     def __str__(self) -> str:
-        """One line for tables: `tome r=13 inflection=0`."""
+        """One line for tables: `tome r=13 inflection=0`, `tnt … weights=0123456789abcdef`."""
         steps = [s for s in (self.structure, self.tokens) if s is not None]
         words = []
         for step in steps:
             plain = step.plain()
             words.append(str(plain.pop("method")))
             words += [f"{name}={_short(value)}" for name, value in plain.items()]
-        return " ".join(words) or "dense"
+        words = words or ["dense"]
+        if self.weights is not None:
+            words.append(f"weights={self.weights}")
+        return " ".join(words)
 
     # -- on a model ----------------------------------------------------------------------------
 
-    def reshape(self, shape: ModelShape, model: nn.Module) -> tuple[ModelShape, nn.Module]:
-        """The model after the structural step (a copy if there is one) and its shape."""
+    def reshape(
+        self,
+        shape: ModelShape,
+        model: nn.Module,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[ModelShape, nn.Module]:
+        """The model after the structural step (a copy if there is one) and its shape.
+
+        weights: the state dict that the recipe names, asked for where the step's dimensions are
+        read from it. Its values are not loaded here.
+        """
         if self.structure is None:
             return shape, model
         declared = self.structure.declared
         params = declared.check(self.structure.params, shape)
-        changed = declared.restructure(copy.deepcopy(model), params)
+        if self.weights is not None and weights is None and declared.shaped_by_weights(params):
+            raise self._unweighed("its dimensions are")
+        changed = declared.restructure(copy.deepcopy(model), params, weights)
         return model_shape(changed), changed
+
+    def _unweighed(self, what: str) -> BadInput:
+        return BadInput(
+            f"{what} in the weights {self.weights}, which the recipe names: give weights=, the "
+            "state dict with that digest"
+        )
 
     def checked(self, shape: ModelShape) -> Recipe:
         """The same recipe with every parameter checked and completed for a model of this shape."""
         tokens = self.tokens
         if tokens is not None:
             tokens = Step(tokens.method, tokens.declared.check(tokens.params, shape))
-        return Recipe(self.structure, tokens)
+        return replace(self, tokens=tokens)
 
     def key(self, shape: ModelShape) -> str:
         """16 hex digits: equal for settings that make the same candidate of a model of this shape.
@@ -173,6 +224,8 @@ class Recipe:
             params = declared.check(self.tokens.params, shape)
             if not declared.is_dense(params, shape):
                 parts["tokens"] = [declared.name, declared.signature(params, shape)]
+        if self.weights is not None:
+            parts["weights"] = self.weights
         text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -185,8 +238,9 @@ class Recipe:
         """A new model with this recipe applied; `model` is left as it was.
 
         calibration: normalised images [M, 3, H, W], or batches of them, for methods that ask for
-        them and whose recipe does not hold the outcome yet. weights: a state dict for the built
-        model. Raises UnsupportedModel, BadInput; warns (Untrained) where trained parts are fresh.
+        them and whose recipe does not hold the outcome yet. weights: a complete state dict for the
+        built model; a recipe that names weights asks for those, by their digest. Raises
+        UnsupportedModel, BadInput; warns (Untrained) where trained parts are fresh.
         """
         check_supported(model)
         done = getattr(model, "recipe", None)
@@ -195,8 +249,21 @@ class Recipe:
                 f"the model is already reduced ({done}): give the dense model, and both parts in "
                 "one recipe"
             )
-        shape, changed = self.reshape(model_shape(model), model)
+        if self.weights is not None:
+            if weights is None:
+                raise self._unweighed("what was trained is")
+            given = weights_digest(weights)
+            if given != self.weights:
+                raise BadInput(
+                    f"the recipe names the weights {self.weights}, those given are {given}"
+                )
+        before = model_shape(model)
+        shape, changed = self.reshape(before, model, weights)
         recipe = self.checked(shape)
+        if recipe.structure is not None and weights is None:
+            declared, params = recipe.structure.declared, recipe.structure.params
+            if declared.training == "required" and not declared.is_dense(params, before):
+                _warn_untrained(declared)
         if recipe.tokens is None:
             built = reduced(changed, None, recipe)
         else:
@@ -207,43 +274,32 @@ class Recipe:
                         f"{declared.name} with {_short(params)} needs calibration images: give "
                         "calibration=, or the counts= that an earlier calibration found"
                     )
+                seen = reduced(changed, None).eval()
+                if weights is not None:  # what is calibrated is the model as it will be
+                    own = {k: v for k, v in weights.items() if not k.startswith("reduction.")}
+                    load_strictly(seen, own)
                 with torch.no_grad():
                     images = [calibration] if isinstance(calibration, Tensor) else calibration
-                    params = declared.calibrate(reduced(changed, None).eval(), params, images)
-                recipe = Recipe(recipe.structure, Step(declared.name, params))
+                    params = declared.calibrate(seen, params, images)
+                recipe = replace(recipe, tokens=Step(declared.name, params))
             reduction = declared.reduction(params, shape)
             reference = next(changed.parameters())
             built = reduced(changed, reduction.to(reference.device, reference.dtype), recipe)
             untrained = declared.training == "required" and weights is None
             if untrained and not declared.is_dense(params, shape):
-                warnings.warn(
-                    f"{declared.name} needs training: without weights= it starts from fresh parts; "
-                    "costs and shapes are right, accuracy is not",
-                    Untrained,
-                    stacklevel=2,
-                )
+                _warn_untrained(declared)
         if weights is not None:
-            _load(built, weights)
+            load_strictly(built, weights)
         return cast(nn.Module, built)
 
 
-def _load(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Strict loading with an error that names the first keys at fault."""
-    own = model.state_dict()
-    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [
-        f"{k} is {tuple(weights[k].shape)}, the model's {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    said = [
-        f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
-        for what, keys in (("missing", missing), ("unknown", unknown), ("wrong shape", shapes))
-        if keys
-    ]
-    if said:
-        raise BadInput(f"the weights do not fit the model; {'; '.join(said)}")
-    model.load_state_dict(dict(weights))
+def _warn_untrained(method: Method) -> None:
+    warnings.warn(
+        f"{method.name} needs training: without weights= it starts from fresh parts; costs and "
+        "shapes are right, accuracy is not",
+        Untrained,
+        stacklevel=3,
+    )
 
 
 def _short(value: Any) -> str:

@@ -22,10 +22,11 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from methods.sliced_block import SlicedAttention
 from methods.vit import check_supported
 
 
-def _norm_cost(module: nn.Module) -> int:
+def norm_cost(module: nn.Module) -> int:
     """What fvcore counts per normalised element."""
     if isinstance(module, nn.LayerNorm):
         return 5 if module.weight is not None else 4
@@ -40,7 +41,7 @@ def _linear_cost(module: nn.Module) -> int:
 def _inner_norms(module: nn.Module) -> int:
     """What all LayerNorms below `module` cost per token."""
     return sum(
-        _norm_cost(m) * m.normalized_shape[-1]
+        norm_cost(m) * m.normalized_shape[-1]
         for m in module.modules()
         if isinstance(m, nn.LayerNorm)
     )
@@ -116,12 +117,14 @@ class ModelShape:
 
 def block_shape(block: Block) -> BlockShape:
     attn = cast(Attention, block.attn)
+    heads, qk = attn.num_heads, attn.head_dim
+    v = attn.v_dim if isinstance(attn, SlicedAttention) else qk
     dim = attn.qkv.in_features
-    before = _norm_cost(block.norm1) * dim + _linear_cost(attn)
-    before += _norm_cost(attn.norm) * attn.attn_dim
-    before += (_norm_cost(attn.q_norm) + _norm_cost(attn.k_norm)) * attn.attn_dim
-    after = _norm_cost(block.norm2) * dim + _linear_cost(block.mlp) + _inner_norms(block.mlp)
-    return BlockShape(attn.num_heads, attn.head_dim, attn.head_dim, before, after)
+    before = norm_cost(block.norm1) * dim + _linear_cost(attn)
+    before += norm_cost(attn.norm) * attn.attn_dim
+    before += (norm_cost(attn.q_norm) + norm_cost(attn.k_norm)) * heads * qk
+    after = norm_cost(block.norm2) * dim + _linear_cost(block.mlp) + _inner_norms(block.mlp)
+    return BlockShape(heads, qk, v, before, after)
 
 
 def model_shape(model: nn.Module) -> ModelShape:
@@ -136,18 +139,18 @@ def model_shape(model: nn.Module) -> ModelShape:
     # a hybrid stem's own patch_size is in cells of its feature map; this is in pixels for all
     patch = cast("tuple[int, int]", tuple(embed.feat_ratio(as_scalar=False)))
     stem = _stem_macs(embed, image, patches)
-    stem += _norm_cost(vit.norm_pre) * (patches + vit.num_prefix_tokens) * vit.embed_dim
+    stem += norm_cost(vit.norm_pre) * (patches + vit.num_prefix_tokens) * vit.embed_dim
     pooled = 0
-    tail = _norm_cost(vit.fc_norm) * vit.embed_dim + _linear_cost(vit.head)
+    tail = norm_cost(vit.fc_norm) * vit.embed_dim + _linear_cost(vit.head)
     if hasattr(vit, "head_dist"):
         tail += _linear_cost(cast(nn.Module, vit.head_dist))
     if vit.attn_pool is not None:
         pool = cast(AttentionPoolLatent, vit.attn_pool)
         width = pool.num_heads * pool.head_dim
         pooled += _linear_cost(pool.kv) + 2 * pool.latent_len * width
-        pooled += _norm_cost(pool.k_norm) * width
-        rest = _linear_cost(pool.q) + _linear_cost(pool.proj) + _norm_cost(pool.norm) * width
-        rest += _norm_cost(pool.q_norm) * width
+        pooled += norm_cost(pool.k_norm) * width
+        rest = _linear_cost(pool.q) + _linear_cost(pool.proj) + norm_cost(pool.norm) * width
+        rest += norm_cost(pool.q_norm) * width
         tail += pool.latent_len * (rest + (_linear_cost(pool.mlp) if pool.mlp is not None else 0))
     return ModelShape(
         depth=len(vit.blocks),
@@ -160,7 +163,7 @@ def model_shape(model: nn.Module) -> ModelShape:
         blocks=tuple(block_shape(cast(Block, b)) for b in vit.blocks),
         stem=stem,
         tail=tail,
-        final=_norm_cost(vit.norm) * vit.embed_dim,
+        final=norm_cost(vit.norm) * vit.embed_dim,
         pooled=pooled,
         pooled_prefix=vit.num_prefix_tokens if vit.pool_include_prefix else 0,
     )
@@ -176,7 +179,7 @@ def _stem_macs(embed: nn.Module, image: tuple[int, int], patches: int) -> int:
         conv = cast(nn.Conv2d, embed.proj)
         area = conv.kernel_size[0] * conv.kernel_size[1]
         macs = patches * conv.out_channels * conv.in_channels // conv.groups * area
-        return macs + _norm_cost(cast(nn.Module, embed.norm)) * patches * conv.out_channels
+        return macs + norm_cost(cast(nn.Module, embed.norm)) * patches * conv.out_channels
     meta = copy.deepcopy(embed).to("meta").eval()
     reference = next(meta.parameters())
     with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_NORMS) as counter:

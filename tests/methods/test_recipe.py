@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -39,6 +40,72 @@ def test_yaml_is_a_few_readable_lines():
         "tokens: {method: tome, r: 2, inflection: -0.5, prop_attn: true}\n"
     )
     assert str(recipe) == "resize size=24 tome r=2 inflection=-0.5 prop_attn=True"
+
+
+@pytest.mark.parametrize(
+    # a number in YAML, one in scientific notation, an octal one, and one that starts with a letter
+    "digest",
+    ["1234567890123456", "123456789012e345", "0123456701234567", "fedcba9876543210"],
+)
+@pytest.mark.parametrize("quote", ["", "'"])
+def test_weights_are_text_however_they_look(digest, quote):
+    text = f"tokens: {{method: tome, r: 2}}\nweights: {quote}{digest}{quote}\n"
+    recipe = Recipe.from_yaml(text)
+    assert recipe == replace(Recipe.of("tome", r=2), weights=digest)
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.to_dict()["weights"] == digest
+    assert str(recipe).endswith(f" weights={digest}")
+    assert recipe.key(shape()) != Recipe.of("tome", r=2).key(shape())
+    assert recipe.checked(shape()).weights == digest
+
+
+@pytest.mark.parametrize("wrong", ["12", "'0123456789ABCDEF'", "[1]", "0.5", "x" * 16])
+def test_weights_are_named_by_their_digest(wrong):
+    with pytest.raises(methods.BadInput, match="recipe.weights is .*: accepted are the 16 hex"):
+        Recipe.from_yaml(f"weights: {wrong}")
+
+
+def test_a_model_of_other_weights_alone():
+    """A fine-tuned dense model is a recipe of weights and nothing else."""
+    model = dense("class")
+    state = {name: value * 1.01 for name, value in model.state_dict().items()}
+    recipe = Recipe(weights=methods.weights_digest(state))
+    assert str(recipe) == f"dense weights={recipe.weights}"
+    assert recipe.method == "dense"
+    built = recipe.build(model, weights=state)
+    assert torch.equal(built.state_dict()["cls_token"], state["cls_token"])
+
+
+def test_the_digest_is_of_names_types_shapes_and_bytes():
+    state = {"a": torch.arange(6.0), "b": torch.tensor(1)}
+    digest = methods.weights_digest(state)
+    assert digest == methods.weights_digest({"b": torch.tensor(1), "a": torch.arange(6.0)})
+    assert digest == methods.weights_digest({**state, "a": torch.arange(12.0)[::2] / 2})
+    others = [
+        {"a": torch.arange(6.0)}, {**state, "c": torch.tensor(1)},
+        {**state, "a": torch.arange(6.0).view(2, 3)}, {**state, "b": torch.tensor(2)},
+        {**state, "a": torch.arange(6.0).view(torch.int32)}, {"a": state["a"], "c": state["b"]},
+        {**state, "b": torch.tensor([1])},
+    ]  # fmt: skip
+    assert len({digest, *map(methods.weights_digest, others)}) == len(others) + 1
+
+
+def test_trained_parts_are_asked_for_by_their_digest():
+    model, batch = dense("class"), images(dense("class"))
+    with pytest.warns(methods.Untrained):
+        trained = methods.prune(model, "tnt", prune_layers=(1,), keep_rates=(0.5,))
+    state = trained.state_dict()
+    recipe = replace(trained.recipe, weights=methods.weights_digest(state))
+    built = recipe.build(model, weights=state)
+    assert built.recipe == recipe
+    assert torch.equal(recorded(built, batch)[0], recorded(trained, batch)[0])
+    with pytest.raises(methods.BadInput, match=rf"{recipe.weights}, which the recipe names: give"):
+        recipe.build(model)
+    other = {**state, "cls_token": state["cls_token"] + 1}
+    given = methods.weights_digest(other)
+    with pytest.raises(methods.BadInput, match=rf"{recipe.weights}, those given are {given}"):
+        recipe.build(model, weights=other)
 
 
 def test_str():
