@@ -4,9 +4,11 @@ Dynamic Token Sparsification", NeurIPS 2021, arXiv:2106.02034): small predictors
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from methods.base import Method, Paper, Preset, register
@@ -24,7 +26,10 @@ def _initialise(module: nn.Module) -> None:
 
 
 class Predictor(nn.Module):
-    """Keep or drop, from a patch and the mean patch: [B, n, C] -> logits [B, n, 2] (keep, drop)."""
+    """Keep or drop, from a patch and the mean patch: [B, n, C] -> logits [B, n, 2] (keep, drop).
+
+    The mean is over the patches that `kept` [B, n] marks with 1 (None: all).
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -36,17 +41,30 @@ class Predictor(nn.Module):
         )  # fmt: skip
         self.apply(_initialise)
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, kept: Tensor | None = None) -> Tensor:
         x = self.in_conv(patches)
         half = x.shape[-1] // 2
-        own, mean = x[..., :half], x[..., half:].mean(dim=1, keepdim=True)
+        own, other = x[..., :half], x[..., half:]
+        if kept is None:
+            mean = other.mean(dim=1, keepdim=True)
+        else:
+            # clamped: an image of which nothing is kept has no mean
+            share = kept / kept.sum(dim=1, keepdim=True).clamp_min(1)
+            mean = (other * share[..., None]).sum(dim=1, keepdim=True)
         return self.out_conv(torch.cat([own, mean.expand(-1, x.shape[1], -1)], dim=-1))
 
 
 class DynamicViTReduction(Reduction):
-    """counts: patches left after each block; predictors[i] stands before block layers[i]."""
+    """counts: patches left after each block; predictors[i] stands before block layers[i].
+
+    In training nothing is dropped. Each stage draws from its predictor who is kept (Gumbel-softmax,
+    straight through: exactly 1 or 0, with the softmax's gradient) among those that were, and what
+    is not kept is masked out of attention and pooling (`Tokens.kept`): section 3.3.
+    """
 
     site = "after-block"
+    #: of the ratio loss (lambda_ratio)
+    ratio_weight = 2.0
 
     def __init__(self, dim: int, layers: tuple[int, ...], counts: tuple[int, ...]):
         super().__init__()
@@ -55,11 +73,35 @@ class DynamicViTReduction(Reduction):
         self.predictors = nn.ModuleList(Predictor(dim) for _ in layers)
 
     def reduce(self, block: int, tokens: Tokens, seen: None) -> Tokens:
+        if self.training:
+            return self._drawn(block, tokens)
         if self.counts[block] >= tokens.patches:
             return tokens
         logits = self.predictors[self.stages[block]](tokens.x[:, tokens.prefix :])
         # the order of log-softmax's first, without the ties that its rounding makes
         return keep(tokens, top_k(logits[..., 0] - logits[..., 1], self.counts[block]))
+
+    def _drawn(self, block: int, tokens: Tokens) -> Tokens:
+        before = self.counts[block - 1] if block else tokens.patches
+        if self.counts[block] >= before:
+            return tokens
+        predictor = self.predictors[self.stages[block]]
+        logits = predictor(tokens.x[:, tokens.prefix :], tokens.kept)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # autocast: shares need more
+        soft = F.gumbel_softmax(logits.to(wide), dim=-1)
+        kept = (soft.argmax(dim=-1) == 0) + (soft[..., 0] - soft[..., 0].detach())
+        if tokens.kept is not None:
+            kept = tokens.kept * kept
+        target = self.counts[block] / tokens.patches
+        missed = ((kept.mean(dim=1) - target) ** 2)[:, None]
+        stages = tokens.per_image.get("missed", missed[:, :0])
+        per_image = {**tokens.per_image, "missed": torch.cat([stages, missed], dim=1)}
+        return replace(tokens, kept=kept, per_image=per_image)
+
+    def penalty(self, tokens: Tokens) -> Tensor | None:
+        """How far the shares kept are from the schedule's, squared: mean over images and stages."""
+        missed = tokens.per_image.get("missed")
+        return None if missed is None else self.ratio_weight * missed.mean()
 
 
 @register

@@ -5,17 +5,27 @@ noise. Not timm's Transformer-iN-Transformer.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from methods.base import PUBLISHED_PATCHES, Method, Paper, Preset, register
+from methods.base import PUBLISHED_DEPTH, PUBLISHED_PATCHES, Method, Paper, Preset, register
 from methods.parameters import BadInput, Float, Int, Layers, Rates
 from methods.shape import ModelShape
-from methods.staged import LAYERS_SPACE, check_one_a_layer, chosen_layers, pruned_blocks
+from methods.staged import check_one_a_layer, chosen_layers, pruned_blocks
 from methods.tokens import Tokens, gather, keep, staged_counts, top_k
 from methods.vit import Reduction
+
+#: of 12: the noise of training comes after the first blocks alone, and trains their heads
+PUBLISHED_NOISY = 5
+
+
+def noisy_blocks(depth: int) -> int:
+    """After how many blocks, from the first, training adds noise: 5 of 12, rounded up."""
+    return -(-depth * PUBLISHED_NOISY // PUBLISHED_DEPTH)
 
 
 def distinct(patches: Tensor, drop: int) -> Tensor:
@@ -40,14 +50,26 @@ class TNTReduction(Reduction):
     """counts: patches left after each block, of `entering` before block 0 (the rest are dropped
     there as similar). `similar`: dropped as such at each layer that reduces.
 
-    A head for every block is held, whatever the schedule: one training serves them all.
+    A head for every block is held, whatever the schedule: one training serves them all. In training
+    nothing is dropped: after each of the first `noisy` blocks a patch gets noise from N(0, I) times
+    `base_rate * (1 - alpha)`, alpha being the softmax of the block's head over the patches. Where
+    no layer drops any there is no noise: the identity is dense in training too.
+
+    `renormalise`: a LayerNorm (without weights) before the noise, as the published code has one in
+    training alone.
     """
 
     site = "after-block"
+    base_rate = 0.02
+    renormalise = False
 
     def __init__(self, dim: int, counts: tuple[int, ...], entering: int, similar: int):
         super().__init__()
         self.counts, self.entering, self.similar = counts, entering, similar
+        # a recipe by hand may reduce later than any that a search chooses: its heads train too
+        before = (entering, *counts)
+        last = max((b for b, n in enumerate(counts) if n < before[b]), default=-1)
+        self.noisy = max(noisy_blocks(len(counts)), last + 1)
         heads = [nn.Linear(dim, 1) for _ in counts]
         for head in heads:
             nn.init.trunc_normal_(head.weight, std=0.02)
@@ -56,12 +78,14 @@ class TNTReduction(Reduction):
 
     def begin(self, images: Tensor, tokens: Tokens) -> Tokens:
         drop = tokens.patches - self.entering
-        if drop == 0:
+        if drop == 0 or self.training:
             return tokens
         index = distinct(tokens.x[:, tokens.prefix :], drop)
         return keep(tokens, index.sort(dim=1).values)
 
     def reduce(self, block: int, tokens: Tokens, seen: None) -> Tokens:
+        if self.training:
+            return self._noised(block, tokens)
         count = self.counts[block]
         if count >= tokens.patches:
             return tokens
@@ -74,6 +98,18 @@ class TNTReduction(Reduction):
         index = score.topk(count + self.similar, dim=1).indices
         index = index.gather(1, distinct(gather(patches, index), self.similar))
         return keep(tokens, index.sort(dim=1).values)
+
+    def _noised(self, block: int, tokens: Tokens) -> Tokens:
+        if block >= self.noisy or self.counts[-1] >= tokens.patches:
+            return tokens
+        patches = tokens.x[:, tokens.prefix :]
+        alpha = self.heads[block](patches).softmax(dim=1)
+        # not randn_like: it would draw in the order of the patches' memory
+        drawn = torch.randn(patches.shape, dtype=patches.dtype, device=patches.device)
+        noise = self.base_rate * (1 - alpha) * drawn
+        x = F.layer_norm(tokens.x, tokens.x.shape[-1:]) if self.renormalise else tokens.x
+        noise = torch.cat([torch.zeros_like(x[:, : tokens.prefix]), noise.to(x.dtype)], dim=1)
+        return replace(tokens, x=x + noise)
 
 
 @register
@@ -90,6 +126,7 @@ class TNT(Method):
     )
     site = "after-block"
     training = "required"
+    trained_once = True
     parameters = (
         Layers("prune_layers", "blocks after which patches are dropped"),
         Rates("keep_rates", "fraction of the current patches kept at each"),
@@ -99,7 +136,11 @@ class TNT(Method):
     )  # fmt: skip
     space = (
         Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
-        *LAYERS_SPACE,
+        # of the blocks that one training serves
+        Float("first", "first prune layer, as a fraction of the depth", low=0.0, high=1 / 3),
+        Int("stages", "number of prune layers", low=1, high=4),
+        Float("spacing", "blocks between prune layers, as a fraction of the depth",
+              low=1 / 12, high=1 / 6, when=("stages", (2, 3, 4))),
         Float("similar", "similarity_prune, as a fraction of the model's patches",
               low=0.0, high=0.25),
     )  # fmt: skip
@@ -119,7 +160,10 @@ class TNT(Method):
     identity = {"prune_layers": (), "keep_rates": ()}
 
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        layers, n = chosen_layers(choices, shape), shape.patches
+        most, n = noisy_blocks(shape.depth), shape.patches
+        first = min(choices["first"], (most - 1) / shape.depth)
+        layers = chosen_layers({**choices, "first": first}, shape)
+        layers = tuple(block for block in layers if block < most)
         rate, wanted = round(choices["keep_rate"], 4), round(choices["similar"] * n)
         # the last stages go where they would leave no patch on this model
         for stages in range(len(layers), 0, -1):

@@ -8,6 +8,7 @@ result).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -30,6 +31,8 @@ class Tokens:
     per_patch: method state, each [B, n, …], gathered with the kept patches.
     per_image: method state, each [B, …], untouched by reductions.
     figures: what the method had to say about the last block (for traces), each [B].
+    kept: [B, n], 1 or 0 with a gradient, in training alone: patches at 0 are as good as dropped,
+        though they are still there (`soft_mask`). None: all are kept.
     """
 
     x: Tensor
@@ -40,6 +43,7 @@ class Tokens:
     per_patch: dict[str, Tensor] = field(default_factory=dict)
     per_image: dict[str, Tensor] = field(default_factory=dict)
     figures: dict[str, Tensor] = field(default_factory=dict)
+    kept: Tensor | None = None
 
     @property
     def patches(self) -> int:
@@ -66,8 +70,11 @@ class Tokens:
         """What is added to attention logits per key, [B, 1, 1, N]; None where it would be all 0.
 
         Padding gets -inf. With `proportional` a key that stands for s patches gets log s (ToMe,
-        eq. 1), as if its s patches were all there.
+        eq. 1), as if its s patches were all there. With `kept` it is [B, 1, N, N]: what is not kept
+        is seen by nobody but itself (DynamicViT, section 3.3).
         """
+        if self.kept is not None:
+            return self._soft_bias(self.kept)
         if self.valid is None and (self.size is None or not proportional):
             return None
         batch = self.x.shape[0]
@@ -79,15 +86,30 @@ class Tokens:
         head = self.x.new_zeros(batch, self.prefix)
         return torch.cat([head, bias], dim=1)[:, None, None, :]
 
+    def _soft_bias(self, kept: Tensor) -> Tensor:
+        bias = soft_mask(kept).log().to(self.x.dtype)
+        bias = torch.cat([bias.new_zeros(len(bias), self.prefix), bias], dim=1)
+        own = torch.eye(bias.shape[1], dtype=torch.bool, device=bias.device)
+        return torch.where(own, bias.new_zeros(()), bias[:, None, None, :])
+
     def pool_weight(self) -> Tensor | None:
         """Weight of each patch in a pooled mean, [B, n]: its size, 0 for padding; None if all 1.
 
         In at least float32, as `sizes`.
         """
+        if self.kept is not None:
+            return soft_mask(self.kept)
         if self.size is None and self.valid is None:
             return None
         weight = self.sizes()
         return weight if self.valid is None else weight * self.valid.to(weight.dtype)
+
+
+def soft_mask(kept: Tensor) -> Tensor:
+    """A mask [B, n] whose log has a gradient at 0 too: it is exp(-64) there, which no sum sees and
+    whose log bfloat16 holds.
+    """
+    return kept.to(torch.promote_types(kept.dtype, torch.float32)) + math.exp(-64)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:
@@ -140,6 +162,7 @@ def keep(tokens: Tokens, index: Tensor, valid: Tensor | None = None) -> Tokens:
         valid=valid,
         group=group,
         per_patch={name: gather(value, index) for name, value in tokens.per_patch.items()},
+        kept=None if tokens.kept is None else gather(tokens.kept, index),
     )
 
 

@@ -24,11 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from methods.by_head import attend_by_head
 from methods.parameters import BadInput
+from methods.sliced_block import SlicedAttention, SlicedBlock, fused_attention
 from methods.tokens import Tokens
 
 POOLS = ("token", "avg", "map")
 #: patch queries whose attention `Attended.patch_rows` holds at a time
 ROWS = 64
+#: what a block may be, each with the attention that it holds
+_BLOCKS: dict[type, type] = {Block: Attention, SlicedBlock: SlicedAttention}
 
 
 class UnsupportedModel(BadInput):
@@ -37,7 +40,8 @@ class UnsupportedModel(BadInput):
 
 @dataclass(frozen=True)
 class Attended:
-    """What a block's attention saw: q, k, v [B, H, N, D] after any q/k-norm, and the key bias.
+    """What a block's attention saw: q, k, v [B, H, N, D] after any q/k-norm, and the key bias. In a
+    sliced block v has a width of its own.
 
     peak [B, N, N]: the attention's maximum over heads, without a gradient, query by key; None
     where the reduction did not ask for it (`Reduction.needs_peak`).
@@ -126,6 +130,12 @@ class Reduction(nn.Module):
         """
         return tokens
 
+    def penalty(self, tokens: Tokens) -> Tensor | None:
+        """What training adds to the loss, weighted, given the tokens after the last block: a
+        scalar; None: nothing.
+        """
+        return None
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -153,8 +163,11 @@ def attend(
     mask costs the flash kernel on CUDA.
     """
     batch, total, _ = x.shape
-    qkv = attn.qkv(x).view(batch, total, 3, attn.num_heads, attn.head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    if isinstance(attn, SlicedAttention):
+        q, k, v = attn.split(attn.qkv(x))
+    else:
+        qkv = attn.qkv(x).view(batch, total, 3, attn.num_heads, attn.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q, k = attn.q_norm(q), attn.k_norm(k)
     bias = tokens.key_bias(proportional)
     dropout = attn.attn_drop.p if attn.training else 0.0
@@ -162,7 +175,7 @@ def attend(
     if needs_peak:
         out, peak = attend_by_head(q, k, v, attn.scale, bias, dropout)
     elif attn.fused_attn:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        out = fused_attention(q, k, v, bias, dropout)
     else:
         weights = (q * attn.scale) @ k.transpose(-2, -1)
         if bias is not None:
@@ -353,10 +366,12 @@ def check_supported(model: nn.Module) -> None:
         raise refuse("class", model, accepted)
     vit = cast(VisionTransformer, model)
     for index, block in enumerate(vit.blocks):
-        if type(block) is not Block:
-            raise refuse(f"block {index}", block, "timm.models.vision_transformer.Block")
-        if type(block.attn) is not Attention:
-            accepted = "timm.layers.attention.Attention"
+        if type(block) not in _BLOCKS:
+            accepted = "timm.models.vision_transformer.Block, or methods.sliced.SlicedBlock"
+            raise refuse(f"block {index}", block, accepted)
+        attention = _BLOCKS[type(block)]
+        if type(block.attn) is not attention:
+            accepted = f"{attention.__module__}.{attention.__name__}"
             raise refuse(f"attention in block {index}", block.attn, accepted)
     if not isinstance(vit.patch_drop, nn.Identity):
         raise refuse("patch_drop", vit.patch_drop, "none (patch_drop_rate=0)")

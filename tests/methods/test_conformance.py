@@ -9,7 +9,18 @@ from functools import cache, partial
 
 import pytest
 import torch
-from method_settings import CASES, FIRST, PAIRS, SETTINGS, Case, identity, pruned, recorded
+from method_settings import (
+    CASES,
+    EVERY,
+    FIRST,
+    PAIRS,
+    REFUSED,
+    SETTINGS,
+    Case,
+    identity,
+    pruned,
+    recorded,
+)
 from timm.models.deit import VisionTransformerDistilled
 from tiny_models import MODELS, dense, images, vit
 
@@ -20,6 +31,9 @@ from methods.vit import Reduction
 every_model = pytest.mark.parametrize("kind", MODELS)
 some_pairs = pytest.mark.parametrize(
     "kind, case", PAIRS, ids=[f"{kind}-{case}" for kind, case in PAIRS]
+)
+every_pair = pytest.mark.parametrize(
+    "kind, case", EVERY, ids=[f"{kind}-{case}" for kind, case in EVERY]
 )
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -63,8 +77,7 @@ def test_identity_is_dense_in_training_too(kind, method):
     close(reduced(batch), expected, 1e-12)
 
 
-@every_model
-@every_case
+@every_pair
 def test_an_image_does_not_depend_on_its_batch(kind, case: Case):
     model, reduced = dense(kind), pruned(kind, case)
     batch = images(model)
@@ -72,9 +85,12 @@ def test_an_image_does_not_depend_on_its_batch(kind, case: Case):
     plain = logits(model, batch)
     assert together.shape == plain.shape
     assert together.isfinite().all()
-    if case.method != "dense":
-        # a method that quietly does nothing would pass every other test; what only the last block
-        # drops does not reach a class token
+    # a method that quietly does nothing would pass every other test
+    if methods.get(case.method).kind == "structure":
+        assert methods.model_shape(reduced) != methods.model_shape(model)
+        assert (together - plain).abs().max() > 1e-4
+    elif case.method != "dense":
+        # what only the last block drops does not reach a class token
         full = methods.model_shape(model).patches + model.num_prefix_tokens
         assert trace.tokens[-1].sum() < len(batch) * full
         if trace.tokens[-2].sum() < len(batch) * full:
@@ -95,7 +111,10 @@ def test_state_dict_is_timms_and_the_model_stays_as_it_was(kind, case: Case):
     said, names = logits(model, batch), dict(model.named_modules()).keys()
     reduced = case.build(model)
     own = reduced.state_dict()
-    assert [k for k in own if not k.startswith("reduction.")] == list(before)
+    # a sliced block writes its widths down beside its weights
+    added = [k for k in own if k not in before]
+    assert all(k.startswith("reduction.") or k.endswith(".attn.widths") for k in added)
+    assert [k for k in own if k in before] == list(before)
     if methods.get(case.method).kind == "tokens":
         assert all(torch.equal(own[k], before[k]) for k in before)
     assert type(model) is type(MODELS[kind]())
@@ -152,8 +171,7 @@ def test_gradients_reach_what_they_reach_in_the_dense_model(kind, case: Case):
         assert own[name].abs().max() > 0, name
 
 
-@every_model
-@every_case
+@every_pair
 def test_trace_tells_where_every_patch_went(kind, case: Case):
     reduced, batch = pruned(kind, case), images(dense(kind))
     shape, declared = methods.model_shape(reduced), methods.get(case.method)
@@ -236,8 +254,12 @@ SIZED = {
 }
 
 
-@pytest.mark.parametrize("kind", SIZED)
-@pytest.mark.parametrize("case", FIRST, ids=str)
+SIZED_PAIRS = [(kind, case) for kind, case in PAIRS if kind in SIZED and case in FIRST]
+
+
+@pytest.mark.parametrize(
+    "kind, case", SIZED_PAIRS, ids=[f"{kind}-{case}" for kind, case in SIZED_PAIRS]
+)
 def test_another_resolution(kind, case: Case):
     """A model given another input size before pruning is the model built at that size."""
     resized = copy.deepcopy(dense(kind))
@@ -366,3 +388,12 @@ def test_another_image_size_is_refused_where_a_schedule_is_fixed():
 
 def test_a_setting_for_what_is_not_registered_is_noticed():
     assert set(SETTINGS) == set(methods.names())
+
+
+@pytest.mark.parametrize(
+    "case, kind", [(c, k) for c in CASES for k in REFUSED.get(c.method, {})], ids=str
+)
+def test_what_a_method_cannot_do_it_refuses_by_name(case: Case, kind):
+    model = dense(kind)
+    with pytest.raises(methods.UnsupportedModel, match=REFUSED[case.method][kind]):
+        methods.prune(model, case.method, **case.params(methods.model_shape(model)))

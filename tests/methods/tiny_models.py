@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import GroupNormAct, HybridEmbed, RmsNorm, StdConv2dSame, build_sincos2d_pos_embed
@@ -18,6 +18,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+
+from methods.sliced import BlockWidths, Widths, sliced_model
 
 
 def vit(kind: type[VisionTransformer] = VisionTransformer, **settings: Any) -> VisionTransformer:
@@ -55,6 +57,13 @@ def hybrid(**stem: Any) -> VisionTransformer:
     return vit(embed_layer=embed, patch_size=2, depth=3)
 
 
+def sliced() -> VisionTransformer:
+    """Every block of another size, none the size of timm's: q/k wider and narrower than v."""
+    blocks = ((3, 8, 16, 48), (2, 16, 8, 80), (4, 8, 8, 64), (2, 8, 24, 40))
+    widths = Widths(48, tuple(BlockWidths(*block) for block in blocks))
+    return cast(VisionTransformer, sliced_model(vit(), widths))
+
+
 MODELS: dict[str, Callable[[], VisionTransformer]] = {
     "class": vit,
     "distilled": lambda: vit(VisionTransformerDistilled, num_heads=4),
@@ -76,6 +85,7 @@ MODELS: dict[str, Callable[[], VisionTransformer]] = {
     "no_position": lambda: vit(pos_embed="none", class_token=False, global_pool="avg"),
     "simple": _simple,
     "hybrid": hybrid,
+    "sliced": sliced,
 }
 
 

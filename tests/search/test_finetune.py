@@ -1,0 +1,295 @@
+"""`vitpareto finetune`: what it trains, keeps, continues and refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+from small import PREPROCESS, images
+from timm.models.vision_transformer import VisionTransformer
+
+import vitpareto
+from methods import BadInput, Recipe, model_shape, weights_digest
+from search import embedded
+from search.datasets import Preprocess, open_data
+from search.errors import UserError
+from search.evaluate import evaluate
+from search.finetune import Job, Renormalised, _fit_head, finetune
+from search.models import load_model
+from search.train import Settings
+from search.trained import Trained
+
+
+def folder(root: Path, labels: dict[int, str], splits: dict[str, tuple[str, int]]) -> Path:
+    """ROOT/SPLIT/CLASS/NNN.png: that many of the embedded digits of these labels."""
+    for split, (source, count) in splits.items():
+        drawn, truth = embedded.draw(source)
+        chosen = [i for i in range(len(truth)) if truth[i] in labels][:count]
+        for i in chosen:
+            place = root / split / labels[int(truth[i])]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(drawn[i]).save(place / f"{i:03}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 training images of the ten digits, and 60 others."""
+    splits = {"train": ("train", 64), "val": ("search", 60)}
+    return folder(tmp_path_factory.mktemp("ten"), {i: str(i) for i in range(10)}, splits)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three digits, under the names of ImageNet classes."""
+    named = {1: "n01440764", 4: "n01443537", 7: "n01484850"}
+    splits = {"train": ("train", 32), "val": ("search", 40)}
+    return folder(tmp_path_factory.mktemp("three"), named, splits)
+
+
+@pytest.fixture
+def job(data: Path, cache: Path, tmp_path: Path) -> Job:
+    settings = Settings(epochs=2, batch=32, augment="none", smoothing=0.0)
+    return Job("digits", str(data), tmp_path / "out", settings, cache)
+
+
+def heard(job: Job) -> tuple[Trained, list[str]]:
+    said: list[str] = []
+    return finetune(job, say=said.append, progress=lambda epoch: said.append(str(epoch))), said
+
+
+def record(job: Job) -> dict:
+    return json.loads((job.out / "training.json").read_text())
+
+
+def test_a_model_is_trained_kept_and_not_trained_again(job: Job) -> None:
+    trained, said = heard(job)
+    assert [s.split(":")[0] for s in said] == ["before", "epoch 0", "epoch 1"]
+    assert sorted(p.name for p in job.out.iterdir()) == ["model.safetensors", "training.json"]
+    weights = job.out / "model.safetensors"
+    model = load_model("digits", weights)
+    assert weights_digest(safetensors.torch.load_file(weights)) == trained.weights
+    before = load_model("digits").state_dict()
+    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    written = record(job)
+    assert written["weights"] == trained.weights and written["recipe_trained"] == {}
+    assert written["settings"]["lr"] == 1e-4 and written["settings"]["epochs"] == 2
+    assert [e["index"] for e in written["history"]] == [0, 1]
+    assert {"torch", "timm", "vitpareto", "python"} == set(written["versions"])
+    assert len(written["data_fingerprint"]) == len(written["train_fingerprint"]) == 64
+    found = open_data(job.data, PREPROCESS, cache=job.cache).split("search")
+    seen = evaluate(model, found, PREPROCESS, batch=64, device="cpu", dtype=torch.float32)
+    assert trained.after.top1 == 100 * seen.top1.mean() and trained.after.images == len(seen.top1)
+    assert trained.after.low < trained.after.top1 < trained.after.high
+    assert trained.next_step("digits", None, job.data, None) == (
+        f"search with it: vitpareto search --model digits --weights {weights} --data {job.data}"
+    )
+
+    stamp = weights.stat().st_mtime_ns
+    again, said = heard(job)
+    assert again == trained and said == [f"{job.out} holds this training already, finished"]
+    assert weights.stat().st_mtime_ns == stamp
+    other = replace(job, settings=replace(job.settings, lr=0.5, epochs=3))
+    with pytest.raises(UserError) as caught:
+        finetune(other)
+    assert f"{job.out} holds another training: epochs was 2 and is 3; lr was 0.0001 and is 0.5" in (
+        str(caught.value)
+    )
+    assert record(job) == written
+    (job.out / "training.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be read as the record of a training"):
+        finetune(job)
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(),
+    Recipe.of("tnt", prune_layers=[2], keep_rates=[0.6]),
+], ids=["dense", "tnt"])  # fmt: skip
+def test_an_interrupted_training_is_continued(job: Job, recipe: Recipe, tmp_path: Path) -> None:
+    job = replace(job, recipe=recipe)
+    whole = finetune(replace(job, out=tmp_path / "whole"))
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(job, progress=stop)
+    assert [p.name for p in job.out.iterdir()] == ["state.pt"]
+    # other settings do not go on from it, nor lose it
+    with pytest.raises(UserError, match=r"state\.pt is of another training: smoothing was 0.0"):
+        finetune(replace(job, settings=replace(job.settings, smoothing=0.1)))
+    trained, said = heard(job)
+    assert said[1] == f"going on from {job.out / 'state.pt'}"
+    assert [s.split(":")[0] for s in said[2:]] == ["epoch 1"]
+    assert trained == replace(whole, out=job.out)
+    assert not (job.out / "state.pt").exists()
+
+
+RECIPES = {
+    "patchmerger": {"prune_layers": [2], "num_tokens": 24},
+    "dynamicvit": {"prune_layers": [3], "keep_rates": [0.6]},
+    "topk": {"keep_rate": 0.5},
+}
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_a_recipe_is_trained_and_rebuilt_from_its_files(job: Job, method: str) -> None:
+    recipe = Recipe.of(method, **RECIPES[method])
+    job = replace(job, recipe=recipe, settings=replace(job.settings, epochs=1))
+    trained, _ = heard(job)
+    weights = safetensors.torch.load_file(job.out / "model.safetensors")
+    kept = Recipe.from_yaml((job.out / "recipe.yaml").read_text())
+    assert kept == trained.recipe and kept.weights == trained.weights == weights_digest(weights)
+    assert record(job)["recipe_trained"] == kept.to_dict()
+    # the model itself is who it followed
+    assert record(job)["teacher"] == record(job)["model_fingerprint"]
+    dense = load_model("digits")
+    built = kept.build(dense, weights=weights)
+    found = open_data(job.data, PREPROCESS, cache=job.cache).split("search")
+    seen = evaluate(built, found, PREPROCESS, batch=64, device="cpu", dtype=torch.float32)
+    assert trained.after.top1 == 100 * seen.top1.mean()
+    fresh = built.state_dict()
+    moved = {k for k, v in dense.state_dict().items() if not torch.equal(v, fresh[k])}
+    assert moved
+    begin, out = f"measure it: vitpareto measure --model digits --data {job.data}", job.out
+    assert trained.next_step("digits", Path("w.pth"), job.data, Path("r.yaml")) == (
+        f"{begin} --weights w.pth --recipe {out / 'recipe.yaml'} --trained "
+        f"{out / 'model.safetensors'}"
+    )
+    assert replace(trained, fresh=True).next_step("digits", None, job.data, Path("r.yaml")) == (
+        f"{begin} --weights {out / 'model.safetensors'} --recipe r.yaml"
+    )
+
+
+def test_revit_is_trained_from_scratch(job: Job) -> None:
+    recipe = Recipe.of("revit", embedding=32)
+    settings = replace(job.settings, epochs=1, lr=1e-3)
+    job = replace(job, recipe=recipe, from_scratch=True, settings=settings)
+    trained, said = heard(job)
+    assert said[0].endswith("(fresh)") and record(job)["teacher"] is None
+    model = load_model("digits", job.out / "model.safetensors")
+    assert model_shape(model).dim == 32
+    assert "vitpareto search" in trained.next_step("digits", None, job.data, None)
+    # the same seed, the same fresh weights and the same training
+    again = finetune(replace(job, out=job.out.with_name("again")))
+    assert again.weights == trained.weights
+    other = replace(job, out=job.out.with_name("other"), settings=replace(settings, seed=1))
+    assert finetune(other).weights != trained.weights
+
+
+def test_another_number_of_classes_gets_a_new_head(job: Job, three: Path) -> None:
+    job = replace(job, data=str(three), settings=replace(job.settings, epochs=1))
+    trained, said = heard(job)
+    assert trained.fresh and said[0] == "a new head: 3 classes, the model had 10"
+    assert load_model("digits", job.out / "model.safetensors").head.out_features == 3
+    # nothing to follow: its head is fresh
+    assert record(job)["teacher"] is None
+    with pytest.raises(UserError, match="whose weights or head are fresh: name a trained one"):
+        finetune(replace(job, teacher="dense", out=job.out.with_name("other")))
+
+
+def test_a_head_of_imagenet_keeps_the_rows_of_its_classes(three: Path, cache: Path) -> None:
+    data = open_data(str(three), PREPROCESS, cache=cache)
+    model = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=64, depth=1, num_heads=4, num_classes=1000
+    ).eval()
+    torch.nn.init.normal_(model.head.weight)
+    batch = images(4)
+    before = model(batch)
+    assert _fit_head(model, data, 0) == "the head keeps the 3 classes of 1000 that the data has"
+    assert model.num_classes == 3
+    torch.testing.assert_close(model(batch), before[:, [0, 1, 2]])
+    assert _fit_head(model, data, 0) == ""
+
+
+def test_a_teacher_sees_images_as_it_is_used_to() -> None:
+    teacher = load_model("digits")
+    own = Preprocess.of(teacher)
+    raw = torch.randint(256, (3, 64, 64, 3), dtype=torch.uint8)
+    other = replace(own, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    shown = Renormalised(teacher, other, own)(other.normalise(raw))
+    torch.testing.assert_close(shown, teacher(own.normalise(raw)), rtol=0, atol=1e-4)
+
+
+def test_what_cannot_be_trained_is_refused_and_leaves_nothing(
+    job: Job, data: Path, three: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "three.safetensors"
+    own = embedded.build()
+    own.reset_classifier(3)
+    safetensors.torch.save_file(own.state_dict(), weights)
+    train_less = folder(tmp_path / "held", {0: "a", 1: "b"}, {"val": ("search", 20)})
+    named = replace(Recipe.of("topk", keep_rate=0.5), weights="0123456789abcdef")
+    deep = Recipe.of("topk", keep_rate=0.5, prune_layers=[12])
+    for change, said in (
+        ({"data": str(train_less)}, f"{train_less} has no training images (it has calibration, "
+         "search, held-out): give a folder with train/ beside val/, or cifar10"),
+        ({"teacher": "digits", "teacher_weights": weights}, "the teacher has 3 classes and the "
+         "model 10"),
+        ({"teacher": "digist"}, "unknown model 'digist': did you mean 'digits'"),
+        ({"weights": weights, "from_scratch": True}, "leave out one"),
+        ({"recipe": named}, "the recipe names the weights 0123456789abcdef, and training makes "
+         "others"),
+        ({"recipe": deep, "data": "nowhere"}, "topk.prune_layers names block 12: the model's "
+         "blocks are 0 to 11"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput) as caught:
+            finetune(replace(job, **change))
+        assert said in str(caught.value)
+        assert not job.out.exists()
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"epochs": 0}, "epochs is 0: accepted is 1 or more"),
+    ({"lr": 0.0}, "lr is 0.0: accepted is above 0"),
+    ({"lr": float("nan")}, "lr is nan"),
+    ({"smoothing": 1.0}, "smoothing is 1.0: accepted is from 0 to below 1"),
+    ({"mixup": -1.0}, "mixup is -1.0"),
+    ({"distill": "sfot"}, "distillation is 'sfot': accepted is soft or hard"),
+    ({"parts_scale": 0.0}, "parts_scale is 0.0: accepted is above 0"),
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(wrong, said) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        Settings(**wrong)
+
+
+def test_a_loss_that_is_not_finite_says_where_and_what_to_try(job: Job) -> None:
+    with pytest.raises(UserError, match=r"epoch 0, step 1: try a learning rate below 1e\+30"):
+        finetune(replace(job, settings=replace(job.settings, lr=1e30)))
+    assert list(job.out.iterdir()) == []
+
+
+def test_the_command(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text("tokens: {method: patchmerger, prune_layers: [2], num_tokens: 24}\n")
+
+    def call(*arguments: object) -> int:
+        line = ["vitpareto", "finetune", "--data", data, "--cache", cache, "--out", out]
+        monkeypatch.setattr(sys, "argv", [str(a) for a in (*line, *arguments)])
+        with pytest.raises(SystemExit) as ended:
+            vitpareto.main()
+        return ended.value.code or 0
+
+    common = ("--recipe", recipe, "--epochs", 1, "--batch", 32, "--mixup", 0.2, "--device", "cpu")
+    assert call(*common, "--teacher", "none") == 0
+    said = capsys.readouterr()
+    assert re.search(r"^epoch 0: loss [\d.]+, learning rate \S+; 0 to go, \d+ s$", said.err, re.M)
+    lines = said.out.splitlines()
+    assert lines[0].startswith("patchmerger prune_layers=[2] num_tokens=24 weights=")
+    assert re.search(r"after  [\d.]+ % \([\d.]+–[\d.]+, 12 images\)$", lines[1])
+    assert lines[3].startswith("measure it: vitpareto measure --model digits --data ")
+    assert call(*common) == 2
+    said = capsys.readouterr()
+    assert "holds another training: teacher was null and is" in said.err
+    assert call("--epochs", 1, "--augment", "flip", "--out", tmp_path / "other") == 2
+    assert "unknown augmentation 'flip'" in capsys.readouterr().err
