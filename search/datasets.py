@@ -12,46 +12,36 @@ import logging
 import os
 import re
 import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
-from torchvision.datasets import CIFAR10
 
-from search.decode import Preprocess, Progress, Source, Split, decode_split, locked
+from search.decode import Preprocess, Progress, Split, decode_split
 from search.errors import UserError
+from search.named_data import (
+    NAMES,
+    check_imagenette,
+    imagenette_folder,
+    list_cifar10,
+    list_digits,
+    list_fashionmnist,
+)
+from search.splits import EVALUATION, Listed, divide, stratified_order
 
 __all__ = ["Data", "Preprocess", "Split", "check_head", "default_cache", "open_data"]
 
-#: Decisions are made on search, certified on held-out; calibration is what methods may look at.
-EVALUATION = ("calibration", "search", "held-out")
-NAMES = ("digits", "cifar10")
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"))
 VALIDATION_FOLDERS = ("val", "validation")
 SPLIT_FOLDERS = frozenset((*EVALUATION, *VALIDATION_FOLDERS, "test", "train"))
-CALIBRATION_IMAGES, CALIBRATION_FROM = 1024, 5000
 SAMPLED_FILES = 32
 
 logger = logging.getLogger(__name__)
-
-
-class _Listed(Source, Protocol):
-    """A split before it is decoded."""
-
-    def stamp(self) -> str:
-        """Changes when the images, their labels or their order change; not where they lie."""
-
-    def first(self, images: int) -> _Listed:
-        """The same split, cut to a prefix."""
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class Data:
     head_indices: tuple[int, ...] | None
     fingerprint: str
     sizes: dict[str, int]
-    _listed: dict[str, _Listed] = field(repr=False, compare=False)
+    _listed: dict[str, Listed] = field(repr=False, compare=False)
     _preprocess: Preprocess = field(repr=False)
     _cache: Path = field(repr=False, compare=False)
     _workers: int | None = field(repr=False, compare=False)
@@ -115,7 +105,8 @@ def open_data(
     """List the images that `spec` names and split them; nothing is decoded yet.
 
     `spec` is "digits" (embedded), "cifar10" or "cifar10:ROOT" (downloaded where it is not there),
-    or an image folder `DIR/CLASS/*.jpg`, or one that holds such folders: val/ with train/ beside
+    "fashionmnist[:DIR]", "imagenette[:DIR]" (without DIR they are looked for in the cache), or an
+    image folder `DIR/CLASS/*.jpg`, or one that holds such folders: val/ with train/ beside
     it, or calibration/, search/ and held-out/. `images` keeps that many of the search split, its
     prefix. `seed` fixes splits and order, save for digits, which brings its own. `workers` and
     `progress` are `decode_split`'s.
@@ -125,13 +116,18 @@ def open_data(
     if workers is not None and workers < 0:
         raise UserError(f"workers cannot be negative but got {workers}")
     cache = cache.expanduser().absolute()
-    name, _, root = spec.partition(":")
+    name, _, place = spec.partition(":")
+    root = Path(place).expanduser().absolute() if place else None
     if spec == "digits":
-        classes, listed = _list_digits()
+        classes, listed = list_digits()
     elif name == "cifar10":
-        classes, listed = _list_cifar10(
-            Path(root).expanduser().absolute() if root else None, cache, seed
-        )
+        classes, listed = list_cifar10(root, cache, seed)
+    elif name == "fashionmnist":
+        classes, listed = list_fashionmnist(root, cache, seed)
+    elif name == "imagenette":
+        folder = imagenette_folder(root, cache)
+        classes, listed = _list_folder(folder, seed)
+        check_imagenette(folder, classes)
     else:
         classes, listed = _list_folder(_existing_folder(spec), seed)
     if images is not None:
@@ -176,48 +172,6 @@ def default_cache() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "vitpareto"
     return Path.home() / ".cache" / "vitpareto"
-
-
-# --- order and splits
-
-
-def stratified_order(keys: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:
-    """A shuffled order whose every prefix is nearly balanced by class: positions, int64 [M].
-
-    Within a class the keys are shuffled; the image of rank r among the n of its class is placed
-    at (r + u) / n, u uniform in [0, 1). At any such place t, each class has given t * n images
-    to within one. Shuffled by hash, not by a generator: the same with every version of every
-    library, and a new image leaves the order of the others as it was.
-    """
-    draws = np.empty((len(keys), 2), dtype=np.uint64)
-    for i, key in enumerate(keys):
-        digest = hashlib.blake2b(f"{seed}/{key}".encode(errors="surrogateescape"), digest_size=16)
-        draws[i] = np.frombuffer(digest.digest(), dtype="<u8")
-    shuffled = np.lexsort((draws[:, 0], labels))
-    counts = np.bincount(labels)
-    starts = np.cumsum(counts) - counts
-    rank = np.empty(len(keys))
-    rank[shuffled] = np.arange(len(keys)) - starts[labels[shuffled]]
-    place = (rank + draws[:, 1] / 2.0**64) / counts[labels]
-    return np.lexsort((draws[:, 0], place))
-
-
-def divide(keys: Sequence[str], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Calibration, search and held-out out of one set: disjoint positions, each in its order.
-
-    Raises `UserError` where there are too few images for three splits.
-    """
-    total = len(keys)
-    if total < 5:
-        raise UserError(f"three splits need at least 5 images, got {total}")
-    calibration = CALIBRATION_IMAGES if total >= CALIBRATION_FROM else total // 5
-    order = stratified_order(keys, labels, seed)
-    ends = (calibration, calibration + total // 5)
-    splits = {}
-    for name, members in zip(EVALUATION, np.split(order, ends), strict=True):
-        own = stratified_order([f"{name}/{keys[i]}" for i in members], labels[members], seed)
-        splits[name] = members[own]
-    return splits
 
 
 # --- image folders
@@ -275,13 +229,13 @@ def _existing_folder(spec: str) -> Path:
         raise UserError(f"{spec} is a file: data is a folder DIR/CLASS/*.jpg")
     if spec == Path(spec).name:  # no separator in it: as likely a name as a path
         raise UserError(
-            f"unknown data '{spec}'{_did_you_mean(spec, NAMES)}: accepted are digits, cifar10, "
-            "cifar10:ROOT and a folder DIR/CLASS/*.jpg"
+            f"unknown data '{spec}'{_did_you_mean(spec, NAMES)}: accepted are {', '.join(NAMES)} "
+            "(all but digits also with :DIR) and a folder DIR/CLASS/*.jpg"
         )
     raise UserError(f"no such folder: {spec}")
 
 
-def _list_folder(root: Path, seed: int) -> tuple[tuple[str, ...], dict[str, _Listed]]:
+def _list_folder(root: Path, seed: int) -> tuple[tuple[str, ...], dict[str, Listed]]:
     folders, train = _layout(root)
     trees = {name: _class_tree(folder) for name, folder in folders.items()}
     names = set().union(*trees.values())
@@ -304,7 +258,7 @@ def _list_folder(root: Path, seed: int) -> tuple[tuple[str, ...], dict[str, _Lis
             "torchvision does; a model trained with timm's reader has them in the order %s, ...",
             root, ", ".join(classes[:3]), ", ".join(natural[:3]),
         )  # fmt: skip
-    listed: dict[str, _Listed] = {}
+    listed: dict[str, Listed] = {}
     if trees["train"]:
         assert train is not None
         listed["train"] = _ordered(train, trees["train"], classes, seed)
@@ -410,133 +364,6 @@ def _imagenet_indices(classes: tuple[str, ...]) -> tuple[int, ...] | None:
     if not all(name in position for name in classes):
         return None
     return tuple(position[name] for name in classes)
-
-
-# --- CIFAR-10, through torchvision
-
-
-@lru_cache(maxsize=1)  # the training images are 150 MB
-def _cifar10_images(root: Path, train: bool) -> np.ndarray:
-    return _cifar10_read(root, train).data
-
-
-@lru_cache(maxsize=4)
-def _cifar10_labels(root: Path, train: bool) -> tuple[np.ndarray, tuple[str, ...]]:
-    """int64 [M] and the class names; RuntimeError where they are not in `root`."""
-    whole = _cifar10_read(root, train)
-    return np.asarray(whole.targets, dtype=np.int64), tuple(whole.classes)
-
-
-def _cifar10_read(root: Path, train: bool) -> CIFAR10:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy 2.4 on the archive's own old pickles
-        return CIFAR10(str(root), train=train, download=False)
-
-
-@dataclass(frozen=True)
-class _Cifar10:
-    root: Path
-    train: bool
-    order: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    @property
-    def labels(self) -> np.ndarray:
-        return _cifar10_labels(self.root, self.train)[0][self.order]
-
-    def name(self, index: int) -> str:
-        return f"cifar10 {'train' if self.train else 'test'} image {self.order[index]}"
-
-    def load(self, index: int) -> Image.Image:
-        return Image.fromarray(_cifar10_images(self.root, self.train)[self.order[index]])
-
-    def first(self, images: int) -> _Cifar10:
-        return _Cifar10(self.root, self.train, self.order[:images])
-
-    def stamp(self) -> str:
-        # torchvision refuses files whose MD5 are not the published ones: the archive is its name.
-        order = hashlib.sha256(np.asarray(self.order, dtype="<i8").tobytes()).hexdigest()
-        return f"{CIFAR10.tgz_md5} {'train' if self.train else 'test'} {order}"
-
-
-def _list_cifar10(
-    root: Path | None, cache: Path, seed: int
-) -> tuple[tuple[str, ...], dict[str, _Listed]]:
-    place = cache / "datasets" if root is None else root
-    if place.name == CIFAR10.base_folder:
-        place = place.parent
-    try:
-        labels, classes = _cifar10_labels(place, False)
-    except RuntimeError:
-        _download_cifar10(place)
-        labels, classes = _cifar10_labels(place, False)
-    listed: dict[str, _Listed] = {}
-    train, _ = _cifar10_labels(place, True)
-    order = stratified_order([f"train/{i}" for i in range(len(train))], train, seed)
-    listed["train"] = _Cifar10(place, True, order)
-    divided = divide([f"test/{i}" for i in range(len(labels))], labels, seed)
-    for name, members in divided.items():
-        listed[name] = _Cifar10(place, False, members)
-    return classes, listed
-
-
-def _download_cifar10(root: Path) -> None:
-    logger.info("CIFAR-10 is not in %s: downloading it", root)
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / "cifar-10.lock"):
-            CIFAR10(str(root), train=False, download=True)
-    except (OSError, RuntimeError) as error:  # a URLError is an OSError
-        raise UserError(
-            f"CIFAR-10 is not in {root} and cannot be downloaded there ({error}): give "
-            f"cifar10:ROOT, where ROOT/{CIFAR10.base_folder} is the unpacked archive"
-        ) from error
-
-
-# --- the embedded digits
-
-
-@lru_cache(maxsize=4)
-def _drawn(split: str) -> tuple[np.ndarray, np.ndarray]:
-    from search import embedded  # not above: it takes scikit-learn, which only digits need
-
-    images, labels = embedded.draw(split)
-    return np.asarray(images), np.asarray(labels, dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class _Digits:
-    split: str
-    images: int
-
-    def __len__(self) -> int:
-        return self.images
-
-    @property
-    def labels(self) -> np.ndarray:
-        return _drawn(self.split)[1][: self.images]
-
-    def name(self, index: int) -> str:
-        return f"digits {self.split} image {index}"
-
-    def load(self, index: int) -> Image.Image:
-        return Image.fromarray(_drawn(self.split)[0][index])
-
-    def first(self, images: int) -> _Digits:
-        return _Digits(self.split, images)
-
-    def stamp(self) -> str:
-        drawn = _drawn(self.split)[0][: self.images].tobytes()
-        return hashlib.sha256(drawn + self.labels.tobytes()).hexdigest()
-
-
-def _list_digits() -> tuple[tuple[str, ...], dict[str, _Listed]]:
-    from search import embedded
-
-    listed: dict[str, _Listed] = {s: _Digits(s, n) for s, n in embedded.SPLITS.items()}
-    return tuple(embedded.CLASSES), listed
 
 
 def _did_you_mean(name: str, known: Any) -> str:

@@ -1,7 +1,4 @@
-"""Names to models: the embedded one, timm's, weights from a file; and how a worker maps one.
-
-Weights are safetensors, or .pth read with `weights_only=True`: no pickle from users.
-"""
+"""Names to models: the embedded one, timm's, weights from a file; and how a worker maps one."""
 
 from __future__ import annotations
 
@@ -16,12 +13,15 @@ from typing import Any, cast
 import safetensors.torch
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from methods import ModelShape, Recipe, check_supported, model_shape
 from methods.parameters import nearest
 from search import embedded
 from search.errors import UserError
+from search.layouts import read_checkpoint
+from search.weight_files import first_line
 
 REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")
 #: how `load_model` ends what it says where pretrained weights cannot be had
@@ -31,17 +31,24 @@ WAY_OUT = "; give them with --weights FILE"
 def load_model(name: str, weights: Path | None = None) -> nn.Module:
     """The dense model in eval mode: `digits` (embedded), any timm name, `hf-hub:…`, `local-dir:…`.
 
-    weights: a file for it; its head may have other classes than timm's. Without it timm's
-    pretrained weights. Raises UserError: unknown name (nearest), weights missing, unreadable or of
-    a wrong shape, or a model that cannot be pruned.
+    weights: a file for it, in any layout of `search.layouts`; its head may have other classes than
+    timm's. Of a token method's checkpoint the model is loaded and the method's parts are left
+    (`Checkpoint.weights_for` gives both); NViT's makes a sliced model. Without it timm's pretrained
+    weights. Raises UserError: unknown name (nearest), weights missing, unreadable, of an unknown
+    layout or a wrong shape, or a model that cannot be pruned.
     """
-    state = read_weights(weights) if weights is not None else None
+    if name != embedded.NAME:
+        _check_buildable(name)
+    given = read_checkpoint(weights) if weights is not None else None
     if name == embedded.NAME:
-        model: nn.Module = embedded.build(pretrained=state is None)
+        model: nn.Module = embedded.build(pretrained=given is None)
+        classes = None if given is None else _classes(given.model)
+        if classes not in (None, len(embedded.CLASSES)):
+            cast(VisionTransformer, model).reset_classifier(cast(int, classes))
     else:
-        model = _create(name, state)
-    if state is not None:
-        _fit(model, state, weights)
+        model = _create(name, None if given is None else given.model)
+    if given is not None:
+        model = given.fill(model)
     check_supported(model)
     return model.eval()
 
@@ -59,7 +66,7 @@ def fresh_model(name: str) -> nn.Module:
         try:
             model = timm.create_model(name, pretrained=False)
         except Exception as error:  # a tag that timm does not have, a hub that is not reached
-            raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+            raise UserError(f"timm cannot build {name!r}: {first_line(error)}") from error
     check_supported(model)
     return model.eval()
 
@@ -73,24 +80,33 @@ def _check_name(name: str) -> None:
         raise UserError(f"unknown model {name!r}{hint}")
 
 
-def _create(name: str, state: dict[str, Tensor] | None) -> nn.Module:
+def _check_buildable(name: str) -> None:
+    """UserError or UnsupportedModel, before weights are read or downloaded."""
     _check_name(name)
     if not name.startswith(REMOTE):
-        # before its weights are downloaded
         with torch.device("meta"):
             check_supported(timm.create_model(name.split(".")[0]))
+
+
+def _create(name: str, state: dict[str, Tensor] | None) -> nn.Module:
     options: dict[str, Any] = {}
-    head = None if state is None else state.get("head.weight")
-    if head is not None and head.dim() == 2:
-        options["num_classes"] = head.shape[0]
+    classes = None if state is None else _classes(state)
+    if classes is not None:
+        options["num_classes"] = classes
     try:
         return timm.create_model(name, pretrained=state is None, **options)
     except Exception as error:
         if state is None:
             raise UserError(
-                f"the pretrained weights of {name!r} cannot be had ({_first_line(error)}){WAY_OUT}"
+                f"the pretrained weights of {name!r} cannot be had ({first_line(error)}){WAY_OUT}"
             ) from error
-        raise UserError(f"timm cannot build {name!r}: {_first_line(error)}") from error
+        raise UserError(f"timm cannot build {name!r}: {first_line(error)}") from error
+
+
+def _classes(state: dict[str, Tensor]) -> int | None:
+    """Logits of the head in a state dict; None where it holds none."""
+    head = state.get("head.weight")
+    return head.shape[0] if head is not None and head.dim() == 2 else None
 
 
 def architecture(name: str) -> dict[str, Any]:
@@ -105,76 +121,22 @@ def architecture(name: str) -> dict[str, Any]:
     return {"architecture": config["architecture"], "model_args": arguments}
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pth/.pt/.bin read with `weights_only=True`."""
-    if not path.is_file():
-        raise UserError(f"weights file {path} is not there")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"weights file {path} holds more than tensors (a pickle could run code): it is not "
-            "read; save its state dict, best as safetensors"
-        ) from error
-    except Exception as error:
-        raise UserError(
-            f"weights file {path} cannot be read as "
-            f"{'safetensors' if path.suffix == '.safetensors' else 'a weights-only checkpoint'} "
-            f"({_first_line(error)})"
-        ) from error
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            loaded = loaded[key]
-            break
-    if not isinstance(loaded, dict) or not all(
-        isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
-    ):
-        raise UserError(f"weights file {path} holds no state dict")
-    return {k.removeprefix("module."): v for k, v in loaded.items()}
-
-
-def _fit(model: nn.Module, state: dict[str, Tensor], path: Path | None) -> None:
-    own = model.state_dict()
-    wrong = [
-        f"{k} is {list(state[k].shape)}, the model's {list(v.shape)}"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    said = [
-        f"{what} {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-        for what, keys in (
-            ("wrong shape:", wrong),
-            ("missing:", sorted(set(own) - set(state))),
-            ("unknown:", sorted(set(state) - set(own))),
-        )
-        if keys
-    ]
-    if said:
-        raise UserError(f"weights file {path} does not fit the model; {'; '.join(said)}")
-    model.load_state_dict(state)
-
-
 def check_trained(recipe: Recipe, shape: ModelShape) -> None:
     """UserError where the recipe, checked for a model of this shape, has parts that only training
-    makes: it holds no weights for them, and with fresh ones an accuracy says nothing.
+    makes and names no weights for them: with fresh ones an accuracy says nothing.
     """
-    step = recipe.tokens
-    if step is None or step.declared.training != "required":
+    if recipe.weights is not None:
         return
-    if not step.declared.is_dense(step.params, shape):
-        raise UserError(
-            f"{step.method} needs training, and a recipe holds no trained weights: accuracy with "
-            "fresh ones would say nothing. With trained weights it runs through "
-            f"methods.prune(model, {step.method!r}, weights=...); what it costs is shown by "
-            f"vitpareto table --methods {step.method}"
-        )
+    for step in (recipe.structure, recipe.tokens):
+        if step is None or step.declared.training != "required":
+            continue
+        if not step.declared.is_dense(step.params, shape):
+            raise UserError(
+                f"{step.method} needs training, and the recipe names no trained weights: accuracy "
+                "with fresh ones would say nothing. vitpareto finetune --recipe trains it; in "
+                f"Python trained weights go to methods.prune(model, {step.method!r}, weights=...); "
+                f"what it costs is shown by vitpareto table --methods {step.method}"
+            )
 
 
 def num_classes(model: nn.Module) -> int:
