@@ -49,7 +49,8 @@ Model = Annotated[
     str | None, typer.Option(help="timm name, hf-hub:…, local-dir:…, or digits [digits]")
 ]
 DataOption = Annotated[
-    str | None, typer.Option(help="Image folder, cifar10[:ROOT], or digits [digits]")
+    str | None,
+    typer.Option(help="Image folder; cifar10, fashionmnist, imagenette [:DIR]; digits [digits]"),
 ]
 Weights = Annotated[str | None, typer.Option(help="Weights for the model: .safetensors or .pth")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto]")]
@@ -58,7 +59,9 @@ Batch = Annotated[int | None, typer.Option(help="Images per forward [64]")]
 Images = Annotated[int | None, typer.Option(help="Use only so many of the search images")]
 Seed = Annotated[int | None, typer.Option(help="Of splits, order and sampler [0]")]
 LatencyBatch = Annotated[int | None, typer.Option(help="Batch at which latency is timed [1]")]
-
+Trained = Annotated[
+    Path | None, typer.Option(help="The weights that the recipe names: .safetensors or .pth")
+]
 
 TrackingUri = Annotated[
     str | None,
@@ -85,7 +88,9 @@ def search_command(
     data: DataOption = None,
     weights: Weights = None,
     trials: Annotated[int | None, typer.Option(help="Trials in all, dense included [100]")] = None,
-    methods: Annotated[str | None, typer.Option(help="rajni,tome,… [all without training]")] = None,
+    methods: Annotated[
+        str | None, typer.Option(help="rajni,tome,… [all but those that lack epochs of training]")
+    ] = None,
     objectives: Annotated[
         str | None, typer.Option(help="top1,gmacs[,params_m|latency_ms|peak_mb] [top1,gmacs]")
     ] = None,
@@ -101,6 +106,17 @@ def search_command(
     max_gmacs: Annotated[float | None, typer.Option(help="Budget window, GMACs an image")] = None,
     latency: Annotated[str | None, typer.Option(help="front: time the front; off [front]")] = None,
     latency_batch: LatencyBatch = None,
+    train_epochs: Annotated[
+        int | None, typer.Option(help="Of each trial whose method is trained [0: left out]")
+    ] = None,
+    prepare_epochs: Annotated[
+        int | None, typer.Option(help="Of TNT's and NViT's training, once a study [0: left out]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Of all training [1e-4]")] = None,
+    train_batch: Annotated[int | None, typer.Option(help="Images a training step [128]")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="NViT's targets in time: a table of `vitpareto profile`")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any job key, e.g. trials=400")
     ] = None,
@@ -178,6 +194,8 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
         f"{len(prepared.data.classes)} classes; methods: {', '.join(prepared.space.methods)}"
     )
+    for why, names in _by_reason(prepared.left_out).items():
+        _say(f"left out: {', '.join(names)} ({why})")
     with contextlib.ExitStack() as stack:
         room = stack.enter_context(local_cluster(config.workers))
         progress = Progress()
@@ -189,7 +207,7 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         # like Ctrl-C, as a batch system ends a job: Ray's own answer is to abort
         handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         stack.callback(signal.signal, signal.SIGTERM, handler)
-        folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=hooks)
+        folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=hooks, say=_say)
         progress.close()
         seconds = time.monotonic() - begin
         page = _page(folder)
@@ -198,6 +216,14 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
             tracker.finish(page.artifacts, page.table, ended=tally.ended)
     if not tally.ended:
         raise typer.Exit(130)  # interrupted: a script must be able to tell
+
+
+def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
+    """The methods left out, together where they are for one reason."""
+    out: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        out.setdefault(why, []).append(name)
+    return out
 
 
 def _print_end(
@@ -209,6 +235,8 @@ def _print_end(
     seconds: float,
 ) -> None:
     """What came of a search; SearchFailed where nothing did."""
+    from search.preparations import reuse
+
     for split in ("search", "calibration"):
         if corrupt := prepared.data.split(split).corrupt:
             shown = ", ".join(corrupt[:5]) + (" …" if len(corrupt) > 5 else "")
@@ -223,21 +251,31 @@ def _print_end(
         f"{tally.outside} outside the window; {seconds:.0f} s, "
         f"{60 * progress.heard / max(progress.seconds, 1e-9):.0f} trials per minute"
     )
+    for line in reuse(folder, results):
+        _say(line)
     for path in page.artifacts.values():
         _say(f"plot: {path}")
-    _print_front(folder, page.table)
+    _print_fronts(folder, page.table)
 
 
 def _page(folder: StudyFolder) -> Page:
     """What MLflow shows of a study beside its runs: pictures and the front's table."""
-    from dashboards.tables import front_rows
     from search.tracking import Page
 
     results = folder.measured()
     if not any(r.state == "finished" for r in results):
         return Page({}, [])
-    rows = front_rows(results, folder.latencies(), folder.job()["objectives"])
-    return Page({path.name: path for path in _draw(folder)}, rows)
+    return Page({path.name: path for path in _draw(folder)}, _front_rows(folder))
+
+
+def _front_rows(folder: StudyFolder) -> list[dict[str, Any]]:
+    """The front, and after it the recovered one where there is one."""
+    from dashboards.tables import front_rows
+
+    results, recovered = folder.measured(), folder.recovered()
+    objectives, latencies = folder.job()["objectives"], folder.latencies()
+    rows = front_rows(results, latencies, objectives)
+    return rows + (front_rows(recovered, latencies, objectives, results) if recovered else [])
 
 
 def _draw(folder: StudyFolder) -> list[Path]:
@@ -251,6 +289,7 @@ def _draw(folder: StudyFolder) -> list[Path]:
             objectives=tuple(job["objectives"][:2]),
             title=_title(folder),
             path=folder.folder / f"front.{suffix}",
+            recovered=folder.recovered(),
         )
         for suffix in ("png", "svg")
     ]
@@ -261,13 +300,25 @@ def _title(folder: StudyFolder) -> str:
     return f"{folder.name}: {job['model']} on {job['data']}"
 
 
+def _print_fronts(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The front's table, and the recovered one's."""
+    for recovered in (False, True):
+        some = [r for r in rows if r["recovered"] == recovered]
+        if some:
+            _print_front(folder, some)
+
+
 def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
     from dashboards.tables import front_table
 
     notes = ["* knee"] if any(r["knee"] for r in rows) else []
     if target := next((r["latency_target"] for r in rows if r["latency_target"]), None):
         notes.append(f"ms: {target['device']}, {target['dtype']}, batch {target['batch']}")
-    title = f"front of {_title(folder)}" + (f" ({'; '.join(notes)})" if notes else "")
+    kind, recovery = "front", folder.recovery()
+    if rows[0]["recovered"] and recovery is not None:
+        kind = "recovered front"
+        notes.append(f"epochs {recovery['epochs']}, {recovery['distill']} distillation")
+    title = f"{kind} of {_title(folder)}" + (f" ({'; '.join(notes)})" if notes else "")
     _console().print(front_table(rows, title))
 
 
@@ -341,7 +392,7 @@ def front_command(
     plot: Annotated[Path | None, typer.Option(help="Draw it: FILE.png or FILE.svg")] = None,
     store: Store = None,
 ) -> None:
-    """The non-dominated trials of a study, cheapest first.
+    """The non-dominated trials of a study, cheapest first, and the recovered ones (see recover).
 
     \b
     vitpareto front deit-s
@@ -349,18 +400,19 @@ def front_command(
     vitpareto front deit-s --plot front.svg
     """
     from dashboards.plot import plot_front
-    from dashboards.tables import csv_text, front_rows, json_lines
+    from dashboards.tables import csv_text, json_lines
     from search.errors import UserError
 
     folder = _find(store, name)
     objectives = folder.job()["objectives"]
-    rows = front_rows(folder.measured(), folder.latencies(), objectives)
+    rows = _front_rows(folder)
     if plot is not None:
         if plot.suffix.lower() not in (".png", ".svg"):
             raise UserError(f"--plot is {str(plot)!r}: accepted is FILE.png or FILE.svg")
         path = plot_front(
-            folder.measured(), objectives=tuple(objectives[:2]), title=_title(folder), path=plot
-        )
+            folder.measured(), objectives=tuple(objectives[:2]), title=_title(folder), path=plot,
+            recovered=folder.recovered(),
+        )  # fmt: skip
         _say(f"plot: {path}")
     if as_csv:
         typer.echo(csv_text(rows), nl=False)
@@ -369,7 +421,7 @@ def front_command(
     elif not rows:
         _say(f"study {name} has no finished trial yet")
     else:
-        _print_front(folder, rows)
+        _print_fronts(folder, rows)
 
 
 @app.command("trials")
@@ -396,7 +448,10 @@ def trials_command(
 
 @app.command("measure")
 def measure_command(
-    recipe: Annotated[Path, typer.Option(help="Recipe file (YAML)")],
+    recipe: Annotated[Path | None, typer.Option(help="Recipe file (YAML)")] = None,
+    study: Annotated[str | None, typer.Option(help="Instead of --recipe: a study's trial")] = None,
+    trial: Annotated[int | None, typer.Option(help="Its number, with --study")] = None,
+    trained: Trained = None,
     model: Model = None,
     data: DataOption = None,
     weights: Weights = None,
@@ -407,23 +462,26 @@ def measure_command(
     seed: Seed = None,
     latency_batch: LatencyBatch = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
+    store: Store = None,
     cache: Cache = None,
 ) -> None:
-    """Measure one recipe beside the dense model, without a search.
+    """Measure one recipe, or a study's trial once more, beside the dense model, without a search.
 
     \b
     vitpareto measure --model deit_small_patch16_224 --data /imagenet/val --recipe recipe.yaml
+    vitpareto measure --study deit-s --trial 12
     """
     from methods import Recipe
     from search import run
     from search.config import SearchConfig
 
-    given = {k: v for k, v in locals().items() if k not in ("recipe", "as_json") and v is not None}
+    given = {k: v for k, v in locals().items() if v is not None}
     keys = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",
             "latency_batch", "cache")  # fmt: skip
-    asked = _recipe(recipe)
-    config = SearchConfig.of({k: given[k] for k in keys if k in given})
-    result, dense, timed = run.measure(config, asked, decode=_decoding)
+    asked, job, state = _measured(recipe, study, trial, trained, store)
+    config = SearchConfig.of({**{k: v for k, v in job.items() if k in keys},
+                              **{k: given[k] for k in keys if k in given}})  # fmt: skip
+    result, dense, timed = run.measure(config, asked, decode=_decoding, trained=state)
     shown = {
         "recipe": result.resolved,
         **{k: round(v, 6) for k, v in result.values.items()},
@@ -462,6 +520,34 @@ def measure_command(
         typer.echo(f"{label:<12} {text}")
 
 
+def _measured(
+    recipe: Path | None, study: str | None, trial: int | None, trained: Path | None,
+    store: str | None,
+) -> tuple[Recipe, dict[str, Any], Mapping[str, Any] | None]:  # fmt: skip
+    """What `measure` is to measure: the recipe, the job keys that go with it, and its weights."""
+    from search.errors import UserError
+    from search.show import Asked
+
+    if (recipe is None) == (study is None) or (study is None) != (trial is None):
+        raise UserError(
+            "what is to be measured? Give --recipe FILE, or --study NAME with --trial N"
+        )
+    if recipe is not None:
+        return _recipe(recipe), {}, _trained(trained)
+    assert study is not None and trial is not None
+    if trained is not None:
+        raise UserError("--trained goes with --recipe: a study has its trials' weights")
+    folder = _find(store, study)
+    asked = Asked.of_trial(folder, trial)
+    return asked.recipe, {**folder.job(), "weights": str(folder.weights)}, asked.trained
+
+
+def _trained(path: Path | None) -> Mapping[str, Any] | None:
+    from search.weight_files import read_weights_file
+
+    return None if path is None else read_weights_file(path).state
+
+
 @app.command("show")
 def show_command(
     files: Annotated[list[Path] | None, typer.Argument(help="More images", metavar="FILE")] = None,
@@ -471,6 +557,7 @@ def show_command(
     ] = None,
     study: Annotated[str | None, typer.Option(help="Instead of --recipe: a study's trial")] = None,
     trial: Annotated[int | None, typer.Option(help="Its number, with --study")] = None,
+    trained: Trained = None,
     model: Model = None,
     weights: Weights = None,
     data: DataOption = None,
@@ -498,10 +585,14 @@ def show_command(
         raise UserError("what is to be shown? Give --recipe FILE, or --study NAME with --trial N")
     if recipe is not None:
         own = Path(weights) if weights else None
-        asked = Asked(_recipe(recipe), model or "digits", own, data, seed or 0)
+        asked = Asked(
+            _recipe(recipe), model or "digits", own, data, seed or 0, trained=_trained(trained)
+        )
     elif study is not None and trial is not None:
-        if model or weights or data or seed is not None:
-            raise UserError("--model, --weights, --data and --seed are the study's: leave them out")
+        if model or weights or data or trained or seed is not None:
+            raise UserError(
+                "--model, --weights, --data, --trained and --seed are the study's: leave them out"
+            )
         asked = Asked.of_trial(_find(store, study), trial)
     seen = look(
         asked,
@@ -647,6 +738,9 @@ def export_command(
     min_top1: Annotated[float | None, typer.Option(help="Cheapest that reaches it, %")] = None,
     knee: Annotated[bool, typer.Option("--knee", help="The front's knee")] = False,
     trial: Annotated[int | None, typer.Option(help="This trial")] = None,
+    recovered: Annotated[
+        bool, typer.Option("--recovered", help="Of the recovered trials (see recover)")
+    ] = False,
     store: Store = None,
     cache: Cache = None,
 ) -> None:
@@ -654,13 +748,18 @@ def export_command(
 
     \b
     vitpareto export deit-s --max-gmacs 3.2 --out bundle/
+    vitpareto export deit-s --recovered --trial 12 --out bundle/
     """
+    from search.errors import UserError
     from search.export import choose_trial, export
     from search.pareto import objectives_named
 
     folder = _find(store, name)
+    results = folder.recovered() if recovered else folder.measured()
+    if recovered and not results:
+        raise UserError(f"study {name} has no recovered trial: vitpareto recover {name} makes them")
     result = choose_trial(
-        folder.measured(),
+        results,
         objectives_named(folder.job()["objectives"]),
         max_gmacs=max_gmacs,
         max_latency_ms=max_latency_ms,
@@ -670,6 +769,117 @@ def export_command(
     )
     _say(f"trial {result.trial} ({result.method}): exporting and verifying")
     typer.echo(str(export(folder, result, out, cache=cache)))
+
+
+@app.command("recover")
+def recover_command(
+    name: Annotated[str, typer.Argument(help="The study")],
+    epochs: Annotated[int, typer.Option(help="Of fine-tuning, each")],
+    trial: Annotated[
+        list[int] | None, typer.Option(help="This trial, any number of times [the front's]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="[as the study's job, or 1e-4]")] = None,
+    train_batch: Annotated[int | None, typer.Option(help="Images a step [128]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Trainings at a time [as fit]")] = None,
+    store: Store = None,
+    cache: Cache = None,
+) -> None:
+    """Fine-tune the front's recipes, the dense model as their teacher: a second, recovered front.
+
+    \b
+    vitpareto recover deit-s --epochs 5
+    vitpareto recover deit-s --epochs 5 --trial 12 --trial 40
+    """
+    from clusters.local import local_cluster
+    from search.recover import Recovery
+
+    folder = _find(store, name)
+    recovery = Recovery.of(
+        folder, epochs=epochs, trials=trial or (), lr=lr, batch=train_batch, workers=workers,
+        cache=cache, decode=_decoding,
+    )  # fmt: skip
+    _say(f"{len(recovery.todo)} trials to recover")
+
+    def heard(before: TrialResult, after: TrialResult) -> None:
+        _say(
+            f"trial {after.trial} ({after.method}): top-1 {before.values['top1']:.2f} -> "
+            f"{after.values['top1']:.2f} %, {after.seconds:.0f} s"
+        )
+
+    try:
+        with local_cluster(workers) as room:
+            recovery.run(cpus=room.cpus, gpus=room.gpus, heard=heard)
+    finally:
+        if folder.recovered():
+            _tell_recovered(folder)
+
+
+def _tell_recovered(folder: StudyFolder) -> None:
+    """Both fronts on the terminal, the picture drawn anew, MLflow told."""
+    from search.errors import UserError
+    from search.tracking import sync
+
+    page = _page(folder)
+    for path in page.artifacts.values():
+        _say(f"plot: {path}")
+    _print_fronts(folder, page.table)
+    uri = folder.job().get("tracking_uri")
+    if uri != "none":
+        try:
+            sync(folder, uri, page)
+        except UserError as error:  # the study has it all: `vitpareto sync` sends it later
+            _say(f"MLflow was not told: {error}")
+
+
+@app.command("profile")
+def profile_command(
+    out: Annotated[Path, typer.Option(help="The table to write: FILE.json")],
+    model: Model = None,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
+    batch: Annotated[int, typer.Option(help="Images per forward, as --latency-batch")] = 1,
+    points: Annotated[int, typer.Option(help="On each axis")] = 3,
+    rounds: Annotated[int, typer.Option(help="Calls a point, of which the median counts")] = 20,
+) -> None:
+    """Measure a latency table of a model's blocks on this device, for NViT (search --profile).
+
+    \b
+    vitpareto profile --model deit_base_distilled_patch16_224 --device cuda --batch 256 --out h.json
+    """
+    from methods.parameters import nearest
+    from search.errors import UserError
+    from search.evaluate import DTYPES
+    from search.models import fresh_model
+    from search.profile import measure_profile
+    from search.run import resolve_device
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}{nearest(dtype, DTYPES)}")
+    if batch < 1:
+        raise UserError(f"--batch is {batch}: accepted is 1 or more")
+    name = model or "digits"
+    table = measure_profile(
+        fresh_model(name),
+        name,
+        batch=batch,
+        device=resolve_device(device or "auto"),
+        dtype=DTYPES[dtype],
+        points=points,
+        rounds=rounds,
+        progress=_timing,
+    )
+    table.save(out)
+    entries = sum(grid.ms.size for grid in (table.attention, table.mlp, table.rest))
+    target = ", ".join(f"{k} {v}" for k, v in table.target.items())
+    _say(f"{entries} latencies of {name} on {target}")
+    typer.echo(str(out))
+
+
+def _timing(done: int, total: int) -> None:
+    """Progress of a profile, on a terminal."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[2Ktiming blocks: {done}/{total}" + ("" if done < total else "\n"))
+        sys.stderr.flush()
 
 
 @app.command("verify")
@@ -755,6 +965,7 @@ def methods_command(
     vitpareto methods tome
     """
     import methods
+    from search.prepare import needs
 
     for each in (name,) if name else methods.names():
         m = methods.get(each)
@@ -771,9 +982,8 @@ def methods_command(
                         "paper": m.paper.title if m.paper else None,
                         "url": m.paper.url if m.paper else None,
                         "parameters": {p.name: p.accepts for p in m.parameters},
-                        "searched": {p.name: p.accepts for p in m.space}
-                        if m.training != "required"
-                        else None,
+                        "searched": {p.name: p.accepts for p in m.space},
+                        "searched_with": needs(m.name),
                         "presets": {p.name: p.choices for p in m.presets},
                     }
                 )
@@ -783,17 +993,100 @@ def methods_command(
         typer.echo(f"{m.name}: {m.summary} [{kind}, {m.site}, training: {m.training}]")
         if m.paper is not None:
             typer.echo(f"  paper       {m.paper.title}; {m.paper.authors} {m.paper.url}".rstrip())
-        searched = m.training != "required"
-        for label, declared in (("parameter", m.parameters), ("searched", m.space * searched)):
+        for label, declared in (("parameter", m.parameters), ("searched", m.space)):
             for p in declared:
                 typer.echo(f"  {label:<11} {p.name}: {p.accepts}{f' ({p.doc})' if p.doc else ''}")
-        if not searched:
-            typer.echo("  searched    not: it needs training; with trained weights it runs through "
-                       f"methods.prune(model, {m.name!r}, weights=...)")  # fmt: skip
+        if (key := needs(m.name)) is not None:
+            typer.echo(f"  searched    only with --{key.replace('_', '-')} above 0: it is trained")
         for preset in m.presets:
             choices = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                                 for k, v in preset.choices.items())  # fmt: skip
             typer.echo(f"  preset      {preset.name}: {choices}")
+
+
+@app.command("finetune")
+def finetune_command(
+    model: Model = None,
+    data: DataOption = None,
+    recipe: Annotated[Path | None, typer.Option(help="Train this recipe (YAML) [dense]")] = None,
+    weights: Weights = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Fresh weights")] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to follow; dense: --model before training; none [dense for a recipe]"
+        ),
+    ] = None,
+    teacher_weights: Annotated[Path | None, typer.Option(help="Weights for the teacher")] = None,
+    distill: Annotated[str, typer.Option(help="soft or hard, where there is a teacher")] = "soft",
+    epochs: Annotated[int, typer.Option(help="Of the training images")] = 5,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate [1e-4; from scratch 1e-3]")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Images a step")] = 128,
+    mixup: Annotated[float, typer.Option(help="timm's alpha; 0: none")] = 0.0,
+    smoothing: Annotated[float, typer.Option(help="Of the labels")] = 0.1,
+    augment: Annotated[
+        str, typer.Option(help="auto, none, shift, shift-flip, crop or crop-flip")
+    ] = "auto",
+    seed: Seed = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="Folder; an interrupted one is continued")] = Path(
+        "trained"
+    ),
+    cache: Cache = None,
+) -> None:
+    """Train a model, or a recipe on it, and keep the weights: what a search can start from.
+
+    \b
+    vitpareto finetune --model vit_small_patch16_224 --data cifar10 --epochs 5 --out vit-s
+    vitpareto finetune --model deit_small_patch16_224 --data /imagenet --recipe recipe.yaml
+    vitpareto finetune --model deit_small_patch16_224 --data /imagenet --from-scratch --epochs 300
+    """
+    from methods import Recipe
+    from search.datasets import default_cache
+    from search.finetune import Job, finetune
+    from search.run import resolve_device
+    from search.train import Settings
+
+    settings = Settings(
+        epochs=epochs,
+        lr=lr if lr is not None else (1e-3 if from_scratch else 1e-4),
+        batch=batch,
+        smoothing=smoothing,
+        mixup=mixup,
+        augment=augment,
+        seed=seed or 0,
+        distill=distill,
+        # nothing is fresher than the rest then
+        parts_scale=1.0 if from_scratch else Settings.parts_scale,
+    )
+    job = Job(
+        model or "digits",
+        data or "digits",
+        out,
+        settings,
+        Path(cache) if cache else default_cache(),
+        resolve_device(device or "auto"),
+        _recipe(recipe) if recipe is not None else Recipe(),
+        Path(weights) if weights else None,
+        from_scratch,
+        teacher,
+        teacher_weights,
+    )
+    begin = time.monotonic()
+    trained = finetune(
+        job,
+        say=_say,
+        decode=_decoding,
+        progress=lambda one: _say(
+            f"{one}; {epochs - one.index - 1} to go, {time.monotonic() - begin:.0f} s"
+        ),
+    )
+    typer.echo(f"{trained.recipe}: before {trained.before}")
+    typer.echo(f"{trained.recipe}: after  {trained.after}")
+    typer.echo(f"weights: {out / 'model.safetensors'}")
+    typer.echo(trained.next_step(job.model, job.weights, job.data, recipe))
 
 
 @app.command("train-demo")

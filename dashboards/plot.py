@@ -39,6 +39,7 @@ _GREY = "#6E6E6E"
 _DENSE = "#B00020"
 _FRONT: dict[str, Any] = {"color": "#333333", "linewidth": 1.5, "linestyle": "-"}
 _CONTROL_FRONT: dict[str, Any] = {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (1, 1.5))}
+_RECOVERED: dict[str, Any] = {"color": "#0B6E4F", "linewidth": 1.5, "linestyle": (0, (5, 1.5))}
 #: Accuracies further below the dense model than this are drawn as arrows on the lower edge: one
 #: ruined recipe at 3 % would otherwise squeeze every difference that matters into a few pixels.
 _DEPTH = 30.0
@@ -104,6 +105,7 @@ def plot_front(
     path: Path,
     published: Sequence[PublishedPoint] = (),
     controls: frozenset[str] = CONTROLS,
+    recovered: Sequence[TrialResult] = (),
 ) -> Path:
     """Draw `front_figure` into `path` and return it; a PNG is 1,800 px wide, for 900 on a page.
 
@@ -118,8 +120,9 @@ def plot_front(
             f"got {path.suffix!r}"
         )
     figure = front_figure(
-        results, objectives=objectives, title=title, published=published, controls=controls
-    )
+        results, objectives=objectives, title=title, published=published, controls=controls,
+        recovered=recovered,
+    )  # fmt: skip
     # An SVG carries the date of drawing and random ids unless told otherwise; the picture of the
     # same results should be the same file.
     metadata = {"Date": None} if kind == ".svg" else None
@@ -135,6 +138,7 @@ def front_figure(
     title: str,
     published: Sequence[PublishedPoint] = (),
     controls: frozenset[str] = CONTROLS,
+    recovered: Sequence[TrialResult] = (),
 ) -> Figure:
     """The figure: `objectives` names the vertical axis (accuracy), then the horizontal (cost).
 
@@ -143,8 +147,9 @@ def front_figure(
     front runs over all fully measured trials, with the 95 % interval where the result carries one
     for top-1; the dense model (the first, if several) is a star. An accuracy more than 30 points
     below the dense model's is an arrow on the lower edge. A trial without both values, or with
-    one that is not finite, is not drawn; nor is such a published point. The line beneath accounts
-    for every trial.
+    one that is not finite, is not drawn; nor is such a published point. `recovered` are trials
+    after fine-tuning: their front has a line of its own, and a thin one from where each was. The
+    line beneath accounts for every trial.
 
     ValueError unless two known objectives are named, or if a trial drawn has no gmacs.
     """
@@ -156,6 +161,7 @@ def front_figure(
         )
     drawn = [r for r in results if r.state in ("finished", "raced_out") and _has(r.values, named)]
     papers = [p for p in published if _has(p.values, named)]
+    healed = [r for r in recovered if r.state == "finished" and _has(r.values, named)]
     finished = [r for r in drawn if r.state == "finished"]
     dense = min((r for r in finished if r.is_reference), key=lambda r: r.trial, default=None)
     others = [r for r in drawn if r is not dense]
@@ -170,7 +176,10 @@ def front_figure(
     axes = figure.add_subplot()
     look: dict[str, Any] = {"x": 0.01, "ha": "left"}
     figure.suptitle("\n".join(lines), fontsize=13, fontweight="bold", parse_math=False, **look)
-    account = textwrap.fill(_account(results, drawn, members, dense, view), 135)
+    account = _account(results, drawn, members, dense, view)
+    if healed:
+        account += f" {_trials(len(healed))} fine-tuned afterwards."
+    account = textwrap.fill(account, 135)
     figure.supxlabel(account, fontsize=9, color="#444444", **look)
 
     for method, style in styles.items():
@@ -181,14 +190,15 @@ def front_figure(
     marks |= _draw_intervals(axes, members, view)
     marks |= _draw_knee(axes, members, dense, view)
     marks |= _draw_dense(axes, dense, view)
-    plain = [r for r in finished if r.method in controls or r.is_reference]
+    plain = [r for r in finished if _is_control(r.method, controls) or r.is_reference]
     if 1 < len(plain) < len(finished):
         _step(axes, view.front(plain), view, zorder=3.5, gid="control front", **_CONTROL_FRONT)
         marks["front of the controls"] = Line2D([], [], **_CONTROL_FRONT)
     if any(r.state == "raced_out" for r in others):
         marks["stopped early (estimate)"] = _mark(marker="o", color="#AAAAAA", markersize=3.5)
     marks |= _draw_published(axes, papers, styles, view)
-    _set_axes(axes, drawn, members, papers, view)
+    marks |= _draw_recovered(axes, healed, drawn, view)
+    _set_axes(axes, [*drawn, *healed], [*members, *view.front(healed)], papers, view)
     _legend(axes, marks, styles)
     return figure
 
@@ -200,9 +210,15 @@ def _has(values: Mapping[str, float], objectives: Sequence[Objective]) -> bool:
     return all(np.isfinite(values.get(o.name, np.nan)) for o in objectives)
 
 
+def _is_control(method: str, controls: frozenset[str]) -> bool:
+    """A recipe of two parts is one where both are."""
+    return all(part in controls for part in method.split("+"))
+
+
 def _styles(methods: set[str], controls: frozenset[str]) -> dict[str, _Style]:
     """A style for each method, by name, so that the same set always looks the same."""
-    plain = sorted(methods & (controls | {"dense"}))  # a second dense one, say in int8
+    # a second dense one, say in int8
+    plain = sorted(m for m in methods if _is_control(m, controls | {"dense"}))
     judged = sorted(methods.difference(plain))
     return {
         m: _Style(_COLOURS[i % len(_COLOURS)], _SHAPES[i % len(_SHAPES)], control=False)
@@ -411,6 +427,25 @@ def _draw_published(
         )
     sample = _mark(marker="x", color="black", markeredgewidth=2)
     return {"reported in a paper\n(method's colour)": sample} if papers else {}
+
+
+def _draw_recovered(
+    axes: Axes, healed: list[TrialResult], drawn: list[TrialResult], view: _View
+) -> dict[str, Line2D]:
+    """The recovered front, and where each of its trials came from."""
+    if not healed:
+        return {}
+    members, before = view.front(healed), {r.trial: r for r in drawn if r.state == "finished"}
+    _step(axes, members, view, zorder=4.2, gid="recovered front", **_RECOVERED)
+    look = {"color": _RECOVERED["color"], "markeredgecolor": "white", "markeredgewidth": 0.8}
+    for r in healed:
+        x, y = view.spot(r.values)
+        axes.plot(x, y, marker="o", markersize=6, zorder=6, gid=f"recovered:{r.trial}", **look)
+        if r.trial in before:
+            origin = view.spot(before[r.trial].values)
+            axes.plot(*zip(origin, (x, y), strict=True), color=look["color"], linewidth=0.7,
+                      alpha=0.6, zorder=3.8, gid=f"recovery:{r.trial}")  # fmt: skip
+    return {f"recovered front ({_trials(len(members))})": Line2D([], [], **_RECOVERED)}
 
 
 def _set_axes(

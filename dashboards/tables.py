@@ -22,10 +22,16 @@ def front_rows(
     results: Sequence[TrialResult],
     latencies: dict[int, Latency],
     objectives: Sequence[str],
+    before: Sequence[TrialResult] | None = None,
 ) -> list[dict[str, Any]]:
-    """The front, cheapest first: one plain dict a member (percent, G, M, ms, MB)."""
+    """The front, cheapest first: one plain dict a member (percent, G, M, ms, MB).
+
+    before: for results that were recovered, the study's own, whose dense model they are compared
+    with; `top1_before` is the same trial's top-1 among them.
+    """
     axes = [OBJECTIVES[o] for o in objectives]
-    front, dense = front_of(results, axes), reference_of(results)
+    front, dense = front_of(results, axes), reference_of(results if before is None else before)
+    was = {r.trial: r.values.get("top1") for r in before or ()}
     marked = knee_of(front, axes, dense)
     rows = []
     for r in front:
@@ -49,23 +55,28 @@ def front_rows(
             "latency_target": None if timed is None else timed.target,
             "images": r.images,
             "knee": r is marked,
+            "recovered": before is not None,
+            "top1_before": was.get(r.trial),
         }
         rows.append(row)
     return rows
 
 
 def front_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
-    """For a terminal; intervals are 95 %."""
+    """For a terminal; intervals are 95 %. Recovered rows say what they were before."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    recovered = any(r["recovered"] for r in rows)
     for name, justify in (
-        ("trial", "right"), ("top-1 %", "right"), ("95 %", "left"), ("vs dense", "right"),
+        ("trial", "right"), *([("before %", "right")] if recovered else ()),
+        ("top-1 %", "right"), ("95 %", "left"), ("vs dense", "right"),
         ("GMACs", "right"), ("of dense", "right"), ("M par.", "right"), ("ms", "right"),
         ("speed-up", "left"), ("recipe", "left"),
     ):  # fmt: skip
-        table.add_column(name, justify=justify, no_wrap=name != "recipe")  # type: ignore[arg-type]
+        table.add_column(name, justify=justify, no_wrap=name != "recipe")
     for r in rows:
         table.add_row(
             f"{r['trial']}{' *' if r['knee'] else ''}",
+            *([_shown(r["top1_before"], ".2f")] if recovered else ()),
             f"{r['top1']:.2f}",
             _span(r["top1_low"], r["top1_high"], ".1f"),
             _shown(r["top1_change"], "+.2f"),

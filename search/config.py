@@ -18,6 +18,8 @@ from methods.recipe import YamlLoader
 from search.datasets import default_cache
 from search.errors import UserError
 from search.evaluate import DTYPES
+from search.named_data import NAMES
+from search.prepare import needs
 from search.results import OBJECTIVES
 
 SAMPLERS = ("tpe", "nsga2", "random")
@@ -28,6 +30,8 @@ IDENTITY = (
     "model", "data", "weights", "dtype", "device", "images", "seed", "objectives", "methods",
     "space", "fixed", "min_gmacs", "max_gmacs", "batch", "latency_batch", "sampler",
 )  # fmt: skip
+#: The same, where a method of the study is trained; an untrained study does not depend on them.
+TRAINING_IDENTITY = ("train_epochs", "prepare_epochs", "lr", "train_batch")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,11 @@ class SearchConfig:
     max_gmacs: float | None = None
     latency: str = "front"
     latency_batch: int = 1
+    train_epochs: int = 0
+    prepare_epochs: int = 0
+    lr: float = 1e-4
+    train_batch: int = 128
+    profile: str | None = None
     tracking_uri: str | None = None
     space: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +91,7 @@ class SearchConfig:
                 "store",
                 "cache",
                 "tracking_uri",
+                "profile",
             )
             if k in values
         }
@@ -94,8 +104,9 @@ class SearchConfig:
             tracking_uri=config.tracking_uri and _absolute(config.tracking_uri, "sqlite:///"),
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
-            data=os.path.abspath(config.data) if os.path.isdir(config.data) else config.data,
+            data=_placed(config.data),
             weights=os.path.abspath(config.weights) if config.weights else None,
+            profile=os.path.abspath(config.profile) if config.profile else None,
         )._checked()
 
     def _checked(self) -> SearchConfig:
@@ -103,11 +114,11 @@ class SearchConfig:
         if not self.name or not plain or self.name.startswith(".") or len(self.name.encode()) > 200:
             raise UserError(f"job.name is {self.name!r}: accepted is a plain folder name")
         for name in self.methods:
-            if methods.get(name).training == "required":
+            key = needs(name)
+            if key is not None and getattr(self, key) == 0:
                 raise UserError(
-                    f"job.methods names {name}, which needs training: a search measures methods "
-                    "that need none. With trained weights it runs through "
-                    f"methods.prune(model, {name!r}, weights=...)"
+                    f"job.methods names {name}, which needs training, and {key} is 0: give "
+                    f"{key}, as in --{key.replace('_', '-')} 5"
                 )
         if len(set(self.methods)) != len(self.methods):
             raise UserError(f"job.methods is {list(self.methods)}: accepted is each name once")
@@ -141,11 +152,17 @@ class SearchConfig:
 
     @property
     def study_methods(self) -> tuple[str, ...]:
-        """What is searched: as asked, or everything that needs no gradient training. Not dense."""
-        chosen = self.methods or tuple(
-            n for n in methods.names() if methods.get(n).training != "required"
-        )
+        """What is searched: as asked, or everything but what needs training and has no epochs of
+        it. Not dense.
+        """
+        chosen = self.methods or tuple(n for n in methods.names() if n not in self.untrained)
         return tuple(n for n in chosen if n != "dense")
+
+    @property
+    def untrained(self) -> dict[str, str]:
+        """Methods that need training which the job gives no epochs, and the key that would."""
+        keys = {n: needs(n) for n in methods.names()}
+        return {n: key for n, key in keys.items() if key is not None and getattr(self, key) == 0}
 
     def plain(self) -> dict[str, Any]:
         """For YAML and JSON; keys at their default of None left out."""
@@ -167,6 +184,10 @@ _PLAIN: tuple[Parameter, ...] = (
     Float("max_gmacs", low=0.0, high=1e9, default=_UNSET),
     Choice("latency", choices=("front", "off"), default="front"),
     Int("latency_batch", low=1, high=65536, default=1),
+    Int("train_epochs", low=0, high=100_000, default=0),
+    Int("prepare_epochs", low=0, high=100_000, default=0),
+    Float("lr", low=0.0, high=10.0, default=1e-4, open_low=True),
+    Int("train_batch", low=1, high=65536, default=128),
 )
 
 
@@ -175,6 +196,16 @@ def _absolute(address: str, scheme: str) -> str:
     if not address.startswith(scheme):
         return address
     return scheme + os.path.abspath(address.removeprefix(scheme))
+
+
+def _placed(data: str) -> str:
+    """Data whose folder is absolute, be it the data itself or behind a name (`imagenette:DIR`)."""
+    name, _, folder = data.partition(":")
+    if os.path.isdir(data):
+        return os.path.abspath(data)
+    if name in NAMES and folder:
+        return f"{name}:{os.path.abspath(os.path.expanduser(folder))}"
+    return data
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

@@ -185,7 +185,8 @@ class Candidate:
                 f"{known['model_fingerprint']}; {job.model} with {folder.weights.name} is now "
                 f"{fingerprint(dense)} (another timm version?)"
             )
-        shape, _ = recipe.reshape(methods.model_shape(dense), dense)
+        weights = None if recipe.weights is None else folder.artifacts.load(recipe.weights)
+        shape, _ = recipe.reshape(methods.model_shape(dense), dense, weights)
         if recipe.tokens is not None:
             declared = recipe.tokens.declared
             refused = declared.refuses_export(declared.check(recipe.tokens.params, shape), shape)
@@ -204,8 +205,9 @@ class Candidate:
             )
         head = check_head(num_classes(dense), data)
         return cls(
-            recipe.build(dense).eval(), recipe, preprocess, data.split("search"), data.classes, head
-        )
+            recipe.build(dense, weights=weights).eval(), recipe, preprocess, data.split("search"),
+            data.classes, head,
+        )  # fmt: skip
 
 
 def export(
@@ -429,6 +431,11 @@ def _facts(said: dict[str, Any]) -> str:
         f"images), {cost['gmacs']:.4g} GMACs an image, {cost['params_m']:.4g} M parameters; "
         f"measured on {measured.get('device')} in {measured.get('dtype')}."
     )
+    if recovered := measured.get("recovery"):
+        text += (
+            f" Recovered after the search: {recovered['epochs']} epochs of fine-tuning, from "
+            f"{recovered['from_top1']:.2f} %."
+        )
     if measured.get("dtype") != "float32":
         text += " This export is float32: its accuracy may differ a little from that."
     return text

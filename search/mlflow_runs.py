@@ -86,9 +86,17 @@ def ranks_of(results: Iterable[TrialResult], objectives: Sequence[str]) -> dict[
     }
 
 
-def trial_run(result: TrialResult, *, study: str, front: bool, rank: int | None) -> RunSpec:
+def trial_run(
+    result: TrialResult,
+    *,
+    study: str,
+    front: bool,
+    rank: int | None,
+    recovered: TrialResult | None = None,
+    recovered_front: bool = False,
+) -> RunSpec:
     """The run of one trial. Only finished ones have metrics; a failed one ends FAILED with its
-    reason.
+    reason. `recovered`: the same trial after fine-tuning, whose values stand beside its own.
     """
     metrics: dict[str, float] = {}
     if result.state == "finished":
@@ -111,6 +119,13 @@ def trial_run(result: TrialResult, *, study: str, front: bool, rank: int | None)
     }
     if result.reason:
         tags["reason"] = _cut(result.reason, LONGEST_TAG)
+    if weights := (result.resolved or {}).get("weights"):
+        tags["weights"] = weights
+    if recovered is not None:
+        tags["recovered"] = recovered.state
+        tags["recovered_pareto"] = "true" if recovered_front else "false"
+        metrics |= {f"recovered_{k}": recovered.values[k] for k in ("top1", "top5")
+                    if k in recovered.values}  # fmt: skip
     return RunSpec(
         trial=result.trial,
         name=f"{result.trial} {_line(result)}"[:250],
@@ -131,14 +146,22 @@ def _line(result: TrialResult) -> str:
 
 
 def runs_of(
-    results: Sequence[TrialResult], *, study: str, objectives: Sequence[str]
+    results: Sequence[TrialResult],
+    *,
+    study: str,
+    objectives: Sequence[str],
+    recovered: Sequence[TrialResult] = (),
 ) -> list[RunSpec]:
-    """The runs of all trials, by trial number."""
-    ranks = ranks_of(results, objectives)
+    """The runs of all trials, by trial number; `recovered`: those that were fine-tuned since."""
+    ranks, again = ranks_of(results, objectives), ranks_of(recovered, objectives)
+    healed = {r.trial: r for r in recovered}
     return [
-        trial_run(r, study=study, front=ranks.get(r.trial) == 0, rank=ranks.get(r.trial))
+        trial_run(
+            r, study=study, front=ranks.get(r.trial) == 0, rank=ranks.get(r.trial),
+            recovered=healed.get(r.trial), recovered_front=again.get(r.trial) == 0,
+        )
         for r in results
-    ]
+    ]  # fmt: skip
 
 
 def curve_of(results: Iterable[TrialResult], objectives: Sequence[str]) -> list[CurvePoint]:

@@ -126,11 +126,9 @@ class TrialResult:
 
     @property
     def method(self) -> str:
-        """The token method's name, or the structural one's, or "dense"."""
-        for part in ("tokens", "structure"):
-            if self.recipe.get(part):
-                return str(self.recipe[part]["method"])
-        return "dense"
+        """The methods' names, the structural one first: `topk`, `nvit+topk`; or "dense"."""
+        parts = (self.recipe.get(part) for part in ("structure", "tokens"))
+        return "+".join(str(part["method"]) for part in parts if part) or "dense"
 
     @property
     def is_reference(self) -> bool:

@@ -7,7 +7,6 @@ Ray (the caller's: `clusters` starts it) and knows nothing of pictures: hooks ar
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import importlib.metadata
 import logging
@@ -15,7 +14,7 @@ import platform
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,30 @@ import optuna
 import ray
 import torch
 from ray import tune
-from torch import nn
+from torch import Tensor, nn
 
 import methods
-from methods import ModelShape, Recipe
-from search.config import IDENTITY, SearchConfig
-from search.cost import device_name, latency, recipe_macs
+from methods import BadInput, ModelShape, Recipe
+from methods.parameters import Float
+from search.candidates import Training
+from search.config import IDENTITY, TRAINING_IDENTITY, SearchConfig
+from search.cost import device_name, latency, recipe_macs, target_of
 from search.datasets import Data, Preprocess, check_head, open_data
 from search.errors import UserError
+from search.evaluate import DTYPES
+from search.layouts import read_checkpoint
 from search.models import MappedModel, check_trained, fingerprint, load_model, num_classes
 from search.pareto import front_of
+from search.preparations import prepare_shared, snapshots_of
+from search.prepare import needs
+from search.profile import Profile
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.searcher import FrontSearcher, Tally
+from search.shapes import ShapeFinder
+from search.snapshots import targets_of
 from search.space import Space
 from search.store import StudyFolder
+from search.train import Settings
 from search.trial import RecipeTrial, Task, Workplace, run_trial, window_violation
 
 Hook = Callable[[TrialResult | None, Tally], None]
@@ -46,6 +55,8 @@ DecodeProgress = Callable[[int, int], None]
 #: proposals drawn to see whether a budget window can be reached at all
 WINDOW_PROBES = 300
 VERSIONED = ("timm", "ray", "optuna", "vitpareto")
+
+log = logging.getLogger("vitpareto")
 
 
 @dataclass
@@ -61,7 +72,9 @@ class Prepared:
     head_indices: tuple[int, ...] | None
     device: str
     space: Space
-    reshape: Callable[[Recipe], ModelShape]
+    reshape: ShapeFinder
+    left_out: dict[str, str]
+    profile: Profile | None = None
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
@@ -72,13 +85,22 @@ class Prepared:
         """What the study's numbers depend on (`StudyFolder.settle` refuses to mix)."""
         config = self.config.plain()
         kept = {k: config.get(k) for k in IDENTITY if k not in ("weights", "data", "device")}
+        if self.trained:
+            kept |= {k: config.get(k) for k in TRAINING_IDENTITY}
+            kept["train_fingerprint"] = self.data.split("train").fingerprint
+            kept["profile"] = None if self.profile is None else self.profile.digest
         return {
             **kept,
-            "methods": list(self.config.study_methods),
+            "methods": list(self.space.methods),
             "device": torch.device(self.device).type,
             "model_fingerprint": self.model_fingerprint,
             "data_fingerprint": self.data.fingerprint,
         }
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The methods of this study that are trained."""
+        return tuple(m for m in self.space.methods if needs(m) is not None)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -128,13 +150,14 @@ def prepare(
     at before any image is.
     """
     folder = StudyFolder(Path(config.store) / config.name)
-    space = Space.of(config.study_methods, config.space, config.fixed)
+    Space.of(config.study_methods, config.space, config.fixed)  # before a model is loaded
     device = resolve_device(config.device)
     model = load_model(config.model, Path(config.weights) if config.weights else None)
-    shape, reshape = methods.model_shape(model), shape_finder(model)
-    if recipe is not None:
-        reduced = reshape(recipe)
-        check_trained(recipe.checked(reduced), reduced)
+    shape, reshape = methods.model_shape(model), ShapeFinder(model)
+    if recipe is not None and recipe.weights is None:  # with weights, the shape may be in them
+        recipe = recipe.checked(reshape(recipe))
+        if _parts(config, model, recipe) is None:
+            check_trained(recipe, reshape(recipe))
     preprocess = Preprocess.of(model)
     data = open_data(
         config.data,
@@ -145,32 +168,52 @@ def prepare(
         progress=decode,
     )
     head = check_head(num_classes(model), data)
+    chosen, left_out = _with_images(config, data)
+    space = Space.of(chosen, config.space, config.fixed)
     prepared = Prepared(
-        config, folder, model, shape, preprocess, data, head, device, space, reshape
-    )
+        config, folder, model, shape, preprocess, data, head, device, space, reshape,
+        left_out, _profile(config, model, space, device),
+    )  # fmt: skip
     _check_window(prepared)
-    folder.check(prepared.identity)
-    for split in ("search", "calibration"):  # decoded here, and too many corrupt images said here
+    splits = ["search", "calibration", *(["train"] if prepared.trained else [])]
+    for split in splits:  # decoded here, and too many corrupt images said here
         data.split(split)
+    folder.check(prepared.identity)
     folder.create()
     return prepared
 
 
-def shape_finder(model: nn.Module) -> Callable[[Recipe], ModelShape]:
-    """Recipe -> the model's shape after its structural step, computed once a step."""
-    skeleton = copy.deepcopy(model).to("meta")
-    dense = methods.model_shape(skeleton)
-    found: dict[str, ModelShape] = {}
+def _with_images(config: SearchConfig, data: Data) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The methods that can be searched on these images, and why others are left out.
 
-    def shape_of(recipe: Recipe) -> ModelShape:
-        if recipe.structure is None:
-            return dense
-        step = str(recipe.structure.plain())
-        if step not in found:
-            found[step] = recipe.reshape(dense, skeleton)[0]
-        return found[step]
+    UserError where one that is asked for by name has no images to be trained on.
+    """
+    left_out = {n: f"{key} is 0, and training is needed" for n, key in config.untrained.items()}
+    if config.methods:
+        left_out = {}
+    lacking = [n for n in config.study_methods if needs(n) is not None]
+    if "train" in data.sizes or not lacking:
+        return config.study_methods, left_out
+    why = f"{config.data} has no train split: put a train/ folder beside val/"
+    if config.methods:
+        raise UserError(f"job.methods names {lacking[0]}, which needs training, and {why}")
+    left_out |= dict.fromkeys(lacking, f"training is needed, and {why}")
+    return tuple(n for n in config.study_methods if n not in lacking), left_out
 
-    return shape_of
+
+def _profile(config: SearchConfig, model: nn.Module, space: Space, device: str) -> Profile | None:
+    """The latency table that NViT reads; UserError where it is another target's or not read."""
+    if config.profile is None:
+        return None
+    if "nvit" not in space.methods:
+        raise UserError(
+            f"job.profile is {config.profile}, which nvit alone reads, and nvit is not searched: "
+            "add it to methods, with prepare_epochs"
+        )
+    profile = Profile.load(Path(config.profile))
+    like = torch.empty(config.latency_batch, dtype=DTYPES[config.dtype], device=device)
+    profile.check(target_of(like), model)
+    return profile
 
 
 def _check_window(prepared: Prepared) -> None:
@@ -182,8 +225,11 @@ def _check_window(prepared: Prepared) -> None:
     probe = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     costs = []
     for _ in range(WINDOW_PROBES):
-        recipe = prepared.space.suggest(probe.ask(), prepared.shape)
-        low, high = (m / 1e9 for m in recipe_macs(recipe, prepared.reshape(recipe)))
+        try:
+            recipe = prepared.space.suggest(probe.ask(), prepared.reshape)
+            low, high = (m / 1e9 for m in recipe_macs(recipe, prepared.reshape(recipe)))
+        except BadInput:  # a choice that this model does not allow
+            continue
         costs += [low, high]
         outside = max(
             window_violation(low, (None, window[1])), window_violation(high, (window[0], None))
@@ -194,7 +240,8 @@ def _check_window(prepared: Prepared) -> None:
     raise UserError(
         f"no recipe of {', '.join(prepared.space.methods)} costs between "
         f"{_bound(config.min_gmacs)} and {_bound(config.max_gmacs)} GMACs: they cost "
-        f"{min(costs):.4g} to {max(costs):.4g}, the dense model {dense:.4g}"
+        f"{min(costs, default=dense):.4g} to {max(costs, default=dense):.4g}, the dense model "
+        f"{dense:.4g}"
     )
 
 
@@ -229,9 +276,16 @@ class Crew:
 
 
 def search(
-    prepared: Prepared, *, cpus: int, gpus: int, hooks: list[Hook] | None = None
+    prepared: Prepared,
+    *,
+    cpus: int,
+    gpus: int,
+    hooks: list[Hook] | None = None,
+    say: Callable[[str], None] = log.info,
 ) -> tuple[StudyFolder, Tally]:
     """Run (or continue) the study on the Ray that is there, until its trials are measured.
+
+    `say` hears what becomes of the preparations, a line each.
 
     Returns the study and how it ended; results are on disk whatever happens. UserError: another
     driver holds the study, its settings differ, or the store cannot be written.
@@ -248,10 +302,13 @@ def search(
         task = make_task(prepared, epoch, threads=None if crew.gpus else crew.cpus)
         # Ray shows a worker its own GPUs alone, counted from 0
         task = replace(task, device=torch.device(task.device).type)
+        if folder.durable_trials() < config.trials:
+            task = prepare_shared(prepared.trained, task, crew.cpus, crew.gpus, say)
+        if "nvit" in prepared.trained:
+            prepared.reshape.know(snapshots_of(folder))
         searcher = FrontSearcher(
             folder,
             prepared.space,
-            prepared.shape,
             objectives=config.objectives,
             sampler=config.sampler,
             seed=config.seed,
@@ -287,7 +344,49 @@ def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
         window=(config.min_gmacs, config.max_gmacs),
         latency_batch=config.latency_batch if "latency_ms" in config.objectives else None,
         provenance=prepared.provenance,
+        training=_training(prepared),
     )
+
+
+def _training(prepared: Prepared) -> Training | None:
+    """What the study's training needs; None where none of its methods is trained."""
+    config = prepared.config
+    if not prepared.trained:
+        return None
+
+    def settings(epochs: int) -> Settings | None:
+        if not epochs:
+            return None
+        return Settings(epochs=epochs, lr=config.lr, batch=config.train_batch, seed=config.seed)
+
+    return training_of(prepared, settings(config.train_epochs), settings(config.prepare_epochs))
+
+
+def training_of(
+    prepared: Prepared, trial: Settings | None, prepare: Settings | None = None
+) -> Training:
+    """What training with these settings needs. UserError where the data has no train split."""
+    return Training(
+        split=prepared.data.split("train"),
+        calibration=prepared.data.split("calibration"),
+        preprocess=prepared.preprocess,
+        data=prepared.config.data,
+        head_indices=prepared.head_indices,
+        store=prepared.folder.folder.absolute().parent,
+        trial=trial,
+        prepare=prepare,
+        targets=_targets(prepared.space),
+        profile=prepared.profile,
+    )
+
+
+def _targets(space: Space) -> tuple[float, ...]:
+    """What NViT can be asked for in this space."""
+    if "nvit" not in space.methods:
+        return ()
+    held = space.fixed["nvit"].get("cost")
+    (cost,) = (p for p in space.parameters["nvit"] if isinstance(p, Float) and p.name == "cost")
+    return targets_of(cost.low, cost.high) if held is None else targets_of(held, held)
 
 
 def _run_tune(searcher: FrontSearcher, task: Task, crew: Crew) -> None:
@@ -353,12 +452,16 @@ def _time_recipes(
 
 
 def measure(
-    config: SearchConfig, recipe: Recipe, decode: DecodeProgress | None = None
+    config: SearchConfig,
+    recipe: Recipe,
+    decode: DecodeProgress | None = None,
+    trained: Mapping[str, Tensor] | None = None,
 ) -> tuple[TrialResult, TrialResult, Latency]:
     """One recipe and the dense model measured on the search images, in this process; no study.
 
-    Returns (recipe's result, dense's result, latency beside dense). BadInput before any image is
-    read: also for a method that needs training (`check_trained`).
+    trained: the weights that the recipe names. Returns (recipe's result, dense's result, latency
+    beside dense). BadInput before any image is read: also for a method that needs training and has
+    no weights (`check_trained`).
     """
     with contextlib.ExitStack() as stack:
         scratch = Path(
@@ -366,9 +469,35 @@ def measure(
         )
         config = replace(config, store=str(scratch), name="measure")
         prepared = prepare(config, decode, recipe)
+        given = None if trained is None else prepared.folder.artifacts.save(trained)
+        if recipe.weights is None:
+            recipe.checked(prepared.reshape(recipe))
+            recipe = _with_parts(prepared, recipe)
+        elif not prepared.folder.artifacts.has(recipe.weights):
+            raise UserError(
+                f"the recipe names the weights {recipe.weights}"
+                + (f", those given are {given}" if given else "")
+                + ": give the file that holds them as --trained FILE, or the trial as --study NAME "
+                "--trial N"
+            )
         place = Workplace.open(make_task(prepared, epoch="", threads=None))
         dense = run_trial(place, 0, Recipe())
         result = run_trial(place, 1, recipe)
         resolved = Recipe.from_dict(result.resolved)
         timed = latency(place.build(resolved), place.dense, place.images(config.latency_batch))
     return result, dense, timed
+
+
+def _with_parts(prepared: Prepared, recipe: Recipe) -> Recipe:
+    """The recipe with its method's trained parts, where the job's weights file holds them."""
+    weights = _parts(prepared.config, prepared.model, recipe)
+    if weights is None:
+        return recipe
+    return replace(recipe, weights=prepared.folder.artifacts.save(weights))
+
+
+def _parts(config: SearchConfig, model: nn.Module, recipe: Recipe) -> Mapping[str, Tensor] | None:
+    """The complete state dict of the recipe's method, where the job's weights file holds it."""
+    if config.weights is None:
+        return None
+    return read_checkpoint(Path(config.weights)).weights_for(recipe, model)

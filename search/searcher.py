@@ -118,7 +118,6 @@ class FrontSearcher(Searcher):
         self,
         folder: StudyFolder,
         space: Space,
-        shape: ModelShape,
         *,
         objectives: tuple[str, ...],
         sampler: str,
@@ -129,7 +128,7 @@ class FrontSearcher(Searcher):
         hooks: list[Callable[[TrialResult | None, Tally], None]] | None = None,
     ) -> None:
         super().__init__(metric="top1", mode="max")
-        self.folder, self.space, self.shape = folder, space, shape
+        self.folder, self.space = folder, space
         self.objectives = tuple(OBJECTIVES[o] for o in objectives)
         self.window, self.reshape = window, reshape
         self.hooks = hooks or []
@@ -244,12 +243,12 @@ class FrontSearcher(Searcher):
         try:
             recipe = Recipe()
             if not trial.user_attrs.get("reference"):
-                recipe = self.space.suggest(trial, self.shape)
+                recipe = self.space.suggest(trial, self.reshape)
+            shape = self.reshape(recipe)
         except BadInput as error:  # a choice that this model does not allow
             trial.set_user_attr("reason", str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             return None
-        shape = self.reshape(recipe)
         key = recipe.key(shape)
         trial.set_user_attr("recipe", recipe.to_dict())
         trial.set_user_attr("key", key)
@@ -276,6 +275,10 @@ class FrontSearcher(Searcher):
         """Distance of the recipe's possible costs [low, high] to the window; <= 0: they meet."""
         low, high = (m / 1e9 for m in recipe_macs(recipe, shape))
         floor, ceiling = self.window
+        if recipe.structure is not None:
+            # one that costs more than the dense model (ReViT may) is no reduction of it
+            dense = recipe_macs(Recipe(), self.reshape(Recipe()))[0] / 1e9
+            ceiling = dense if ceiling is None else min(ceiling, dense)
         return max(window_violation(low, (None, ceiling)), window_violation(high, (floor, None)))
 
     def _tell_outside(self, trial: optuna.Trial, key: str, violation: float) -> None:

@@ -6,7 +6,7 @@ Images are files, or the first of a data set's search split; models run on the C
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ CALIBRATION_BATCH = 64
 class Asked:
     """A recipe on a model. data: the set that names classes, calibrates and gives images where no
     file is named; None: the embedded one, as far as one is needed. fingerprint: what the model
-    must be, where a study measured it.
+    must be, where a study measured it. trained: the weights that the recipe names.
     """
 
     recipe: Recipe
@@ -45,6 +45,7 @@ class Asked:
     data: str | None = None
     seed: int = 0
     fingerprint: str | None = None
+    trained: Mapping[str, Tensor] | None = None
 
     @classmethod
     def of_trial(cls, folder: StudyFolder, number: int) -> Asked:
@@ -59,7 +60,8 @@ class Asked:
         job = SearchConfig.of({**folder.job(), "store": str(folder.folder.parent)})
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         known = str(folder.identity()["model_fingerprint"])
-        return cls(recipe, job.model, folder.weights, job.data, job.seed, known)
+        trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)
+        return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)
 
 
 def look(
@@ -88,7 +90,7 @@ def look(
             f"the study measured a model with fingerprint {asked.fingerprint}; {asked.model} with "
             f"its weights is now {now} (another timm version?)"
         )
-    shape, _ = asked.recipe.reshape(methods.model_shape(dense), dense)
+    shape, _ = asked.recipe.reshape(methods.model_shape(dense), dense, asked.trained)
     recipe = asked.recipe.checked(shape)
     preprocess = Preprocess.of(dense)
     # the embedded set knows its own model's classes, and nobody else's
@@ -117,7 +119,7 @@ def look(
         truths = [classes[i] if known and classes else None for i in labels.tolist()]
     shown = preprocess.normalise(raw)
     notes: list[str] = []
-    pruned = _build(recipe, dense, data, preprocess, shown, notes)
+    pruned = _build(recipe, dense, data, preprocess, shown, notes, asked.trained)
     return follow(
         dense,
         pruned,
@@ -153,6 +155,7 @@ def _build(
     preprocess: Preprocess,
     shown: Tensor,
     notes: list[str],
+    trained: Mapping[str, Tensor] | None,
 ) -> nn.Module:
     """The pruned model; what it was calibrated on, and parts left untrained, go to `notes`."""
     calibration: Iterator[Tensor] | None = None
@@ -179,7 +182,7 @@ def _build(
             )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Untrained)
-        built = recipe.build(dense, calibration=calibration).eval()
+        built = recipe.build(dense, calibration=calibration, weights=trained).eval()
     for warning in caught:
         if issubclass(warning.category, Untrained):
             notes.append(str(warning.message))

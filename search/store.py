@@ -7,6 +7,10 @@ STORE/NAME/optuna.journal Optuna's storage
 STORE/NAME/trials/*.json  one result a trial, in place before anybody hears of it
 STORE/NAME/by_key/*.json  the same files by candidate, so that nothing is measured twice
 STORE/NAME/latency.json   latencies of the front
+STORE/NAME/weights/*.safetensors   what was trained, by content hash: recipes name them
+STORE/NAME/training/KEY/  trainings in progress, by candidate; gone once its result is there
+STORE/NAME/prepared.json  preparations that the study's trials share
+STORE/NAME/recovered/*.json   the front's recipes after fine-tuning, a result each
 STORE/NAME/lock           held (flock) by the one driver; the kernel frees it if the driver dies
 """
 
@@ -27,6 +31,7 @@ from typing import Any, TextIO
 import yaml
 
 from methods.parameters import nearest
+from search.artifacts import Artifacts
 from search.errors import UserError
 from search.results import Latency, TrialResult
 
@@ -97,6 +102,15 @@ class StudyFolder:
     @property
     def weights(self) -> Path:
         return self.folder / "model.safetensors"
+
+    @property
+    def artifacts(self) -> Artifacts:
+        """Trained weights, by digest."""
+        return Artifacts(self.folder / "weights")
+
+    def training(self, key: str) -> Path:
+        """Where a candidate's training keeps what it needs to resume, by `Recipe.key` as asked."""
+        return self.folder / "training" / key
 
     def create(self) -> None:
         """Make the folder and prove that it can be written; UserError if not."""
@@ -249,6 +263,50 @@ class StudyFolder:
     def start_epoch(self, epoch: str) -> None:
         """Called by a driver that holds the lock: from now on only its workers may write."""
         write_atomic(self.folder / "epoch", epoch)
+
+    # -- what trials share -----------------------------------------------------------------------
+
+    def preparations(self) -> list[dict[str, Any]]:
+        """The preparations made or found before the trials began, as `Preparation.plain` gave."""
+        path = self.folder / "prepared.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def write_preparations(self, preparations: list[dict[str, Any]]) -> None:
+        write_atomic(self.folder / "prepared.json", json.dumps(preparations, indent=1))
+
+    # -- the front, recovered ----------------------------------------------------------------------
+
+    def recovery(self) -> dict[str, Any] | None:
+        """What the study was recovered with; None where it was not."""
+        path = self.folder / "recovered" / "recovery.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def settle_recovery(self, settings: dict[str, Any]) -> None:
+        """Write what a recovery depends on, or refuse to mix two."""
+        folder = self.folder / "recovered"
+        settings = json.loads(json.dumps(settings))
+        before = self.recovery()
+        if before is None or not any(folder.glob("[0-9]*.json")):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / "recovery.json", json.dumps(settings, indent=1))
+        elif before != settings:
+            said = "; ".join(
+                f"{k} was {_brief(before.get(k))}, now {_brief(settings.get(k))}"
+                for k in {**before, **settings}
+                if before.get(k) != settings.get(k)
+            )
+            raise UserError(
+                f"study {self.name} was recovered with other settings, and numbers are not mixed: "
+                f"{said}. Leave them as they were, or remove {folder} to begin anew"
+            )
+
+    def recovered(self) -> list[TrialResult]:
+        """The recovered trials, under their own numbers."""
+        return [_result(path) for path in sorted((self.folder / "recovered").glob("[0-9]*.json"))]
+
+    def write_recovered(self, result: TrialResult) -> None:
+        path = self.folder / "recovered" / f"{result.trial:06d}.json"
+        write_atomic(path, json.dumps(dataclasses.asdict(result)))
 
     # -- latencies of the front ----------------------------------------------------------------
 

@@ -273,7 +273,9 @@ def _reconcile(
     own = ""
     if running or mirror.parent is None:
         own = put(replace(parent, status="RUNNING"))
-    for spec in mlflow_runs.runs_of(results, study=folder.name, objectives=objectives):
+    for spec in mlflow_runs.runs_of(
+        results, study=folder.name, objectives=objectives, recovered=folder.recovered()
+    ):
         put(spec)
     trials: set[int | None] = {None, *(r.trial for r in results)}
     counts["closed"] += mirror.close(keep=trials)

@@ -6,9 +6,12 @@ maps weights and images once and is reused from trial to trial.
 
 from __future__ import annotations
 
+import functools
+import shutil
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from torch import nn
 
 import methods
 from methods import ModelShape, Recipe
+from search.candidates import Made, Trainer, Training
 from search.cost import latency, parameters, peak_mb, schedule_macs
 from search.datasets import Preprocess, Split
 from search.evaluate import DTYPES, batches_of, evaluate
@@ -26,6 +30,8 @@ from search.results import Latency, TrialResult, pack_bits, wilson_interval
 from search.store import StaleWorker, StudyFolder
 
 OUTSIDE = "outside the budget window"
+#: where a trial's own training keeps what it resumes from
+STATE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,7 @@ class Task:
     window: tuple[float | None, float | None]
     latency_batch: int | None
     provenance: dict[str, Any]
+    training: Training | None = None
 
 
 @dataclass
@@ -63,16 +70,47 @@ class Workplace:
         dense = task.model.load(task.device, DTYPES[task.dtype])
         return cls(task, dense, methods.model_shape(dense))
 
-    def build(self, recipe: Recipe) -> nn.Module:
-        """The candidate, calibrated on the calibration split where its method asks for it."""
+    def calibration(self, dtype: torch.dtype | None = None) -> Iterator[torch.Tensor]:
+        """The calibration split's images, normalised, batch after batch; in the study's dtype."""
         batches = batches_of(
             self.task.calibration,
             self.task.preprocess,
             batch=self.task.batch,
             device=self.task.device,
-            dtype=DTYPES[self.task.dtype],
+            dtype=DTYPES[self.task.dtype] if dtype is None else dtype,
         )
-        return recipe.build(self.dense, calibration=(images for images, _ in batches))
+        return (images for images, _ in batches)
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """What makes weights: it works in float32, whatever the study measures in."""
+        task = self.task
+        assert task.training is not None, "nothing is trained where the job gives no epochs"
+        dense = self.dense
+        if task.dtype != "float32":
+            dense = task.model.load(task.device, torch.float32)
+        return Trainer(task.training, dense, task.study.artifacts)
+
+    def make(self, recipe: Recipe) -> Made:
+        """The recipe with its weights named, trained here where it has to be (this may take long,
+        and goes on where a killed trial of the same candidate stopped).
+        """
+        training = self.task.training
+        if training is None or not training.asks(recipe):
+            return Made(recipe, {})
+        study = self.task.study
+        return self.trainer.make(
+            recipe,
+            lambda: self.calibration(torch.float32),
+            lambda key: study.training(key) / STATE,
+        )
+
+    def build(self, recipe: Recipe) -> nn.Module:
+        """The candidate, with the study's weights that it names, calibrated on the calibration
+        split where its method asks for it.
+        """
+        weights = None if recipe.weights is None else self.task.study.artifacts.load(recipe.weights)
+        return recipe.build(self.dense, calibration=self.calibration(), weights=weights)
 
     def images(self, count: int) -> torch.Tensor:
         """A batch of `count` search images (repeated where there are fewer)."""
@@ -95,20 +133,16 @@ def window_violation(gmacs: float, window: tuple[float | None, float | None]) ->
 def run_trial(place: Workplace, trial: int, recipe: Recipe) -> TrialResult:
     """Measure one recipe on all search images. Raises whatever the recipe raises."""
     task, begin = place.task, time.monotonic()
-    model = place.build(recipe)
+    made = place.make(recipe)
+    model = place.build(made.recipe)
     resolved: Recipe = model.recipe  # type: ignore[assignment]
-    shape = methods.model_shape(model)
-    key = resolved.key(shape)
-    counts: tuple[int, ...] | None = shape.dense_counts()
-    if resolved.tokens is not None:
-        counts = resolved.tokens.declared.counts(resolved.tokens.params, shape)
-    values = {"params_m": parameters(model) / 1e6}
-    if counts is not None:
-        values["gmacs"] = schedule_macs(resolved, shape, counts) / 1e9
-        if resolved != Recipe() and window_violation(values["gmacs"], task.window) > 0:
-            return TrialResult(
-                trial, "failed", recipe.to_dict(), key, values, resolved.to_dict(), reason=OUTSIDE
-            )
+    key = resolved.key(methods.model_shape(model))
+    values = costs_of(model)
+    outside = "gmacs" in values and window_violation(values["gmacs"], task.window) > 0
+    if outside and resolved != Recipe():
+        return TrialResult(
+            trial, "failed", recipe.to_dict(), key, values, resolved.to_dict(), reason=OUTSIDE
+        )
     before = task.study.known(key)
     if before is not None:
         # calibration can lead two settings to the same counts: the same candidate, measured once
@@ -116,8 +150,37 @@ def run_trial(place: Workplace, trial: int, recipe: Recipe) -> TrialResult:
             trial, "finished", recipe.to_dict(), key, before.values, resolved.to_dict(),
             before.images, before.bits, before.top1_low, before.top1_high,
             time.monotonic() - begin, f"the same candidate as trial {before.trial}",
-            before.provenance,
+            {**before.provenance, **made.record},
         )  # fmt: skip
+    result = measure_built(place, trial, model, made.record)
+    return replace(result, recipe=recipe.to_dict(), seconds=time.monotonic() - begin)
+
+
+def costs_of(model: nn.Module) -> dict[str, float]:
+    """What is known of a built candidate before it runs: its parameters, and its MACs unless images
+    decide them.
+    """
+    recipe: Recipe = model.recipe  # type: ignore[assignment]
+    shape = methods.model_shape(model)
+    counts: tuple[int, ...] | None = shape.dense_counts()
+    if recipe.tokens is not None:
+        counts = recipe.tokens.declared.counts(recipe.tokens.params, shape)
+    values = {"params_m": parameters(model) / 1e6}
+    if counts is not None:
+        values["gmacs"] = schedule_macs(recipe, shape, counts) / 1e9
+    return values
+
+
+def measure_built(
+    place: Workplace, trial: int, model: nn.Module, record: dict[str, Any]
+) -> TrialResult:
+    """A built candidate measured on all search images; its recipe as asked for is the resolved one.
+
+    record: how it came by its weights, for the result's provenance.
+    """
+    task, begin = place.task, time.monotonic()
+    resolved: Recipe = model.recipe  # type: ignore[assignment]
+    values = costs_of(model)
     seen = evaluate(
         model,
         task.search,
@@ -139,8 +202,9 @@ def run_trial(place: Workplace, trial: int, recipe: Recipe) -> TrialResult:
         values["images_per_s"] = 1e3 * task.latency_batch / values["latency_ms"]
     low, high = wilson_interval(int(seen.top1.sum()), len(seen.top1))
     return TrialResult(
-        trial, "finished", recipe.to_dict(), key, values, resolved.to_dict(), len(seen.top1),
-        pack_bits(seen.top1), low, high, time.monotonic() - begin, "", task.provenance,
+        trial, "finished", resolved.to_dict(), resolved.key(methods.model_shape(model)), values,
+        resolved.to_dict(), len(seen.top1), pack_bits(seen.top1), low, high,
+        time.monotonic() - begin, "", {**task.provenance, **record},
         None if timed is None else asdict(timed),
     )  # fmt: skip
 
@@ -187,6 +251,8 @@ class RecipeTrial(tune.Trainable):
             )
         if result.reason != OUTSIDE:
             study.write(result, self.place.task.epoch)
+        # its result is durable: nothing has to go on from where its training stood
+        shutil.rmtree(study.training(str(self.asked["key"])), ignore_errors=True)
         return {
             "done": True,
             "trial_number": trial,

@@ -104,6 +104,78 @@ def test_sync_export_and_verify(say, store: Path, tmp_path: Path, cache: Path) -
     assert said.code == 2 and "labels.json has sha256" in said.err and "Traceback" not in said.err
 
 
+def test_recover_gives_a_second_front(say, store: Path, cache: Path, tmp_path: Path) -> None:
+    def rows() -> list[dict]:
+        said = say("front", "s", "--json", "--store", store)
+        return [json.loads(line) for line in said.out.splitlines()]
+
+    first = rows()
+    assert not any(r["recovered"] for r in first)
+    where = ("--store", store, "--cache", cache)
+    said = say("export", "s", "--recovered", "--knee", "--out", tmp_path / "b", "--store", store)
+    assert said.code == 2 and "has no recovered trial: vitpareto recover s makes them" in said.err
+    number = first[0]["trial"]
+    said = say("recover", "s", "--epochs", 1, "--trial", number, "--lr", 1e-5, *where)
+    assert said.code == 0, said.err
+    assert "1 trials to recover" in said.err and f"trial {number} (" in said.err
+    assert "front of s: digits" in said.out and "recovered front of s: digits" in said.out
+    assert "epochs 1, soft distillation" in said.out
+    both = rows()
+    assert both[: len(first)] == first, "the front is as it was"
+    (after,) = both[len(first) :]
+    assert after["recovered"] and after["trial"] == number
+    assert after["top1_before"] == first[0]["top1"]
+    assert "recovered front" in (store / "s" / "front.svg").read_text()
+    said = say("sync", "s", "--store", store)
+    assert said.out == "0 runs created, 0 updated, 0 closed, 0 removed, 9 unchanged\n"
+    said = say("recover", "s", "--epochs", 1, "--trial", number, *where)
+    assert said.code == 0 and "0 trials to recover" in said.err
+    said = say("recover", "s", "--epochs", 2, *where)
+    assert said.code == 2 and "epochs was 1, now 2" in said.err
+
+
+def test_a_profile_is_for_its_target(say, store: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    options = ("--batch", 2, "--points", 2, "--rounds", 1, "--out", out)
+    said = say("profile", *options)
+    assert said.code == 0 and said.out == f"{out}\n"
+    assert "latencies of digits on device cpu, runtime eager, dtype float32, batch 2" in said.err
+    search = ("search", "--store", store, "--cache", cache, "--name", "p", "--profile", out)
+    said = say(*search, "--methods", "nvit", "--prepare-epochs", 1)
+    assert said.code == 2 and "measured with batch 2 and not 1" in said.err
+    said = say(*search, "--methods", "topk", "--latency-batch", 2)
+    assert said.code == 2 and "nvit alone reads" in said.err
+    for option, value, expected in (
+        ("--model", "digitz", "did you mean 'digits'"), ("--dtype", "float23", "'float32'"),
+        ("--points", 1, "2 points or more"), ("--batch", 0, "--batch is 0"),
+    ):  # fmt: skip
+        said = say("profile", "--out", out, option, value)
+        assert said.code == 2 and expected in said.err and "Traceback" not in said.err
+
+
+def test_measure_takes_a_studys_trial_or_trained_weights(
+    say, store: Path, cache: Path, tmp_path: Path
+) -> None:
+    place = ("--images", 20, "--cache", cache)
+    row = json.loads(say("front", "s", "--json", "--store", store).out.splitlines()[0])
+    said = say(
+        "measure", "--study", "s", "--trial", row["trial"], "--json", *place, "--store", store
+    )
+    assert said.code == 0 and json.loads(said.out)["gmacs"] == pytest.approx(row["gmacs"], rel=1e-4)
+    (weights,) = (store / "s" / "weights").iterdir()  # those of the recovered trial
+    (tmp_path / "r.yaml").write_text(f"weights: {weights.stem}\n")
+    recipe = ("measure", "--recipe", tmp_path / "r.yaml", *place)
+    said = say(*recipe)
+    assert said.code == 2 and f"names the weights {weights.stem}: give the file" in said.err
+    assert say(*recipe, "--trained", weights).code == 0
+    (tmp_path / "r.yaml").write_text("weights: 0123456789abcdef\n")
+    said = say(*recipe, "--trained", weights)
+    assert said.code == 2 and f"those given are {weights.stem}" in said.err
+    for arguments in (("--study", "s"), ("--trial", 1), recipe[1:3] + ("--study", "s")):
+        said = say("measure", *arguments, "--store", store)
+        assert said.code == 2 and "Give --recipe FILE, or --study NAME with --trial N" in said.err
+
+
 def test_ui_serves_the_study_until_it_is_ended(store: Path) -> None:
     command = [sys.executable, "-m", "vitpareto", "ui", "s", "--store", str(store)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
@@ -275,6 +347,9 @@ BAD = {
     "unknown model": (("--model", "diet_small_patch16_224"), "did you mean 'deit_small"),
     "unsupported model": (("--model", "resnet18"), "ResNet cannot be pruned"),
     "unknown method": (("--methods", "topk,tomee"), "did you mean 'tome'"),
+    "no epochs": (("--methods", "tnt"), "prepare_epochs is 0: give prepare_epochs"),
+    "no profile": (("--methods", "nvit", "--prepare-epochs", "1", "--profile", "/nowhere.json"),
+                   "latency table /nowhere.json cannot be read"),
     "unknown objective": (("--objectives", "top1,gmac"), "did you mean 'gmacs'"),
     "unknown sampler": (("--sampler", "tpee"), "did you mean 'tpe'"),
     "unknown key": (("--set", "trails=3"), "did you mean 'trials'"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,44 @@ def test_controls_are_hollow_and_grey_and_have_a_front_of_their_own():
     texts = legend(figure)
     assert texts.index("Methods") < texts.index("tome") < texts.index("Controls, to be beaten")
     assert texts[-2:] == ["random", "resize"]
+
+
+def test_recovered_trials_have_a_front_of_their_own_and_a_line_from_where_they_were():
+    results = study(60)
+    members = front_of(results, objectives_named(("top1", "gmacs")))
+    healed = [
+        trial(r.trial, "tome", r.values["top1"] + 1.5, r.values["gmacs"]) for r in members[:4]
+    ]
+    # one that the others dominate is a mark all the same
+    healed.append(trial(members[4].trial, "tome", 60.0, members[4].values["gmacs"]))
+    figure = draw(results, recovered=healed)
+    (line,) = marks(figure, "recovered front")
+    x, y = line.get_xdata(), line.get_ydata()
+    assert list(x) == [r.values["gmacs"] for r in healed[:4]]
+    assert list(y) == [r.values["top1"] for r in healed[:4]]
+    assert len(marks(figure, "recovered:")) == 5
+    for before, after in zip(members[:5], healed, strict=True):
+        (way,) = marks(figure, f"recovery:{after.trial}")
+        assert list(way.get_ydata()) == [before.values["top1"], after.values["top1"]]
+    assert "recovered front (4 trials)" in legend(figure)
+    assert caption(figure).endswith("5 trials fine-tuned afterwards.")
+    low, high = figure.axes[0].get_ylim()
+    assert low < 60 and high > max(y), "nothing is cut off"
+    assert_tidy(figure)
+    assert not marks(draw(results), "recover")
+
+
+def test_a_recipe_of_two_parts_is_a_control_where_both_are():
+    results = [trial(0, "dense", 80.0, 4.6)]
+    for number, (below, tokens) in enumerate(
+        [("resize", "random"), ("resize", "topk"), ("nvit", "random"), ("nvit", "topk")], 1
+    ):
+        one = trial(number, tokens, 80.0 - number, 4.6 - 0.5 * number)
+        results.append(replace(one, recipe={"structure": {"method": below}, **one.recipe}))
+    shown = legend(draw(results))
+    methods, controls = shown.index("Methods"), shown.index("Controls, to be beaten")
+    assert set(shown[methods + 1 : controls]) == {"resize+topk", "nvit+random", "nvit+topk"}
+    assert shown[controls + 1 :] == ["resize+random"]
 
 
 def test_the_caller_says_which_methods_are_controls():

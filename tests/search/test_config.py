@@ -12,7 +12,7 @@ import yaml
 
 import methods
 from methods import BadInput
-from search.config import IDENTITY, SearchConfig, read_job
+from search.config import IDENTITY, TRAINING_IDENTITY, SearchConfig, read_job
 from search.errors import UserError
 
 GOOD: dict[str, Any] = {
@@ -23,6 +23,7 @@ GOOD: dict[str, Any] = {
     "device": "cuda:1", "dtype": "bfloat16", "batch": 32, "gpus_per_trial": 0.25, "images": 500,
     "min_gmacs": 1.5, "max_gmacs": 4, "latency": "off", "latency_batch": 8,
     "space": {"rajni.gamma": [0.005, 0.1]}, "fixed": {"tome.inflection": 0},
+    "train_epochs": 3, "prepare_epochs": 2, "lr": 0.001, "train_batch": 64, "profile": "/p.json",
     "store": "/studies", "cache": "/cache",
 }  # fmt: skip
 
@@ -43,7 +44,10 @@ def refused(given: dict[str, Any]) -> str:
         ({"methods": ["tomee"]}, "unknown method 'tomee': did you mean 'tome'?"),
         ({"methods": "rajni,topkk"}, "unknown method 'topkk': did you mean 'topk'?"),
         ({"methods": ["tome", "tnt"]}, "job.methods names tnt, which needs training"),
-        ({"methods": "dynamicvit"}, "runs through methods.prune(model, 'dynamicvit', weights=...)"),
+        ({"methods": "tnt"}, "prepare_epochs is 0: give prepare_epochs, as in --prepare-epochs 5"),
+        ({"methods": "nvit", "train_epochs": 3}, "names nvit, which needs training, and prepare_"),
+        ({"methods": "dynamicvit"}, "train_epochs is 0: give train_epochs, as in --train-epochs 5"),
+        ({"methods": "revit", "prepare_epochs": 3}, "names revit, which needs training, and train"),
         ({"methods": ["tome", "tome"]}, "job.methods is ['tome', 'tome']: accepted is each"),
         ({"methods": 3}, "job.methods is 3: accepted is a list of names"),
         ({"methods": ["tome", 3]}, "job.methods is ['tome', 3]: accepted is a list of names"),
@@ -66,6 +70,11 @@ def refused(given: dict[str, Any]) -> str:
         ({"batch": 0}, "job.batch is 0"),
         ({"images": 0}, "job.images is 0"),
         ({"latency_batch": 0}, "job.latency_batch is 0"),
+        ({"train_epochs": -1}, "job.train_epochs is -1"),
+        ({"prepare_epochs": 1.5}, "job.prepare_epochs is 1.5"),
+        ({"train_batch": 0}, "job.train_batch is 0"),
+        ({"lr": 0}, "job.lr is 0: accepted is a number, 0 < lr"),
+        ({"profile": 3}, "job.profile is 3: accepted is text"),
         ({"gpus_per_trial": 0}, "job.gpus_per_trial is 0: accepted is a number, 0 < "),
         ({"gpus_per_trial": 1.5}, "a fraction of one GPU, or whole GPUs"),
         ({"min_gmacs": -1}, "job.min_gmacs is -1"),
@@ -99,7 +108,7 @@ def test_a_full_job_is_taken_as_it_is() -> None:
         got = getattr(config, key)
         assert (list(got) if isinstance(got, tuple) else got) == value, key
     assert isinstance(config.max_gmacs, float)
-    assert set(IDENTITY) <= set(GOOD)
+    assert {*IDENTITY, *TRAINING_IDENTITY} <= set(GOOD)
 
 
 @pytest.mark.parametrize("given", [GOOD, {}, {"methods": "topk, tome", "max_gmacs": 3}])
@@ -129,6 +138,19 @@ def test_what_is_searched_by_default_needs_no_training() -> None:
     assert {"random", "centre", "resize", "topk", "rajni", "tome"} <= set(searched)
     assert all(methods.get(n).training != "required" for n in searched)
     assert SearchConfig.of({"methods": "dense,tome"}).study_methods == ("tome",)
+
+
+def test_epochs_bring_in_the_methods_that_they_train() -> None:
+    """TNT and NViT are prepared once; what else needs training has it in its trials."""
+    free = set(SearchConfig.of({}).study_methods)
+    both = SearchConfig.of({"train_epochs": 1, "prepare_epochs": 1})
+    assert set(both.study_methods) == set(methods.names()) - {"dense"} and not both.untrained
+    prepared = SearchConfig.of({"prepare_epochs": 1})
+    assert set(prepared.study_methods) - free == {"nvit", "tnt"}
+    assert prepared.untrained == {
+        n: "train_epochs" for n in methods.names() if n not in {*prepared.study_methods, "dense"}
+    }
+    assert SearchConfig.of({"methods": "tnt", "prepare_epochs": 1}).study_methods == ("tnt",)
 
 
 # --- job file, --set, options
@@ -257,3 +279,5 @@ def test_places_are_kept_whole_so_that_a_study_continues_from_any_folder(
     config = SearchConfig.of({"data": "val", "weights": "w.pth"})
     assert config.data == str(tmp_path / "val") and config.weights == str(tmp_path / "w.pth")
     assert SearchConfig.of({"data": "cifar10"}).data == "cifar10"
+    named = SearchConfig.of({"data": "imagenette:sets"}).data
+    assert named == f"imagenette:{tmp_path / 'sets'}"

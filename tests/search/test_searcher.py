@@ -17,8 +17,8 @@ from methods import ModelShape, Recipe
 from search.cost import recipe_macs
 from search.pareto import front_of
 from search.results import OBJECTIVES, TrialResult, pack_bits
-from search.run import shape_finder
 from search.searcher import FrontSearcher, Tally, open_storage, running_trials
+from search.shapes import ShapeFinder
 from search.space import Space
 from search.store import StudyFolder
 
@@ -40,7 +40,7 @@ class Bench:
         self.folder = StudyFolder(tmp / "study")
         self.folder.create()
         self.shape: ModelShape = methods.model_shape(model)
-        self.reshape = shape_finder(model)
+        self.reshape = ShapeFinder(model)
         self.measured: list[int] = []
 
     def searcher(self, trials: int = 20, **changed) -> FrontSearcher:
@@ -57,7 +57,7 @@ class Bench:
             **changed,
         }
         space = Space.of(given.pop("names"), given.pop("space"), given.pop("fixed"))
-        return FrontSearcher(self.folder, space, self.shape, reshape=self.reshape, **given)
+        return FrontSearcher(self.folder, space, reshape=self.reshape, **given)
 
     def result(self, config: dict, state: str = "finished") -> TrialResult:
         recipe = Recipe.from_dict(config["recipe"])
@@ -175,6 +175,28 @@ def test_outside_the_window_is_told_as_a_violation_and_reaches_no_worker(bench: 
         gmacs = recipe_macs(recipe, bench.reshape(recipe))[0] / 1e9
         violation = max(window[0] - gmacs, gmacs - window[1])
         assert sum(trial.constraints.values()) == pytest.approx(violation)
+
+
+def test_a_structure_that_costs_more_than_the_dense_model_reaches_no_worker(bench: Bench) -> None:
+    """ReViT's first and last blocks have 10 heads, however few the model has."""
+    searcher = bench.searcher(trials=12, names=("revit", "topk"))
+    dense = recipe_macs(Recipe(), bench.shape)[0]
+    seen = [Recipe.from_dict(c["recipe"]) for c in bench.finish(searcher)]
+    assert all(recipe_macs(r, bench.reshape(r))[0] <= dense for r in seen)
+    above = [
+        t for t in searcher.study.get_trials(deepcopy=False)
+        if t.params.get("method") == "revit" and t.state == TrialState.PRUNED
+    ]  # fmt: skip
+    assert above and searcher.tally.outside >= len(above)
+
+
+def test_a_target_that_the_model_does_not_allow_is_one_failed_proposal(bench: Bench) -> None:
+    """A model of 32 channels cannot be cut to a fifth."""
+    searcher = bench.searcher(trials=6, names=("nvit",))
+    seen = bench.finish(searcher)
+    assert len(seen) == searcher.tally.finished == 6
+    failed = searcher.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    assert failed and all("cannot reach a target of 0.2" in t.user_attrs["reason"] for t in failed)
 
 
 def test_a_calibrated_recipe_is_asked_for_when_its_bounds_meet_the_window(bench: Bench) -> None:

@@ -18,6 +18,7 @@ import methods
 from methods import BadInput, ModelShape, Recipe
 from methods.parameters import Choice, Float, Int
 from search.cost import recipe_macs, recipe_of, schedule_macs
+from search.shapes import ShapeFinder
 from search.space import Space, resolve
 
 METHODS = tuple(
@@ -54,13 +55,18 @@ def shape(kind: str, structure: str = "") -> ModelShape:
     return Recipe.from_yaml(structure).reshape(whole, model(kind))[0]
 
 
-def draws(space: Space, on: ModelShape, count: int) -> list[tuple[optuna.Trial, Recipe]]:
+@cache
+def finder(kind: str) -> ShapeFinder:
+    return ShapeFinder(model(kind))
+
+
+def draws(space: Space, on: ShapeFinder, count: int) -> list[tuple[optuna.Trial, Recipe]]:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
     trials = [study.ask() for _ in range(count)]
     return [(trial, space.suggest(trial, on)) for trial in trials]
 
 
-def asked(params: dict[str, Any], on: ModelShape) -> tuple[dict[str, Any], Recipe]:
+def asked(params: dict[str, Any], on: ShapeFinder) -> tuple[dict[str, Any], Recipe]:
     """What the whole space makes of given Optuna parameters: those it asked for, and the recipe."""
     trial = optuna.trial.FixedTrial(params)
     return trial.params, Space.of(METHODS, {}, {}).suggest(trial, on)  # type: ignore[arg-type]
@@ -72,7 +78,7 @@ def test_every_draw_is_a_recipe_that_costs_no_more_than_dense(name: str, kind: s
     declared, on = methods.get(name), shape(kind)
     dense = recipe_macs(Recipe(), on)[0]
     keys = set()
-    for trial, recipe in draws(Space.of((name,), {}, {}), on, 200):
+    for trial, recipe in draws(Space.of((name,), {}, {}), finder(kind), 200):
         own = {f"{name}.{p.name}" for p in declared.space}
         assert {"method"} < set(trial.params) <= own | {"method"}
         assert Recipe.from_dict(recipe.to_dict()).checked(on) == recipe.checked(on)
@@ -95,7 +101,7 @@ def test_every_draw_is_a_recipe_that_costs_no_more_than_dense(name: str, kind: s
 @pytest.mark.parametrize("name", METHODS)
 def test_draws_reach_the_whole_space(name: str) -> None:
     seen: dict[str, list[Any]] = {}
-    for trial, _ in draws(Space.of((name,), {}, {}), shape("12x64"), 200):
+    for trial, _ in draws(Space.of((name,), {}, {}), finder("12x64"), 200):
         for key, value in trial.params.items():
             seen.setdefault(key, []).append(value)
     for p in methods.get(name).space:
@@ -113,7 +119,7 @@ def test_draws_reach_the_whole_space(name: str) -> None:
 @pytest.mark.parametrize("name", STAGED)
 def test_spacing_is_asked_only_where_there_are_several_stages(name: str) -> None:
     stages = set()
-    for trial, recipe in draws(Space.of((name,), {}, {}), shape("12x196"), 60):
+    for trial, recipe in draws(Space.of((name,), {}, {}), finder("12x196"), 60):
         stages.add(trial.params[f"{name}.stages"])
         single = trial.params[f"{name}.stages"] == 1
         assert (f"{name}.spacing" in trial.params) == (not single)
@@ -124,7 +130,7 @@ def test_spacing_is_asked_only_where_there_are_several_stages(name: str) -> None
 
 
 def test_all_methods_are_proposed() -> None:
-    made = draws(Space.of(METHODS, {}, {}), shape("12x64"), 200)
+    made = draws(Space.of(METHODS, {}, {}), finder("12x64"), 200)
     assert {t.params["method"] for t, _ in made} == set(METHODS)
     assert all(recipe.method == t.params["method"] for t, recipe in made)
 
@@ -132,7 +138,7 @@ def test_all_methods_are_proposed() -> None:
 # --- presets
 
 
-def presets(space: Space, on: ModelShape) -> dict[str, Recipe]:
+def presets(space: Space, on: ShapeFinder) -> dict[str, Recipe]:
     out = {}
     for label, params in space.preset_params():
         trial = optuna.trial.FixedTrial(params)
@@ -145,12 +151,12 @@ def test_every_preset_lies_inside_its_own_space() -> None:
     wanted = [f"{n} {p.name}" for n in METHODS for p in methods.get(n).presets]
     assert [label for label, _ in Space.of(METHODS, {}, {}).preset_params()] == wanted
     for kind in SHAPES:
-        assert len(presets(Space.of(METHODS, {}, {}), shape(kind))) == len(wanted)
+        assert len(presets(Space.of(METHODS, {}, {}), finder(kind))) == len(wanted)
 
 
 def test_presets_on_the_published_size_are_the_published_settings() -> None:
     on = shape("12x196")
-    found = presets(Space.of(METHODS, {}, {}), on)
+    found = presets(Space.of(METHODS, {}, {}), finder("12x196"))
     for name in STAGED:
         for label, rate in (("75%", 0.75), ("50%", 0.5)):
             expected = Recipe.of(name, keep_rate=rate, prune_layers=(3, 6, 9))
@@ -165,7 +171,7 @@ def test_presets_on_the_published_size_are_the_published_settings() -> None:
 
 
 def test_presets_scale_with_depth_and_patches() -> None:
-    found = presets(Space.of(("topk", "tome"), {}, {}), shape("24x576"))
+    found = presets(Space.of(("topk", "tome"), {}, {}), finder("24x576"))
     topk, tome = found["topk 75%"].tokens, found["tome r=13"].tokens
     assert topk is not None and topk.params["prune_layers"] == (6, 12, 18)
     assert tome is not None and tome.params["r"] == round(13 / 196 * 576)
@@ -185,7 +191,7 @@ def test_presets_that_were_narrowed_away_are_left_out(
     space: dict[str, Any], fixed: dict[str, Any], left: list[str]
 ) -> None:
     made = Space.of(("topk", "tome"), space, fixed)
-    assert list(presets(made, shape("12x196"))) == left
+    assert list(presets(made, finder("12x196"))) == left
     for _, params in made.preset_params():
         assert not set(fixed) & set(params), "a fixed parameter is never asked for"
 
@@ -201,7 +207,7 @@ def test_draws_stay_inside_what_the_job_narrowed_and_fixed() -> None:
         {"tome.inflection": 0, "topk.spacing": 0.25},
     )  # fmt: skip
     seen = set()
-    for trial, recipe in draws(space, shape("12x196"), 150):
+    for trial, recipe in draws(space, finder("12x196"), 150):
         assert not {"tome.inflection", "topk.spacing"} & set(trial.params)
         assert recipe.tokens is not None
         params = recipe.tokens.params
@@ -221,7 +227,7 @@ def test_draws_stay_inside_what_the_job_narrowed_and_fixed() -> None:
 def test_a_fixed_value_waits_for_its_condition_too() -> None:
     """One stage has no spacing, also where the job fixes one."""
     space = Space.of(("topk",), {}, {"topk.spacing": 0.25, "topk.stages": 1})
-    for _, recipe in draws(space, shape("12x196"), 20):
+    for _, recipe in draws(space, finder("12x196"), 20):
         assert recipe.tokens is not None and len(recipe.tokens.params["prune_layers"]) == 1
 
 
@@ -254,6 +260,11 @@ def test_one_choice_needs_no_list() -> None:
         (("topk",), {}, {"topk.keep_rate": 1.0}, "fixed: topk.keep_rate is 1.0"),
         (("topk",), {}, {"topk.stages": "3"}, "fixed: topk.stages is '3'"),
         (("topk",), {"topk.stages": [1, 2]}, {"topk.stages": 3}, "fixed: topk.stages is 3"),
+        (("topk",), {}, {"structure": "resize"}, "fixed: structure is 'resize'; known: none"),
+        (("topk", "resize"), {"structure": ["rezise"]}, {}, "'rezise': did you mean 'resize'?"),
+        (("topk", "resize"), {"structure": []}, {}, "space: structure is []: accepted are none, "
+         "resize"),
+        (("topk", "resize"), {}, {"structure": ["none"]}, "fixed: structure is ['none']"),
     ],
 )  # fmt: skip
 def test_bad_spaces_are_named(
@@ -261,6 +272,60 @@ def test_bad_spaces_are_named(
 ) -> None:
     with pytest.raises(BadInput, match=re.escape(said)):
         Space.of(names, space, fixed)
+
+
+# --- a structure beneath
+
+
+def test_token_methods_are_proposed_with_and_without_a_structure_beneath() -> None:
+    space, on = Space.of(("topk", "resize"), {}, {}), finder("12x196")
+    assert space.structures == ("none", "resize")
+    below: dict[str, list[Recipe]] = {"none": [], "resize": []}
+    for trial, recipe in draws(space, on, 60):
+        if trial.params["method"] == "resize":
+            assert recipe.tokens is None and "structure" not in trial.params
+            continue
+        below[trial.params["structure"]].append(recipe)
+        assert ("resize.scale" in trial.params) == (recipe.structure is not None)
+        # relative choices are of the grid that the structure leaves
+        counts = recipe.tokens.declared.counts(recipe.tokens.params, on(recipe))  # type: ignore
+        assert counts is not None and counts[0] <= on(recipe).patches
+    assert min(map(len, below.values())) > 5
+    sizes = {on(r).patches for r in below["resize"]}
+    assert len(sizes) > 2 and max(sizes) < 196
+
+
+def test_with_one_structure_a_study_asks_what_it_always_asked() -> None:
+    for trial, recipe in draws(Space.of(("topk", "tome"), {}, {}), finder("12x64"), 20):
+        assert "structure" not in trial.params and recipe.structure is None
+
+
+def test_a_preset_is_of_the_whole_model() -> None:
+    found = presets(Space.of(("topk", "resize"), {}, {}), finder("12x196"))
+    assert list(found) == ["topk 75%", "topk 50%", "resize 86% side", "resize 71% side"]
+    assert all(r.tokens is None or r.structure is None for r in found.values())
+    beneath_all = Space.of(("topk", "resize"), {}, {"structure": "resize"})
+    assert list(presets(beneath_all, finder("12x196"))) == ["resize 86% side", "resize 71% side"]
+
+
+def test_a_job_narrows_what_lies_beneath() -> None:
+    for space, fixed, left in (
+        ({}, {"structure": "none"}, ("none",)),
+        ({}, {"structure": "resize"}, ("resize",)),
+        ({"structure": ["resize", "none"]}, {}, ("none", "resize")),
+        ({"structure": "none"}, {}, ("none",)),
+    ):
+        made = Space.of(("topk", "resize"), space, fixed)
+        assert made.structures == left
+        for trial, recipe in draws(made, finder("12x64"), 15):
+            assert ("structure" in trial.params) == (recipe.method == "topk" and len(left) > 1)
+            if recipe.method == "topk" and left == ("resize",):
+                assert recipe.structure is not None
+
+
+def test_what_trains_every_candidate_by_itself_lies_beneath_none() -> None:
+    names = ("topk", "nvit", "revit", "patchmerger")
+    assert Space.of(names, {}, {}).structures == ("none", "nvit")
 
 
 # --- resolving
@@ -271,8 +336,9 @@ def test_relative_choices_become_absolute_settings() -> None:
     assert resolve("topk", choices, shape("12x64")).tokens == (
         Recipe.of("topk", keep_rate=0.7, prune_layers=(3, 6)).checked(shape("12x64")).tokens
     )
-    params = {"method": "topk", **{f"topk.{k}": v for k, v in choices.items()}}
-    used, recipe = asked(params, shape("12x64"))
+    params = {"method": "topk", "structure": "none"}
+    params |= {f"topk.{k}": v for k, v in choices.items()}
+    used, recipe = asked(params, finder("12x64"))
     assert used == params
     assert recipe == resolve("topk", choices, shape("12x64"))
     small = resolve("resize", {"scale": 0.5}, shape("24x576"))
@@ -280,10 +346,11 @@ def test_relative_choices_become_absolute_settings() -> None:
 
 
 def test_a_drawn_recipe_runs_and_leaves_the_counts_it_declares() -> None:
-    on = methods.model_shape(vit())
+    shape_of = ShapeFinder(vit())
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     ran = set()
-    for _, recipe in draws(Space.of(METHODS, {}, {}), on, 14):
+    for _, recipe in draws(Space.of(METHODS, {}, {}), shape_of, 14):
+        on = shape_of(recipe)
         built = recipe.build(vit(), calibration=images)
         with torch.inference_mode():
             logits, trace = built(images, trace=True)

@@ -311,7 +311,7 @@ def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None
         ({}, "dense"),
         (TOME, "tome"),
         ({"structure": {"method": "resize", "size": 160}}, "resize"),
-        ({"structure": {"method": "resize", "size": 160}, **TOME}, "tome"),
+        ({"structure": {"method": "resize", "size": 160}, **TOME}, "resize+tome"),
         ({"tokens": None}, "dense"),
     ],
 )

@@ -176,7 +176,7 @@ def test_runs_say_what_the_study_says(study: Study, said: list[str]) -> None:
     there = check(study)
     assert said == []
     assert there[1].data.params == {
-        "method": "topk", "keep_rate": "0.5", "prune_layers": "[3, 6, 9]",
+        "method": "resize+topk", "keep_rate": "0.5", "prune_layers": "[3, 6, 9]",
         "structure.method": "resize", "structure.size": "32",
     }  # fmt: skip
     assert yaml.safe_load(there[1].data.tags["recipe"]) == study.folder.result(1).recipe

@@ -1,0 +1,107 @@
+"""Trained weights on disk, named by what they are: one safetensors file a digest.
+
+A file is a complete state dict of a built candidate, under `methods.recipe.weights_digest` of it.
+It is written beside its place and renamed, so that it is whole or not there; writing the same
+weights again changes nothing. What may be deleted, and when, is not decided here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from methods.recipe import weights_digest
+from search.errors import UserError
+
+SUFFIX = ".safetensors"
+
+
+def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by themselves: on the CPU, contiguous, sharing no memory with each other."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in seen:  # safetensors refuses tied tensors
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        out[name] = tensor
+    return out
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    """The weights in one folder. Frozen and small: workers carry it."""
+
+    folder: Path
+
+    def path(self, digest: str) -> Path:
+        return self.folder / f"{digest}{SUFFIX}"
+
+    def has(self, digest: str) -> bool:
+        return self.path(digest).is_file()
+
+    def save(self, state: Mapping[str, Tensor]) -> str:
+        """Make a state dict durable; its digest. One that is there already is left as it is."""
+        whole = plain_state(state)
+        digest = weights_digest(whole)
+        if not self.has(digest):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            data = safetensors.torch.save(whole)
+            with self._place(digest) as partial, open(partial, "xb") as handle:
+                # not save_file: its files are for their owner alone, and a study is read by others
+                handle.write(data)
+                handle.flush()
+                os.fsync(handle.fileno())
+        return digest
+
+    def adopt(self, digest: str, other: Artifacts) -> None:
+        """The same weights as in another folder: one file of two names where that is possible."""
+        if self.has(digest):
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._place(digest) as partial:
+            try:
+                os.link(other.path(digest), partial)
+            except FileNotFoundError:
+                raise other._missing(digest) from None
+            except OSError:  # another disk, or a file system without hard links
+                shutil.copyfile(other.path(digest), partial)
+
+    @contextlib.contextmanager
+    def _place(self, digest: str) -> Iterator[Path]:
+        """A name to write under; what lies there when the block ends is the file."""
+        partial = self.folder / f".{digest}.{uuid.uuid4().hex}"
+        try:
+            yield partial
+            os.replace(partial, self.path(digest))
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, digest: str) -> dict[str, Tensor]:
+        """The weights of this digest, mapped (`Recipe.build` compares them with it).
+
+        UserError where they are not there or cannot be read, naming the file.
+        """
+        path = self.path(digest)
+        if not path.is_file():
+            raise self._missing(digest)
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # safetensors raises its own, and the system's
+            raise UserError(f"weights file {path} cannot be read: {error}") from error
+
+    def _missing(self, digest: str) -> UserError:
+        there = sum(1 for p in self.folder.glob(f"*{SUFFIX}")) if self.folder.is_dir() else 0
+        return UserError(
+            f"weights {digest} are not in {self.folder} (it holds {there}): the recipe that names "
+            "them cannot be built without that file"
+        )

@@ -1,0 +1,106 @@
+"""Prepare once: found again, shared by processes, resumed after a kill, never half done."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from methods.recipe import weights_digest
+from search.artifacts import Artifacts
+from search.prepare import key_of, needs, prepare_once
+
+WHAT = {"model": "m", "settings": {"epochs": 2, "lr": 0.1}}
+
+
+def weights(seed: int) -> dict[str, torch.Tensor]:
+    return {"w": torch.randn(8, generator=torch.Generator().manual_seed(seed))}
+
+
+class Work:
+    """Something to prepare, in steps that are kept; killed before a step where asked to be."""
+
+    def __init__(self, steps: int = 3, killed_at: int | None = None, seconds: float = 0.0):
+        self.steps, self.killed_at, self.seconds = steps, killed_at, seconds
+        self.done: list[int] = []
+
+    def __call__(self, progress: Path, artifacts: Artifacts) -> dict[str, Any]:
+        for step in range(self.steps):
+            kept = progress / f"{step}"
+            if kept.exists():
+                continue
+            if step == self.killed_at:
+                raise KeyboardInterrupt
+            time.sleep(self.seconds)
+            kept.touch()
+            self.done.append(step)
+        return {"weights": artifacts.save(weights(0))}
+
+
+def test_the_second_to_ask_finds_it(tmp_path: Path) -> None:
+    first, second = Work(), Work()
+    made = prepare_once(tmp_path, "tnt", WHAT, first)
+    assert made.fresh and first.done == [0, 1, 2]
+    found = prepare_once(tmp_path, "tnt", WHAT, second)
+    assert not found.fresh and second.done == []
+    assert (found.key, found.outcome) == (made.key, made.outcome)
+    assert found.artifacts.load(found.outcome["weights"])["w"].equal(weights(0)["w"])
+    assert made.outcome["weights"] == weights_digest(weights(0))
+    kept = {p.name for p in made.folder.iterdir()}
+    assert kept == {"done.json", "lock", "weights", "what.json"}
+    assert json.loads((made.folder / "what.json").read_text())["settings"] == WHAT["settings"]
+
+
+def test_anything_that_it_depends_on_makes_another(tmp_path: Path) -> None:
+    keys = {key_of(w) for w in (
+        WHAT, {**WHAT, "model": "n"}, {**WHAT, "settings": {"epochs": 3, "lr": 0.1}}, {},
+    )}  # fmt: skip
+    assert len(keys) == 4
+    assert key_of(dict(reversed(WHAT.items()))) == key_of(WHAT)
+    made = [prepare_once(tmp_path, name, WHAT, Work()) for name in ("tnt", "nvit")]
+    assert all(m.fresh for m in made) and made[0].key != made[1].key
+
+
+def test_a_killed_one_goes_on(tmp_path: Path) -> None:
+    first, second = Work(killed_at=2), Work()
+    with pytest.raises(KeyboardInterrupt):
+        prepare_once(tmp_path, "tnt", WHAT, first)
+    assert not list(tmp_path.glob(".prepared/*/done.json"))
+    made = prepare_once(tmp_path, "tnt", WHAT, second)
+    assert (first.done, second.done) == ([0, 1], [2]) and made.fresh
+    assert not (made.folder / "progress").exists()
+
+
+def _ask(store: Path, out: Path) -> None:
+    work = Work(seconds=0.2)
+    made = prepare_once(store, "tnt", WHAT, work)
+    out.write_text(json.dumps([made.fresh, made.outcome["weights"], work.done]))
+
+
+def test_two_processes_never_make_the_same(tmp_path: Path) -> None:
+    """Both ask at once: one works, the other waits for it and finds it."""
+    spawn = multiprocessing.get_context("spawn")
+    outs = [tmp_path / f"{i}.json" for i in range(2)]
+    asking = [spawn.Process(target=_ask, args=(tmp_path / "store", out)) for out in outs]
+    for process in asking:
+        process.start()
+    for process in asking:
+        process.join(60)
+        assert process.exitcode == 0
+    said = sorted(json.loads(out.read_text()) for out in outs)
+    assert [fresh for fresh, _, _ in said] == [False, True]
+    assert said[0][1] == said[1][1]
+    assert [done for _, _, done in said] == [[], [0, 1, 2]]
+
+
+def test_the_key_that_gives_a_method_epochs() -> None:
+    assert {n: needs(n) for n in ("topk", "rajni", "resize", "dense")} == {
+        "topk": None, "rajni": None, "resize": None, "dense": None,
+    }  # fmt: skip
+    assert needs("tnt") == needs("nvit") == "prepare_epochs"
+    assert {needs(n) for n in ("patchmerger", "dynamicvit", "revit")} == {"train_epochs"}

@@ -1,0 +1,227 @@
+"""Latency tables: exact on the grid, between its points in between, and for one target alone."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from small import vit
+from timm.models.vision_transformer import VisionTransformer
+
+from methods.importance import magnitudes
+from methods.plan import least, plan
+from methods.sliced import BlockWidths, Widths, model_widths
+from search.errors import UserError
+from search.profile import (
+    ATTENTION,
+    MLP,
+    REST,
+    Grid,
+    Profile,
+    measure_profile,
+    points_of,
+)
+
+TARGET = {"device": "cpu", "runtime": "eager", "dtype": "float32", "batch": 4, "threads": 1}
+
+
+def grid(names: tuple[str, ...], points: dict[str, tuple[int, ...]], ms) -> Grid:
+    axes = {n: points[n] for n in names}
+    where = np.meshgrid(*axes.values(), indexing="ij")
+    return Grid(axes, ms(*where) * np.ones([len(v) for v in axes.values()]))
+
+
+def table(device: str = "cpu") -> Profile:
+    """A made-up machine for models of 64 channels: multiplications alone cost time."""
+    points = {"embedding": (16, 32, 64), "heads": (2, 4), "qk": (8, 16), "v": (8, 16),
+              "mlp": (16, 64, 128), "tokens": (2, 33, 65)}  # fmt: skip
+    return Profile(
+        "small",
+        {**TARGET, "device": device},
+        grid(ATTENTION, points, lambda e, h, q, v, n: 1e-6 * n * h * (e * (2 * q + 2 * v))),
+        grid(MLP, points, lambda e, m, n: 2e-6 * n * e * m),
+        grid(REST, points, lambda e: 1e-3 * e),
+    )
+
+
+# --- interpolation
+
+
+def test_it_is_exact_on_every_point_of_the_grid() -> None:
+    rng = np.random.default_rng(0)
+    axes = {"a": (1, 2, 5), "b": (4, 16), "c": (7,)}
+    one = Grid(axes, rng.uniform(1, 2, (3, 2, 1)))
+    for place in itertools.product(*(range(len(p)) for p in axes.values())):
+        where = {n: axes[n][i] for n, i in zip(axes, place, strict=True)}
+        assert one.at(where) == one.ms[place]
+
+
+def test_between_two_points_it_goes_from_one_to_the_other() -> None:
+    """Along every axis, whatever stands on the others: never beyond the neighbours, never back."""
+    rng = np.random.default_rng(1)
+    axes = {"a": (1, 9, 17), "b": (0, 8), "c": (3, 11, 100)}
+    one = Grid(axes, rng.uniform(1, 2, (3, 2, 3)))
+    for name, points in axes.items():
+        others = [n for n in axes if n != name]
+        for _ in range(20):
+            where = {n: float(rng.uniform(axes[n][0], axes[n][-1])) for n in others}
+            for low, high in itertools.pairwise(points):
+                steps = [one.at({**where, name: x}) for x in np.linspace(low, high, 9)]
+                change = np.diff(steps)
+                assert (change >= -1e-12).all() or (change <= 1e-12).all()
+                assert change == pytest.approx(np.full(8, (steps[-1] - steps[0]) / 8))
+
+
+def test_it_is_multilinear() -> None:
+    """Second implementation: the mean of the corners, weighed by the opposite volumes."""
+    rng = np.random.default_rng(2)
+    axes = {"a": (0, 10), "b": (0, 4), "c": (2, 6)}
+    one = Grid(axes, rng.uniform(1, 2, (2, 2, 2)))
+    for _ in range(50):
+        place = {n: float(rng.uniform(*p)) for n, p in axes.items()}
+        share = [(place[n] - p[0]) / (p[1] - p[0]) for n, p in axes.items()]
+        corners = itertools.product((0, 1), repeat=3)
+        expected = sum(
+            one.ms[c] * np.prod([s if i else 1 - s for i, s in zip(c, share, strict=True)])
+            for c in corners
+        )
+        assert one.at(place) == pytest.approx(expected)
+
+
+def test_outside_the_grid_is_refused() -> None:
+    one = table().mlp
+    for name, value in (("embedding", 65), ("mlp", 15.9), ("tokens", 1)):
+        where = {"embedding": 64, "mlp": 64, "tokens": 65, name: value}
+        low, high = one.axes[name][0], one.axes[name][-1]
+        with pytest.raises(UserError, match=f"goes from {name} {low} to {high}: {value:g} lies"):
+            one.at(where)
+
+
+# --- costs of models
+
+
+def test_a_models_cost_is_that_of_its_blocks() -> None:
+    cost = table().cost(65)
+    block = BlockWidths(4, 16, 16, 128)
+    one = 1e-6 * 65 * 4 * 64 * 64 + 2e-6 * 65 * 64 * 128
+    assert cost(Widths(64, (block,) * 12)) == pytest.approx(64e-3 + 12 * one)
+    narrower = cost(Widths(64, (block,) * 11 + (BlockWidths(4, 16, 16, 64),)))
+    assert cost(Widths(64, (block,) * 12)) - narrower == pytest.approx(2e-6 * 65 * 64 * 64)
+
+
+def test_nvit_plans_to_a_target_in_time() -> None:
+    widths, cost = model_widths(vit()), table().cost(65)
+    assert cost(least(widths)) < 0.5 * cost(widths)
+    made = plan(magnitudes(vit()), widths, cost, 0.5 * cost(widths), eta=1.0)
+    assert 0.45 * cost(widths) < cost(made) <= 0.5 * cost(widths)
+
+
+# --- files and targets
+
+
+def test_a_table_is_written_and_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    table().save(path)
+    read = Profile.load(path)
+    assert read.plain() == table().plain() and read.digest == table().digest
+    assert read.digest != table("NVIDIA H200").digest
+    with pytest.raises(UserError, match="cannot be written: No such file"):
+        table().save(tmp_path / "none" / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 2}, "it has schema 2, this version reads 1"),
+        ({"schema": None}, "is no latency table (TypeError"),
+        ({"mlp": None}, "is no latency table"),
+        ({"rest": {"axes": {"embedding": [16, 16]}, "ms": [1, 2]}}, "a grid over embedding is"),
+        ({"rest": {"axes": {"embedding": [16, 32]}, "ms": [1]}}, "a grid over embedding is"),
+        ({"rest": {"axes": {"width": [16, 32]}, "ms": [1, 2]}}, "got ['width']"),
+        ({"rest": {"axes": {"embedding": [16, 32]}, "ms": [1, 0]}}, "not a positive number"),
+    ],
+)
+def test_what_is_no_table_is_refused(tmp_path: Path, change: dict, said: str) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({**table().plain(), **change}))
+    with pytest.raises(UserError, match=re.escape(said)):
+        Profile.load(path)
+
+
+def test_a_file_that_is_not_there_or_not_json(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        Profile.load(tmp_path / "p.json")
+    (tmp_path / "p.json").write_text("latency: 3")
+    with pytest.raises(UserError, match="is no latency table"):
+        Profile.load(tmp_path / "p.json")
+
+
+def test_a_table_for_another_target_is_refused() -> None:
+    table().check(TARGET, vit())
+    said = "it was measured with batch 4 and not 1, threads 1 and not 2; measure this one"
+    with pytest.raises(UserError, match=re.escape(said)):
+        table().check({**TARGET, "batch": 1, "threads": 2}, vit())
+    with pytest.raises(UserError, match="device NVIDIA H200 and not cpu, threads 1 and not None"):
+        table("NVIDIA H200").check({k: v for k, v in TARGET.items() if k != "threads"} | {
+            "device": "cpu"}, vit())  # fmt: skip
+
+
+def test_a_table_for_a_smaller_model_is_refused() -> None:
+    with torch.device("meta"):
+        larger = timm.create_model("deit_tiny_patch16_224")
+    with pytest.raises(UserError, match="goes from embedding 16 to 64: 192 lies outside"):
+        table().check(TARGET, larger)
+
+
+# --- measuring
+
+
+def test_points_lie_on_whole_groups() -> None:
+    assert points_of(64, 16, 3) == (16, 32, 64)
+    assert points_of(768, 16, 4) == (16, 272, 512, 768)
+    assert points_of(3, 2, 3) == (2, 3) and points_of(1, 2, 3) == (1,)
+    assert points_of(65, 1, 3, least=2) == (2, 34, 65)
+
+
+def tiny(**settings) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(
+        img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=3, **settings
+    ).eval()
+
+
+def test_a_measured_table_reaches_from_one_group_to_the_whole_model() -> None:
+    seen: list[tuple[int, int]] = []
+    made = measure_profile(
+        tiny(), "tiny", batch=2, device="cpu", dtype=torch.float32, points=2, rounds=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert made.attention.axes == {
+        "embedding": (16, 32), "heads": (2,), "qk": (8, 16), "v": (8, 16), "tokens": (2, 5),
+    }  # fmt: skip
+    assert made.mlp.axes == {"embedding": (16, 32), "mlp": (16, 128), "tokens": (2, 5)}
+    assert seen[-1] == (16 + 8 + 2,) * 2
+    assert made.target == {**TARGET, "batch": 2, "threads": torch.get_num_threads()}
+    for widths in (least(model_widths(tiny())), model_widths(tiny())):
+        assert made.cost(5)(widths) > 0
+
+
+def test_what_cannot_be_cut_has_one_point() -> None:
+    made = measure_profile(
+        tiny(qk_norm=True), "tiny", batch=1, device="cpu", dtype=torch.float32, points=2, rounds=1
+    )
+    assert made.attention.axes["qk"] == (16,) and len(made.attention.axes["v"]) == 2
+
+
+@pytest.mark.parametrize(("points", "rounds"), [(1, 5), (3, 0)])
+def test_too_few_points_or_rounds(points: int, rounds: int) -> None:
+    with pytest.raises(UserError, match=f"2 points or more and a round, got {points}, {rounds}"):
+        measure_profile(
+            tiny(), "tiny", batch=1, device="cpu", dtype=torch.float32, points=points, rounds=rounds
+        )

@@ -1,0 +1,523 @@
+"""A study whose methods are trained, on a real Ray: prepared once, trained in trials, rebuilt from
+the study alone, recovered afterwards. Images are noise: what is tested is that nothing is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small import image_folder
+
+import methods
+from clusters.local import Room
+from dashboards.tables import front_rows
+from methods import BadInput, Recipe
+from methods.nvit import NViT
+from methods.sliced import Widths, model_widths
+from search import run
+from search.candidates import Trainer
+from search.config import SearchConfig
+from search.cost import fvcore_macs, macs
+from search.errors import UserError
+from search.evaluate import evaluate
+from search.export import choose_trial, export
+from search.mlflow_runs import runs_of
+from search.models import load_model
+from search.pareto import front_of, objectives_named
+from search.preparations import prepare_shared, reuse
+from search.prepare import needs
+from search.profile import measure_profile
+from search.recover import NotRecovered, Recovery
+from search.results import TrialResult, unpack_bits
+from search.run import Prepared, make_task, training_of
+from search.show import Asked
+from search.store import StudyFolder
+from search.train import Settings, train
+from search.training import Epoch
+from search.trial import STATE, Workplace, run_trial
+from search.verify import verify
+
+METHODS = "nvit,patchmerger,rajni,tnt,topk"
+CLASSES = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    image_folder(root / "train", CLASSES, 3)
+    image_folder(root / "val", CLASSES, 8)
+    return root
+
+
+def job(store: Path, data: Path, cache: Path, **changed: Any) -> SearchConfig:
+    given = {
+        "name": "s", "trials": 16, "store": str(store), "cache": str(cache), "workers": 2,
+        "device": "cpu", "data": str(data), "latency": "off", "methods": METHODS,
+        "train_epochs": 2, "prepare_epochs": 1, "lr": 1e-3, "train_batch": 10,
+        "space": {"nvit.cost": [0.85, 0.9]},
+    }  # fmt: skip
+    return SearchConfig.of({**given, **changed})
+
+
+class Study:
+    def __init__(self, folder: StudyFolder, tally: Any, said: list[str]):
+        self.folder, self.tally, self.said = folder, tally, said
+        self.results = folder.results()
+
+    def of(self, *steps: str) -> list[TrialResult]:
+        """The results of these methods."""
+        return [r for r in self.results if set(r.method.split("+")) & set(steps)]
+
+
+def run_study(config: SearchConfig, room: Room) -> Study:
+    said: list[str] = []
+    prepared = run.prepare(config)
+    folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, say=said.append)
+    return Study(folder, tally, said)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path, room: Room) -> Study:
+    return run_study(job(tmp_path_factory.mktemp("store"), data, cache), room)
+
+
+# --- the study
+
+
+def test_every_kind_of_candidate_is_measured(study: Study) -> None:
+    assert [r.state for r in study.results] == ["finished"] * 16, [r.reason for r in study.results]
+    tried = {r.method for r in study.results}
+    assert {"tnt", "patchmerger", "topk", "rajni"} <= tried
+    two = {m for m in tried if m.startswith("nvit+")}
+    assert two, "both kinds of pruning in one recipe"
+    for result in study.results:
+        resolved = Recipe.from_dict(result.resolved)
+        trained = {s.method for s in (resolved.structure, resolved.tokens) if s is not None}
+        named = resolved.weights is not None
+        assert named == any(needs(m) for m in trained), result.method
+        assert not named or study.folder.artifacts.has(str(resolved.weights))
+        assert Recipe.from_dict(result.recipe).weights is None, "as it was proposed"
+
+
+def test_what_can_be_shared_is_trained_once(study: Study) -> None:
+    store = study.folder.folder.parent
+    made = [json.loads(p.read_text()) for p in store.glob(".prepared/*/what.json")]
+    on_dense = [w for w in made if w["model"] == w["teacher"]]
+    assert sorted(w["method"] for w in on_dense) == ["nvit", "tnt"]
+    assert not list(store.glob(".prepared/*/progress"))
+    assert study.said[0] == "preparing nvit and tnt, once for all trials"
+    assert sorted(line.partition(":")[0] for line in study.said[1:]) == ["nvit", "tnt"]
+    plain = [r for r in study.of("tnt") if r.method == "tnt"]
+    assert len(plain) >= 2
+    assert len({Recipe.from_dict(r.resolved).weights for r in plain}) == 1, "one training for all"
+    assert all(not use["fresh"] for r in plain for use in r.provenance["prepared"])
+    lines = reuse(study.folder, study.results)
+    counted = len([r for r in plain])
+    assert any(line.startswith("tnt ") and line.endswith(f" {counted} trials") for line in lines)
+    used = len(study.of("nvit"))
+    assert any(line.startswith("nvit ") and f"served {used} trial" in line for line in lines)
+
+
+def test_another_study_of_the_store_finds_what_was_prepared(
+    study: Study, data: Path, cache: Path, room: Room
+) -> None:
+    store = study.folder.folder.parent
+    before = {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")}
+    other = run.prepare(job(store, data, cache, name="other", methods="tnt,nvit", trials=3))
+    said: list[str] = []
+    task = prepare_shared(other.trained, make_task(other, "", 1), 1, 0, said.append)
+    assert len(said) == 3 and all("found; it was prepared" in line for line in said[1:])
+    assert {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")} == before
+    assert all(" before this study) and served 0" in line for line in reuse(other.folder, []))
+    assert task.training is not None and set(task.training.snapshots) == {0.85, 0.9}
+    for snapshot in task.training.snapshots.values():
+        assert other.folder.artifacts.has(snapshot.digest), "a study carries what its recipes name"
+
+
+def test_costs_were_known_before_anything_ran(study: Study) -> None:
+    dense = load_model("digits")
+    snapshots = {s["target"]: s for p in study.folder.preparations() if p["method"] == "nvit"
+                 for s in p["outcome"]["snapshots"]}  # fmt: skip
+    assert sorted(snapshots) == [0.85, 0.9]
+    whole = macs(dense)
+    for target, snapshot in snapshots.items():
+        assert 0.97 * target <= snapshot["reached"] <= target
+    for result in study.of("nvit"):
+        if result.method == "nvit":
+            target = result.recipe["structure"]["target"]
+            share = 1e9 * result.values["gmacs"] / whole
+            assert share == pytest.approx(snapshots[target]["reached"])
+        assert result.values["params_m"] < study.results[0].values["params_m"]
+
+
+def test_a_result_is_rebuilt_from_the_study_alone(study: Study, data: Path, cache: Path) -> None:
+    """Second implementation: weights by digest, `Recipe.build`, one plain evaluation."""
+    prepared = run.prepare(job(study.folder.folder.parent, data, cache))
+    dense, split = load_model("digits", study.folder.weights), prepared.data.split("search")
+    for result in study.results:
+        recipe = Recipe.from_dict(result.resolved)
+        state = None if recipe.weights is None else study.folder.artifacts.load(recipe.weights)
+        built = recipe.build(dense, weights=state)
+        seen = evaluate(
+            built, split, prepared.preprocess, batch=4, device="cpu", dtype=torch.float32
+        )
+        flipped = int(np.sum(seen.top1 != unpack_bits(result.bits, result.images)))
+        assert flipped <= 1, (str(recipe), flipped)  # near-tied
+        images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        assert fvcore_macs(built, images) / 1e9 == pytest.approx(result.values["gmacs"], rel=1e-3)
+
+
+def test_a_trained_trial_keeps_no_checkpoint_and_says_how_it_was_trained(study: Study) -> None:
+    assert not list((study.folder.folder / "training").glob("*"))
+    trained = study.of("patchmerger")
+    assert len(trained) >= 2
+    for result in trained:
+        said = result.provenance["training"]
+        assert (said["epochs"], said["lr"], said["batch"]) == (2, 1e-3, 10)
+        assert said["loss"] > 0 and said["seconds"] > 0
+    assert len({Recipe.from_dict(r.resolved).weights for r in trained}) == len(trained)
+
+
+def test_the_same_command_again_trains_nothing(
+    study: Study, data: Path, cache: Path, room: Room
+) -> None:
+    again = run_study(job(study.folder.folder.parent, data, cache), room)
+    assert again.said == [] and again.tally.ended == "16 trials measured"
+    assert again.tally.front == study.tally.front
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"train_epochs": 3}, "train_epochs was 2, now 3"),
+        ({"prepare_epochs": 2}, "prepare_epochs was 1, now 2"),
+        ({"lr": 1e-4}, "lr was 0.001, now 0.0001"),
+        ({"train_batch": 5}, "train_batch was 10, now 5"),
+    ],
+)
+def test_trainings_are_not_mixed(
+    study: Study, data: Path, cache: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=f"numbers are not mixed: {said}"):
+        run.prepare(job(study.folder.folder.parent, data, cache, **change))
+
+
+def test_a_study_without_training_does_not_depend_on_it(
+    tmp_path: Path, data: Path, cache: Path
+) -> None:
+    plain = {"methods": "topk", "space": {}, "train_epochs": 0, "prepare_epochs": 0}
+    prepared = run.prepare(job(tmp_path, data, cache, **plain))
+    assert not {"lr", "train_epochs", "train_fingerprint"} & set(prepared.identity)
+    assert make_task(prepared, "", None).training is None
+
+
+# --- export, show
+
+
+def test_a_recipe_of_two_parts_is_exported_and_verified(
+    study: Study, cache: Path, tmp_path: Path
+) -> None:
+    two = next(r for r in study.of("nvit") if "+" in r.method)
+    bundle = export(study.folder, two, tmp_path / "bundle", cache=str(cache), images=8)
+    assert verify(bundle).verified
+    said = json.loads((bundle / "result.json").read_text())
+    assert said["recipe"] == two.resolved and said["recipe"]["weights"]
+    asked = Asked.of_trial(study.folder, two.trial)
+    assert asked.trained is not None and asked.recipe.weights == said["recipe"]["weights"]
+
+
+def test_weights_that_are_gone_are_named(study: Study, cache: Path, tmp_path: Path) -> None:
+    copy = StudyFolder(tmp_path / "copy")
+    shutil.copytree(study.folder.folder, copy.folder)
+    shutil.rmtree(copy.folder / "weights")
+    trained = study.of("patchmerger")[0]
+    with pytest.raises(UserError, match=r"weights \w{16} are not in .*copy/weights"):
+        export(copy, trained, tmp_path / "bundle", cache=str(cache))
+    assert not (tmp_path / "bundle").exists()
+
+
+# --- one trial
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, data: Path, cache: Path) -> Prepared:
+    return run.prepare(job(tmp_path, data, cache, methods="patchmerger,tnt", space={}))
+
+
+def place_of(prepared: Prepared, trial: Settings, dtype: str = "float32") -> Workplace:
+    task = make_task(prepared, epoch="", threads=None)
+    return Workplace.open(replace(task, training=training_of(prepared, trial), dtype=dtype))
+
+
+MERGE = Recipe.of("patchmerger", prune_layers=(3, 6), num_tokens=(20, 8))
+
+
+class Killed(Trainer):
+    """A trainer whose process is killed when its first epoch has ended."""
+
+    def fit(self, model, settings, recipe, checkpoint) -> list[Epoch]:
+        def stop(epoch: Epoch) -> None:
+            raise KeyboardInterrupt
+
+        own = self.training
+        return train(
+            model, own.split, own.preprocess, settings, data=own.data, teacher=self.dense,
+            checkpoint=checkpoint, progress=stop,
+            about={"model": self.fingerprint, "recipe": recipe.to_dict()},
+        )  # fmt: skip
+
+
+def test_a_killed_trial_goes_on_from_its_last_epoch(prepared: Prepared) -> None:
+    settings = Settings(epochs=3, lr=1e-3, batch=10)
+    place = place_of(prepared, settings)
+    training, study = place.trainer.training, prepared.folder
+    folder = study.training(MERGE.key(place.shape))
+    killed = Killed(training, place.dense, study.artifacts)
+    with pytest.raises(KeyboardInterrupt):
+        killed.make(MERGE, place.calibration, lambda key: study.training(key) / STATE)
+    assert (folder / STATE).is_file(), "where a retry of the same candidate looks"
+    stamp = (folder / STATE).stat().st_mtime_ns
+    resumed = run_trial(place, 7, MERGE)
+    assert (folder / STATE).stat().st_mtime_ns > stamp
+    shutil.rmtree(folder)
+    straight = run_trial(place, 8, MERGE)
+    assert resumed.resolved == straight.resolved, "the same weights, to the bit"
+    assert resumed.bits == straight.bits
+
+
+def test_a_loss_that_is_not_finite_fails_the_trial_with_its_reason(prepared: Prepared) -> None:
+    place = place_of(prepared, Settings(epochs=1, lr=1e30, batch=10))
+    with pytest.raises(FloatingPointError, match=r"training loss became (nan|inf) at epoch 0"):
+        run_trial(place, 1, MERGE)
+
+
+def test_a_study_in_bfloat16_trains_in_float32(prepared: Prepared) -> None:
+    place = place_of(prepared, Settings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
+    result = run_trial(place, 1, MERGE)
+    state = prepared.folder.artifacts.load(str(Recipe.from_dict(result.resolved).weights))
+    assert {v.dtype for v in state.values()} == {torch.float32}
+    assert next(place.build(Recipe.from_dict(result.resolved)).parameters()).dtype == torch.bfloat16
+
+
+def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
+    tmp_path: Path, data: Path, cache: Path, room: Room
+) -> None:
+    config = job(tmp_path, data, cache, methods="nvit", lr=10.0, space={"nvit.cost": [0.2, 0.9]},
+                 prepare_epochs=400, train_batch=30)  # fmt: skip
+    prepared = run.prepare(config)
+    with torch.no_grad():  # weights that overflow once they are trained at all
+        for p in prepared.model.parameters():
+            p.mul_(1e12)
+    with pytest.raises(UserError, match="nvit cannot be prepared: .* not finite"):
+        run.search(prepared, cpus=room.cpus, gpus=room.gpus)
+    assert prepared.folder.results() == []
+
+
+def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
+    tmp_path: Path, data: Path, cache: Path
+) -> None:
+    dense = load_model("digits")
+    table = measure_profile(
+        dense, "digits", batch=1, device="cpu", dtype=torch.float32, points=2, rounds=3
+    )
+    table.save(tmp_path / "p.json")
+    config = job(tmp_path, data, cache, methods="nvit", profile=str(tmp_path / "p.json"))
+    prepared = run.prepare(config)
+    assert prepared.identity["profile"] == table.digest
+    place = Workplace.open(make_task(prepared, epoch="", threads=None))
+    made = place.trainer.snapshots()
+    cost = table.cost(65)
+    whole = cost(model_widths(dense))
+    assert [s["target"] for s in made.outcome["snapshots"]] == [0.9, 0.85]
+    for snapshot in made.outcome["snapshots"]:
+        share = cost(Widths.from_plain(snapshot["widths"])) / whole
+        assert share == pytest.approx(snapshot["reached"]) and share <= snapshot["target"]
+    with pytest.raises(UserError, match="profile was .*, now null"):
+        prepared.folder.settle(prepared.identity)
+        prepared.folder.journal.touch()
+        run.prepare(replace(config, profile=None))
+
+
+# --- without images to train on
+
+
+def test_without_a_train_split_they_are_left_out_or_refused(
+    tmp_path: Path, data: Path, cache: Path
+) -> None:
+    only = tmp_path / "only"
+    shutil.copytree(data / "val", only)
+    prepared = run.prepare(job(tmp_path, only, cache, methods="", space={}))
+    trained = {n for n in methods.names() if needs(n)}
+    assert not trained & set(prepared.space.methods)
+    assert set(prepared.left_out) == trained
+    assert "has no train split: put a train/ folder beside val/" in prepared.left_out["nvit"]
+    with pytest.raises(
+        UserError, match="methods names nvit, which needs training, and .* no train"
+    ):
+        run.prepare(job(tmp_path, only, cache, name="t", methods="topk,nvit", space={}))
+
+
+def test_a_latency_table_that_nobody_reads_is_refused(
+    tmp_path: Path, data: Path, cache: Path
+) -> None:
+    given = {"methods": "topk", "space": {}, "profile": str(tmp_path / "p.json")}
+    with pytest.raises(UserError, match="which nvit alone reads, and nvit is not searched"):
+        run.prepare(job(tmp_path, data, cache, **given))
+    with pytest.raises(UserError, match="latency table .*p.json cannot be read: No such file"):
+        run.prepare(job(tmp_path, data, cache, profile=str(tmp_path / "p.json")))
+
+
+# --- recovery
+
+
+@pytest.fixture(scope="module")
+def recovered(
+    study: Study, room: Room, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]]:
+    """A copy of the study with three of its trials recovered."""
+    folder = StudyFolder(tmp_path_factory.mktemp("recovered") / "s")
+    shutil.copytree(study.folder.folder, folder.folder)
+    heard: list[tuple[TrialResult, TrialResult]] = []
+    two = next(r.trial for r in study.of("nvit") if "+" in r.method)
+    wanted = [0, two, study.of("patchmerger")[0].trial]
+    recovery = Recovery.of(folder, epochs=2, trials=wanted, batch=15, cache=str(cache))
+    recovery.run(cpus=room.cpus, gpus=room.gpus, heard=lambda a, b: heard.append((a, b)))
+    return folder, heard
+
+
+def test_a_recovered_trial_stands_beside_what_it_was(
+    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]], study: Study
+) -> None:
+    folder, heard = recovered
+    results = {r.trial: r for r in folder.recovered()}
+    assert len(results) == 3 and {a.trial for _, a in heard} == set(results)
+    assert folder.results() == study.folder.results(), "the first front is as it was"
+    for before, after in heard:
+        assert after == results[before.trial]
+        assert after.recipe == before.recipe and after.values["gmacs"] == before.values["gmacs"]
+        was, now = (Recipe.from_dict(r.resolved) for r in (before, after))
+        assert now == replace(was, weights=now.weights) and now.weights != was.weights
+        assert folder.artifacts.has(str(now.weights))
+        said = after.provenance["recovery"]
+        assert said["from_top1"] == before.values["top1"] and said["epochs"] == 2
+    assert not list((folder.folder / "recovered" / "training").glob("*"))
+
+
+def test_it_is_written_once_and_not_mixed(
+    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]], cache: Path, room: Room
+) -> None:
+    folder, heard = recovered
+    again = Recovery.of(folder, epochs=2, trials=[a.trial for _, a in heard], cache=str(cache))
+    assert again.todo == (), "batch and lr are those it was begun with"
+    assert again.run(cpus=room.cpus, gpus=room.gpus, heard=print) == folder.recovered()
+    with pytest.raises(UserError, match=r"was recovered with other .* epochs was 2, now 3"):
+        Recovery.of(folder, epochs=3, cache=str(cache))
+    with pytest.raises(UserError, match=r"lr was 0.001, now 0.1\. Leave them as they were"):
+        Recovery.of(folder, epochs=2, lr=0.1, cache=str(cache))
+    with pytest.raises(UserError, match="there is no trial 99; nearest: 1"):
+        Recovery.of(folder, epochs=2, trials=[99], cache=str(cache))
+
+
+def test_an_interrupted_recovery_goes_on(
+    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
+    tmp_path: Path,
+    cache: Path,
+    room: Room,
+) -> None:
+    """As after a kill: one result is missing, and its training had come to its first epoch."""
+    folder, heard = recovered
+    copy = StudyFolder(tmp_path / "s")
+    shutil.copytree(folder.folder, copy.folder)
+    after = next(a for _, a in heard if a.method == "patchmerger")
+    (copy.folder / "recovered" / f"{after.trial:06d}.json").unlink()
+    recovery = Recovery.of(copy, epochs=2, trials=[after.trial], cache=str(cache))
+    assert [r.trial for r in recovery.todo] == [after.trial]
+    task = make_task(recovery.prepared, "", None)
+    training = training_of(recovery.prepared, recovery.settings)
+    place = Workplace.open(replace(task, training=training))
+    before = Recipe.from_dict(recovery.todo[0].resolved)
+    model = before.build(place.dense, weights=copy.artifacts.load(str(before.weights)))
+    state = copy.folder / "recovered" / "training" / f"{after.trial:06d}" / STATE
+    killed = Killed(training, place.dense, copy.artifacts)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit(model, recovery.settings, before, state)
+    recovery.run(cpus=room.cpus, gpus=room.gpus, heard=lambda *_: None)
+    found = next(r for r in copy.recovered() if r.trial == after.trial)
+    assert found.resolved == after.resolved and found.bits == after.bits
+
+
+def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
+    study: Study, tmp_path: Path, cache: Path, room: Room
+) -> None:
+    copy = StudyFolder(tmp_path / "s")
+    shutil.copytree(study.folder.folder, copy.folder)
+    lost = study.of("patchmerger")[0]
+    copy.artifacts.path(str(Recipe.from_dict(lost.resolved).weights)).unlink()
+    recovery = Recovery.of(copy, epochs=1, trials=[0, lost.trial], batch=30, cache=str(cache))
+    with pytest.raises(NotRecovered, match=rf"1 of 2 trials .* trial {lost.trial}: UserError: wei"):
+        recovery.run(cpus=room.cpus, gpus=room.gpus, heard=lambda *_: None)
+    assert [r.trial for r in copy.recovered()] == [0]
+
+
+def test_the_recovered_front_is_told_apart_everywhere(
+    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
+) -> None:
+    folder, _ = recovered
+    healed, results = folder.recovered(), folder.measured()
+    members = {r.trial for r in front_of(healed, objectives_named(("top1", "gmacs")))}
+    rows = front_rows(healed, {}, ("top1", "gmacs"), results)
+    assert {r["trial"] for r in rows} == members and all(r["recovered"] for r in rows)
+    top1 = {r.trial: r.values["top1"] for r in results}
+    for row in rows:
+        assert row["top1_before"] == top1[row["trial"]]
+        assert row["top1_change"] == row["top1"] - top1[0], "beside the study's own dense model"
+    specs = {s.trial: s for s in runs_of(
+        results, study="s", objectives=("top1", "gmacs"), recovered=healed
+    )}  # fmt: skip
+    for trial, spec in specs.items():
+        known = trial in {r.trial for r in healed}
+        assert spec.tags.get("recovered") == ("finished" if known else None)
+        assert spec.tags.get("recovered_pareto") == (
+            None if not known else "true" if trial in members else "false"
+        )
+        assert ("recovered_top1" in spec.metrics) == known
+
+
+def test_a_recovered_trial_is_exported(
+    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    folder, heard = recovered
+    number = next(a.trial for _, a in heard if a.method == "patchmerger")
+    axes = objectives_named(("top1", "gmacs"))
+    chosen = choose_trial(folder.recovered(), axes, trial=number)
+    bundle = export(folder, chosen, tmp_path / "bundle", cache=str(cache), images=8)
+    said = json.loads((bundle / "result.json").read_text())
+    assert said["recipe"]["weights"] == Recipe.from_dict(chosen.resolved).weights
+    assert said["measured_with"]["recovery"]["epochs"] == 2
+    assert (
+        "Recovered after the search: 2 epochs of fine-tuning" in (bundle / "README.md").read_text()
+    )
+
+
+def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
+    prepared = run.prepare(job(tmp_path, data, cache, methods="topk", space={}))
+    prepared.folder.settle(prepared.identity)
+    prepared.folder.write_job(prepared.config.plain())
+    with pytest.raises(UserError, match="study s has no finished trial to recover"):
+        Recovery.of(prepared.folder, epochs=1, cache=str(cache))
+
+
+def test_a_target_outside_what_was_prepared_is_bad_input(prepared: Prepared) -> None:
+    place = place_of(prepared, Settings(epochs=1))
+    assert issubclass(NViT, methods.Method)
+    with pytest.raises(BadInput, match="nvit.target is 0.5: this study prepared none"):
+        place.trainer.base(Recipe.of("nvit", target=0.5).structure)
