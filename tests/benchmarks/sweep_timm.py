@@ -60,7 +60,8 @@ def settings(patches: int) -> dict[str, dict[str, Any]]:
         "evit": staged,
         "ppt": {"r": patches // 8, "prune_layers": (0, 1)},
         "ats": {"prune_layers": (0, 1)},
-        "rajni": {"budget": "image", "gamma": 1.0, "min_tokens": 2},
+        # counts, not a budget: what images decide may be to keep all
+        "rajni": {"counts": [int(patches * rate) for rate in (0.9, 0.7, 0.6)]},
         "tnt": {**rates, "similarity_prune": patches // 20},
         "dynamicvit": rates,
         "patchmerger": {"prune_layers": (0, 1), "num_tokens": (patches // 2, patches // 4)},
