@@ -7,11 +7,9 @@ weights again changes nothing. What may be deleted, and when, is not decided her
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from methods.recipe import weights_digest
+from search.durable import replacing
 from search.errors import UserError
 
 SUFFIX = ".safetensors"
@@ -55,12 +54,9 @@ class Artifacts:
         digest = weights_digest(whole)
         if not self.has(digest):
             self.folder.mkdir(parents=True, exist_ok=True)
-            data = safetensors.torch.save(whole)
-            with self._place(digest) as partial, open(partial, "xb") as handle:
+            with replacing(self.path(digest)) as partial:
                 # not save_file: its files are for their owner alone, and a study is read by others
-                handle.write(data)
-                handle.flush()
-                os.fsync(handle.fileno())
+                partial.write_bytes(safetensors.torch.save(whole))
         return digest
 
     def adopt(self, digest: str, other: Artifacts) -> None:
@@ -68,23 +64,13 @@ class Artifacts:
         if self.has(digest):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with self._place(digest) as partial:
+        with replacing(self.path(digest)) as partial:
             try:
                 os.link(other.path(digest), partial)
             except FileNotFoundError:
                 raise other._missing(digest) from None
             except OSError:  # another disk, or a file system without hard links
                 shutil.copyfile(other.path(digest), partial)
-
-    @contextlib.contextmanager
-    def _place(self, digest: str) -> Iterator[Path]:
-        """A name to write under; what lies there when the block ends is the file."""
-        partial = self.folder / f".{digest}.{uuid.uuid4().hex}"
-        try:
-            yield partial
-            os.replace(partial, self.path(digest))
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load(self, digest: str) -> dict[str, Tensor]:
         """The weights of this digest, mapped (`Recipe.build` compares them with it).

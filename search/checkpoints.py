@@ -8,8 +8,6 @@ to, and no other goes on from it.
 from __future__ import annotations
 
 import json
-import os
-import uuid
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from search.durable import replacing
 from search.errors import UserError
 from search.training import Epoch, State
 
@@ -44,15 +43,8 @@ class Checkpoint:
             "history": [astuple(epoch) for epoch in state.history],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
-        try:
-            with open(partial, "xb") as handle:
-                torch.save(held, handle)
-                handle.flush()
-                os.fsync(handle.fileno())
-            os.replace(partial, self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(self.path) as partial:
+            torch.save(held, partial)
 
     def load(self, model: nn.Module) -> State | None:
         """The state to go on from, on the CPU; None where nothing is kept yet. `model` is only
@@ -89,13 +81,8 @@ class Checkpoint:
     def _check_settings(self, there: dict[str, Any]) -> None:
         # through JSON, so that a tuple here is the list there
         ours = json.loads(json.dumps(dict(self.settings)))
-        differ = [
-            f"{key} was {json.dumps(there.get(key))} and is {json.dumps(ours.get(key))}"
-            for key in sorted({*there, *ours})
-            if there.get(key) != ours.get(key)
-        ]
-        if differ:
-            raise self._refused(f"is of another training: {'; '.join(differ)}")
+        if said := changes(there, ours):
+            raise self._refused(f"is of another training: {said}")
 
     def _check_model(self, there: Mapping[str, Tensor], model: nn.Module) -> None:
         ours = model.state_dict()
@@ -110,3 +97,12 @@ class Checkpoint:
             f"the checkpoint {self.path} {why}; remove it to train from the start, or write "
             "elsewhere"
         )
+
+
+def changes(there: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
+    """`key was … and is …` for every key that differs, in JSON; "" for none."""
+    return "; ".join(
+        f"{key} was {json.dumps(there.get(key))} and is {json.dumps(ours.get(key))}"
+        for key in sorted({*there, *ours})
+        if there.get(key) != ours.get(key)
+    )

@@ -15,11 +15,12 @@ import ray
 
 import methods
 from methods import BadInput
+from search.durable import write_atomic
 from search.errors import UserError
 from search.prepare import Preparation
 from search.results import TrialResult
 from search.snapshots import Snapshot
-from search.store import StudyFolder, write_atomic
+from search.store import StudyFolder
 from search.trial import Task, Workplace
 
 #: seconds between two looks at how far preparations are

@@ -26,7 +26,7 @@ from typing import Any
 
 import methods
 from search.artifacts import Artifacts
-from search.store import write_atomic
+from search.durable import write_atomic
 
 #: Raised when what a preparation computes changes, so that none of before is taken for it.
 SCHEMA = 1

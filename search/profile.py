@@ -29,8 +29,8 @@ from methods.plan import GROUPS
 from methods.shape import model_shape
 from methods.sliced import BlockWidths, Widths, fixed, model_widths, sliced_model
 from search.cost import Clock, target_of
+from search.durable import write_atomic
 from search.errors import UserError
-from search.store import write_atomic
 
 SCHEMA = 1
 ATTENTION = ("embedding", "heads", "qk", "v", "tokens")

@@ -23,8 +23,8 @@ from methods.plan import Cost, check_reachable, macs_cost
 from methods.sliced import Widths, fixed, model_widths
 from search.artifacts import Artifacts
 from search.batches import EpochBatches, TrainImages
+from search.durable import write_atomic
 from search.objectives import Distillation, supervised
-from search.store import write_atomic
 from search.train import Settings, seeded
 from search.training import Objective, fit
 

@@ -22,7 +22,6 @@ import fcntl
 import json
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,32 +31,12 @@ import yaml
 
 from methods.parameters import nearest
 from search.artifacts import Artifacts
+from search.durable import write_atomic
 from search.errors import UserError
 from search.results import Latency, TrialResult
 
 SCHEMA = 1
 LOCK_ATTEMPTS = 4
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Write beside `path`, flush to the disk, rename over it: whole, old or new, never half."""
-    # not tempfile: its files are for their owner alone, and a study is read by others
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(partial, "x", encoding="utf-8") as handle:
-            handle.write(text)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    # the rename itself is on the disk only once its folder is
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def studies_in(store: Path) -> tuple[str, ...]:
@@ -164,11 +143,7 @@ class StudyFolder:
         if self.untouched:
             return
         identity = json.loads(json.dumps({"schema": SCHEMA, **identity}))
-        differs = [k for k in {**identity, **before} if identity.get(k) != before.get(k)]
-        if differs:
-            said = "; ".join(
-                f"{k} was {_brief(before.get(k))}, now {_brief(identity.get(k))}" for k in differs
-            )
+        if said := _differences(before, identity):
             raise UserError(
                 f"study {self.name} exists with other settings, and numbers are not mixed: {said}. "
                 "Use another --name, or leave these settings as they were"
@@ -289,12 +264,7 @@ class StudyFolder:
         if before is None or not any(folder.glob("[0-9]*.json")):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "recovery.json", json.dumps(settings, indent=1))
-        elif before != settings:
-            said = "; ".join(
-                f"{k} was {_brief(before.get(k))}, now {_brief(settings.get(k))}"
-                for k in {**before, **settings}
-                if before.get(k) != settings.get(k)
-            )
+        elif said := _differences(before, settings):
             raise UserError(
                 f"study {self.name} was recovered with other settings, and numbers are not mixed: "
                 f"{said}. Leave them as they were, or remove {folder} to begin anew"
@@ -347,6 +317,15 @@ def _result(path: Path) -> TrialResult:
     # results of before it was stored: the file's time
     stored.setdefault("ended_ms", path.stat().st_mtime_ns // 10**6)
     return TrialResult(**stored)
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """`key was …, now …` for every key that differs; "" for none."""
+    return "; ".join(
+        f"{k} was {_brief(before.get(k))}, now {_brief(now.get(k))}"
+        for k in {**now, **before}
+        if before.get(k) != now.get(k)
+    )
 
 
 def _brief(value: Any) -> str:

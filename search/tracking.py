@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any
 
 from methods import Recipe
 from search import mlflow_client, mlflow_runs
+from search.durable import write_atomic
 from search.errors import UserError
 from search.mlflow_runs import CurvePoint, Mirror, RunSpec, curve_of, note_that_fits, ranks_of
 from search.pareto import front_of, objectives_named
 from search.results import OBJECTIVES, TrialResult
-from search.store import StudyFolder, write_atomic
+from search.store import StudyFolder
 
 if TYPE_CHECKING:  # `sync` need not wait for Ray
     from search.searcher import Tally

@@ -22,8 +22,9 @@ from torch import nn
 
 from methods import Recipe, weights_digest
 from search.artifacts import plain_state
+from search.checkpoints import changes
+from search.durable import replacing, write_atomic
 from search.errors import UserError
-from search.store import write_atomic
 from search.training import Epoch
 
 
@@ -86,9 +87,8 @@ def keep(
     if recipe != Recipe():
         recipe = replace(recipe, weights=digest)
         write_atomic(out / "recipe.yaml", recipe.to_yaml())
-    partial = out / ".model.safetensors.partial"
-    partial.write_bytes(safetensors.torch.save(state))
-    partial.replace(out / "model.safetensors")
+    with replacing(out / "model.safetensors") as partial:
+        partial.write_bytes(safetensors.torch.save(state))
     trained = Trained(out, recipe, digest, before, after, tuple(history), fresh)
     record = {
         **about,
@@ -140,17 +140,8 @@ def finished(out: Path, about: Mapping[str, Any]) -> Trained | None:
             "give another --out"
         ) from error
     ours = json.loads(json.dumps(dict(about)))
-    differ = [
-        f"{key} was {json.dumps(was)} and is {json.dumps(now)}"
-        for key, was, now in _changes(there, ours)
-    ]
-    if differ:
-        raise UserError(f"{out} holds another training: {'; '.join(differ)}; give another --out")
-    return trained
-
-
-def _changes(there: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(what, before, now) for every key that differs, those of `settings` one by one."""
+    # the settings one by one
     flat = [{**d, **d.get("settings", {}), "settings": None} for d in (there, ours)]
-    keys = sorted({*flat[0], *flat[1]})
-    return [(k, flat[0].get(k), flat[1].get(k)) for k in keys if flat[0].get(k) != flat[1].get(k)]
+    if said := changes(*flat):
+        raise UserError(f"{out} holds another training: {said}; give another --out")
+    return trained

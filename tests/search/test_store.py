@@ -17,6 +17,7 @@ import pytest
 from scipy.stats import binomtest
 
 from search import store
+from search.durable import write_atomic
 from search.errors import UserError
 from search.results import (
     OBJECTIVES,
@@ -26,7 +27,7 @@ from search.results import (
     unpack_bits,
     wilson_interval,
 )
-from search.store import SCHEMA, StaleWorker, StudyFolder, studies_in, write_atomic
+from search.store import SCHEMA, StaleWorker, StudyFolder, studies_in
 
 TOME = {"tokens": {"method": "tome", "r": 13}}
 
