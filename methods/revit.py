@@ -11,7 +11,8 @@ from typing import Any, cast
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from methods.base import PUBLISHED_DEPTH, Method, Paper, Preset, register
+from methods.base import PUBLISHED_DEPTH, Method, Preset, register
+from methods.nvit import NViT
 from methods.parameters import Float, Int
 from methods.shape import ModelShape
 from methods.sliced import BlockWidths, Widths, model_widths, sliced_model
@@ -51,12 +52,7 @@ class ReViT(Method):
 
     name = "revit"
     summary = "NViT's redistribution of dimensions as a rule, trained from scratch"
-    paper = Paper(
-        "Global Vision Transformer Pruning with Hessian-Aware Saliency",
-        "Yang, Yin, Shen, Molchanov, Li, Kautz",
-        2023,
-        "https://arxiv.org/abs/2110.04869",
-    )
+    paper = NViT.paper
     kind = "structure"
     site = "the weights"
     training = "required"

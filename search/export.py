@@ -192,7 +192,7 @@ class Candidate:
             refused = declared.refuses_export(declared.check(recipe.tokens.params, shape), shape)
             if refused:
                 raise UserError(f"trial {result.trial} ({recipe}) {refused}")
-            check_trained(recipe.checked(shape), shape)
+        check_trained(recipe.checked(shape), shape)
         preprocess = Preprocess.of(dense)
         data = open_data(
             job.data, preprocess, cache=Path(job.cache), seed=job.seed, images=job.images

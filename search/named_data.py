@@ -14,9 +14,10 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 from PIL import Image
@@ -45,6 +46,53 @@ def _train_and_test(
     return listed
 
 
+@dataclass(frozen=True)
+class _Numbered:
+    """Images of a data set's training or test part, by their numbers in it; `root` has its files.
+    A subclass says what the part holds.
+    """
+
+    spec: ClassVar[str]
+    root: Path
+    train: bool
+    order: np.ndarray
+
+    @property
+    def part(self) -> str:
+        return "train" if self.train else "test"
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.all_labels()[self.order]
+
+    def name(self, index: int) -> str:
+        return f"{self.spec} {self.part} image {self.order[index]}"
+
+    def load(self, index: int) -> Image.Image:
+        return self.image(int(self.order[index]))
+
+    def first(self, images: int) -> Self:
+        return replace(self, order=self.order[:images])
+
+    def stamp(self) -> str:
+        order = hashlib.sha256(np.asarray(self.order, dtype="<i8").tobytes()).hexdigest()
+        return f"{self.version()} {order}"
+
+    def all_labels(self) -> np.ndarray:
+        """int64, of the whole part."""
+        raise NotImplementedError
+
+    def image(self, number: int) -> Image.Image:
+        raise NotImplementedError
+
+    def version(self) -> str:
+        """What the part's content is known by."""
+        raise NotImplementedError
+
+
 # --- CIFAR-10, through torchvision
 
 
@@ -67,31 +115,18 @@ def _cifar10_read(root: Path, train: bool) -> CIFAR10:
 
 
 @dataclass(frozen=True)
-class _Cifar10:
-    root: Path
-    train: bool
-    order: np.ndarray
+class _Cifar10(_Numbered):
+    spec = "cifar10"
 
-    def __len__(self) -> int:
-        return len(self.order)
+    def all_labels(self) -> np.ndarray:
+        return _cifar10_labels(self.root, self.train)[0]
 
-    @property
-    def labels(self) -> np.ndarray:
-        return _cifar10_labels(self.root, self.train)[0][self.order]
+    def image(self, number: int) -> Image.Image:
+        return Image.fromarray(_cifar10_images(self.root, self.train)[number])
 
-    def name(self, index: int) -> str:
-        return f"cifar10 {'train' if self.train else 'test'} image {self.order[index]}"
-
-    def load(self, index: int) -> Image.Image:
-        return Image.fromarray(_cifar10_images(self.root, self.train)[self.order[index]])
-
-    def first(self, images: int) -> _Cifar10:
-        return _Cifar10(self.root, self.train, self.order[:images])
-
-    def stamp(self) -> str:
+    def version(self) -> str:
         # torchvision refuses files whose MD5 are not the published ones: the archive is its name.
-        order = hashlib.sha256(np.asarray(self.order, dtype="<i8").tobytes()).hexdigest()
-        return f"{CIFAR10.tgz_md5} {'train' if self.train else 'test'} {order}"
+        return f"{CIFAR10.tgz_md5} {self.part}"
 
 
 def list_cifar10(
@@ -186,33 +221,19 @@ def _fashion_file(folder: Path, name: str) -> Path:
 
 
 @dataclass(frozen=True)
-class _Fashion:
+class _Fashion(_Numbered):
     """Grey images of 28 x 28 pixels, shown to the model in three equal channels."""
 
-    folder: Path
-    train: bool
-    order: np.ndarray
+    spec = "fashionmnist"
 
-    def __len__(self) -> int:
-        return len(self.order)
+    def all_labels(self) -> np.ndarray:
+        return _fashion(self.root, self.train)[1]
 
-    @property
-    def labels(self) -> np.ndarray:
-        return _fashion(self.folder, self.train)[1][self.order]
+    def image(self, number: int) -> Image.Image:
+        return Image.fromarray(_fashion(self.root, self.train)[0][number]).convert("RGB")
 
-    def name(self, index: int) -> str:
-        return f"fashionmnist {'train' if self.train else 'test'} image {self.order[index]}"
-
-    def load(self, index: int) -> Image.Image:
-        grey = _fashion(self.folder, self.train)[0][self.order[index]]
-        return Image.fromarray(grey).convert("RGB")
-
-    def first(self, images: int) -> _Fashion:
-        return _Fashion(self.folder, self.train, self.order[:images])
-
-    def stamp(self) -> str:
-        order = hashlib.sha256(np.asarray(self.order, dtype="<i8").tobytes()).hexdigest()
-        return f"{_fashion(self.folder, self.train)[2]} {order}"
+    def version(self) -> str:
+        return _fashion(self.root, self.train)[2]
 
 
 def list_fashionmnist(

@@ -75,6 +75,8 @@ class Prepared:
     reshape: ShapeFinder
     left_out: dict[str, str]
     profile: Profile | None = None
+    #: the complete state dict of the recipe's method, where the job's weights file holds it
+    parts: Mapping[str, Tensor] | None = None
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
@@ -154,9 +156,12 @@ def prepare(
     device = resolve_device(config.device)
     model = load_model(config.model, Path(config.weights) if config.weights else None)
     shape, reshape = methods.model_shape(model), ShapeFinder(model)
+    parts = None
     if recipe is not None and recipe.weights is None:  # with weights, the shape may be in them
         recipe = recipe.checked(reshape(recipe))
-        if _parts(config, model, recipe) is None:
+        if config.weights is not None:
+            parts = read_checkpoint(Path(config.weights)).weights_for(recipe, model)
+        if parts is None:
             check_trained(recipe, reshape(recipe))
     preprocess = Preprocess.of(model)
     data = open_data(
@@ -172,7 +177,7 @@ def prepare(
     space = Space.of(chosen, config.space, config.fixed)
     prepared = Prepared(
         config, folder, model, shape, preprocess, data, head, device, space, reshape,
-        left_out, _profile(config, model, space, device),
+        left_out, _profile(config, model, space, device), parts,
     )  # fmt: skip
     _check_window(prepared)
     splits = ["search", "calibration", *(["train"] if prepared.trained else [])]
@@ -470,10 +475,9 @@ def measure(
         config = replace(config, store=str(scratch), name="measure")
         prepared = prepare(config, decode, recipe)
         given = None if trained is None else prepared.folder.artifacts.save(trained)
-        if recipe.weights is None:
-            recipe.checked(prepared.reshape(recipe))
-            recipe = _with_parts(prepared, recipe)
-        elif not prepared.folder.artifacts.has(recipe.weights):
+        if prepared.parts is not None:
+            recipe = replace(recipe, weights=prepared.folder.artifacts.save(prepared.parts))
+        elif recipe.weights is not None and not prepared.folder.artifacts.has(recipe.weights):
             raise UserError(
                 f"the recipe names the weights {recipe.weights}"
                 + (f", those given are {given}" if given else "")
@@ -486,18 +490,3 @@ def measure(
         resolved = Recipe.from_dict(result.resolved)
         timed = latency(place.build(resolved), place.dense, place.images(config.latency_batch))
     return result, dense, timed
-
-
-def _with_parts(prepared: Prepared, recipe: Recipe) -> Recipe:
-    """The recipe with its method's trained parts, where the job's weights file holds them."""
-    weights = _parts(prepared.config, prepared.model, recipe)
-    if weights is None:
-        return recipe
-    return replace(recipe, weights=prepared.folder.artifacts.save(weights))
-
-
-def _parts(config: SearchConfig, model: nn.Module, recipe: Recipe) -> Mapping[str, Tensor] | None:
-    """The complete state dict of the recipe's method, where the job's weights file holds it."""
-    if config.weights is None:
-        return None
-    return read_checkpoint(Path(config.weights)).weights_for(recipe, model)
