@@ -117,6 +117,9 @@ def search_command(
     profile: Annotated[
         str | None, typer.Option(help="NViT's targets in time: a table of `vitpareto profile`")
     ] = None,
+    snap: Annotated[
+        str | None, typer.Option(help="steps: as many tokens as cost the same in --profile [off]")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any job key, e.g. trials=400")
     ] = None,

@@ -60,6 +60,8 @@ class Method:
     presets: ClassVar[tuple[Preset, ...]] = ()
     #: every token left is made of many patches, so that it may be the place of none (`Trace.group`)
     mixes: ClassVar[bool] = False
+    #: parameters in whose place `counts` may be given, by the methods that take it
+    schedule: ClassVar[tuple[str, ...]] = ("keep_rate", "prune_layers", "r", "inflection")
     #: parameters that leave the model dense; None where there are none, with the reason in the doc
     identity: ClassVar[dict[str, Any] | None] = None
 
@@ -88,6 +90,12 @@ class Method:
                 self._check_counts(checked["counts"], shape)
             self.check_shape(checked, shape)
         return checked
+
+    def with_counts(self, params: dict[str, Any], counts: tuple[int, ...]) -> dict[str, Any] | None:
+        """The same setting under another schedule, unchecked; None where a method takes none."""
+        if not any(isinstance(p, Counts) for p in self.parameters):
+            return None
+        return {**{k: v for k, v in params.items() if k not in self.schedule}, "counts": counts}
 
     def _check_counts(self, counts: tuple[int, ...], shape: ModelShape) -> None:
         if len(counts) != shape.depth:

@@ -62,6 +62,7 @@ class SearchConfig:
     lr: float = 1e-4
     train_batch: int = 128
     profile: str | None = None
+    snap: str = "off"
     tracking_uri: str | None = None
     space: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
@@ -76,8 +77,9 @@ class SearchConfig:
             if key not in known:
                 raise UserError(f"a job has no key {key!r}{nearest(str(key), known)}")
         values = {k: v for k, v in given.items() if v is not None}
-        if values.get("latency") is False:  # YAML reads a bare `off` as false
-            values["latency"] = "off"
+        for key in ("latency", "snap"):
+            if values.get(key) is False:  # YAML reads a bare `off` as false
+                values[key] = "off"
         lists = {k: _names(k, values.pop(k)) for k in ("methods", "objectives") if k in values}
         maps = {k: _mapping(k, values.pop(k)) for k in ("space", "fixed") if k in values}
         strings = {
@@ -135,6 +137,11 @@ class SearchConfig:
         low, high = self.min_gmacs, self.max_gmacs
         if low is not None and high is not None and low > high:
             raise UserError(f"min_gmacs {low:g} is above max_gmacs {high:g}: no recipe fits")
+        if self.snap == "steps" and self.profile is None:
+            raise UserError(
+                "job.snap is 'steps', and there is no latency table whose steps they would be: "
+                "give profile, a file of vitpareto profile"
+            )
         share = self.gpus_per_trial
         if share is not None and share > 1 and not share.is_integer():
             raise UserError(
@@ -184,6 +191,7 @@ _PLAIN: tuple[Parameter, ...] = (
     Float("max_gmacs", low=0.0, high=1e9, default=_UNSET),
     Choice("latency", choices=("front", "off"), default="front"),
     Int("latency_batch", low=1, high=65536, default=1),
+    Choice("snap", choices=("off", "steps"), default="off"),
     Int("train_epochs", low=0, high=100_000, default=0),
     Int("prepare_epochs", low=0, high=100_000, default=0),
     Float("lr", low=0.0, high=10.0, default=1e-4, open_low=True),

@@ -5,6 +5,9 @@ of (embedding, heads, q/k width, v width, MLP width, tokens). A block is its two
 attention and MLP, each measured alone with its norm and residual; stem, final norm and head are
 measured over the embedding. A table holds for its target (device, runtime, dtype, batch, threads)
 and is refused for any other.
+
+Latency over tokens goes up in steps on many devices; `steps` holds a block of the model's own
+widths at every number of tokens, so that a schedule can keep all that cost the same (`snap`).
 """
 
 from __future__ import annotations
@@ -32,11 +35,16 @@ from search.cost import Clock, target_of
 from search.durable import write_atomic
 from search.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 ATTENTION = ("embedding", "heads", "qk", "v", "tokens")
 MLP = ("embedding", "mlp", "tokens")
 REST = ("embedding",)
+STEPS = ("tokens",)
 POINTS, ROUNDS, WARMUP = 3, 20, 3
+#: points of `steps` at the most; with more tokens than that not every number is measured
+STEP_POINTS = 256
+#: latencies that differ by less are one step
+SAME_STEP = 0.01
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,25 @@ class Profile:
     attention: Grid
     mlp: Grid
     rest: Grid
+    #: one whole block of the model's own widths over tokens; None in a table of before it was kept
+    steps: Grid | None = None
+
+    def snap(self, tokens: int) -> int:
+        """The most tokens (prefix included) that cost a block no more than `tokens` do, to 1 %: the
+        end of their step. UserError where the table has no steps; beyond it, `tokens` themselves.
+        """
+        if self.steps is None:
+            raise UserError(
+                f"the latency table of {self.model} has no steps over tokens: an earlier version "
+                "wrote it; measure it again: vitpareto profile"
+            )
+        points = np.asarray(self.steps.axes["tokens"])
+        if not points[0] <= tokens <= points[-1]:
+            return tokens
+        above = points >= tokens
+        within = self.steps.ms <= (1 + SAME_STEP) * self.steps.at({"tokens": tokens})
+        fitting = points[above & within]
+        return max(tokens, int(fitting.max(initial=tokens)))
 
     def block_ms(self, embedding: int, block: BlockWidths, tokens: int) -> float:
         """One block on a batch of the target's size; tokens: prefix included."""
@@ -137,6 +164,7 @@ class Profile:
         return {
             "schema": SCHEMA, "model": self.model, "target": self.target,
             "attention": self.attention.plain(), "mlp": self.mlp.plain(), "rest": self.rest.plain(),
+            **({} if self.steps is None else {"steps": self.steps.plain()}),
         }  # fmt: skip
 
     def save(self, path: Path) -> None:
@@ -153,7 +181,8 @@ class Profile:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data["schema"] > SCHEMA:
                 raise ValueError(f"it has schema {data['schema']}, this version reads {SCHEMA}")
-            grids = (("attention", ATTENTION), ("mlp", MLP), ("rest", REST))
+            grids = [("attention", ATTENTION), ("mlp", MLP), ("rest", REST)]
+            grids += [("steps", STEPS)] if "steps" in data else []
             made = {name: Grid.of(data[name], axes) for name, axes in grids}
             return cls(str(data["model"]), dict(data["target"]), **made)
         except OSError as error:
@@ -206,8 +235,10 @@ def measure_profile(
     axes["tokens"] = points_of(most, 1, points, least=shape.prefix + 1)
     clock = _Stopwatch(torch.device(device), dtype, batch, rounds)
     bench = _Bench(model, widths, clock)
+    stride = -(-most // STEP_POINTS)
+    walk = (*range(shape.prefix + 1, most, stride), most)
     jobs = (("attention", ATTENTION), ("mlp", MLP), ("rest", REST))
-    total = sum(int(np.prod([len(axes[a]) for a in names])) for _, names in jobs)
+    total = 2 * len(walk) + sum(int(np.prod([len(axes[a]) for a in names])) for _, names in jobs)
     done, grids = 0, {}
     for half, names in jobs:
         own = {a: axes[a] for a in names}
@@ -222,6 +253,15 @@ def measure_profile(
             if progress is not None:
                 progress(done, total)
         grids[half] = Grid(own, np.reshape(found, [len(v) for v in own.values()]))
+    whole = []
+    for n in walk:
+        whole.append(
+            sum(bench.milliseconds(h, {**full, "tokens": n}) for h in ("attention", "mlp"))
+        )
+        done += 2
+        if progress is not None:
+            progress(done, total)
+    grids["steps"] = Grid({"tokens": walk}, np.asarray(whole))
     images = torch.empty(batch, 3, *shape.image, device=device, dtype=dtype)
     return Profile(name, target_of(images), **grids)
 

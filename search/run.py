@@ -90,7 +90,10 @@ class Prepared:
         if self.trained:
             kept |= {k: config.get(k) for k in TRAINING_IDENTITY}
             kept["train_fingerprint"] = self.data.split("train").fingerprint
+        if self.trained or config["snap"] != "off":
             kept["profile"] = None if self.profile is None else self.profile.digest
+        if config["snap"] != "off":
+            kept["snap"] = config["snap"]
         return {
             **kept,
             "methods": list(self.space.methods),
@@ -175,9 +178,13 @@ def prepare(
     head = check_head(num_classes(model), data)
     chosen, left_out = _with_images(config, data)
     space = Space.of(chosen, config.space, config.fixed)
+    profile = _profile(config, model, space, device)
+    if profile is not None and config.snap == "steps":
+        profile.snap(shape.prefix + 1)  # a table without steps is refused here
+        space = replace(space, snap=profile.snap)
     prepared = Prepared(
         config, folder, model, shape, preprocess, data, head, device, space, reshape,
-        left_out, _profile(config, model, space, device), parts,
+        left_out, profile, parts,
     )  # fmt: skip
     _check_window(prepared)
     splits = ["search", "calibration", *(["train"] if prepared.trained else [])]
@@ -210,10 +217,10 @@ def _profile(config: SearchConfig, model: nn.Module, space: Space, device: str) 
     """The latency table that NViT reads; UserError where it is another target's or not read."""
     if config.profile is None:
         return None
-    if "nvit" not in space.methods:
+    if "nvit" not in space.methods and config.snap == "off":
         raise UserError(
-            f"job.profile is {config.profile}, which nvit alone reads, and nvit is not searched: "
-            "add it to methods, with prepare_epochs"
+            f"job.profile is {config.profile}, which only nvit and snap read, and nvit is not "
+            "searched: add it to methods, with prepare_epochs, or give snap: steps"
         )
     profile = Profile.load(Path(config.profile))
     like = torch.empty(config.latency_batch, dtype=DTYPES[config.dtype], device=device)

@@ -14,7 +14,7 @@ from typing import Any
 import optuna
 
 import methods
-from methods import ModelShape, Recipe, Step
+from methods import BadInput, ModelShape, Recipe, Step
 from methods.parameters import Choice, Float, Int, Parameter, nearest
 from search.errors import UserError
 
@@ -32,6 +32,8 @@ class Space:
     parameters: dict[str, tuple[Parameter, ...]]
     fixed: dict[str, dict[str, Any]]
     structures: tuple[str, ...]
+    #: tokens, prefix included -> as many or more, to which fixed schedules are lifted; None: as is
+    snap: Callable[[int], int] | None = None
 
     @classmethod
     def of(
@@ -72,7 +74,10 @@ class Space:
         structure = Recipe()
         if below != NONE:
             structure = resolve(below, self._choices(trial, below), shape)
-        tokens = resolve(name, self._choices(trial, name), shape_of(structure))
+        under = shape_of(structure)
+        tokens = resolve(name, self._choices(trial, name), under)
+        if self.snap is not None:
+            tokens = snapped(tokens, under, self.snap)
         return replace(tokens, structure=structure.structure)
 
     def _choices(self, trial: optuna.Trial, name: str) -> dict[str, Any]:
@@ -126,6 +131,34 @@ def resolve(name: str, choices: dict[str, Any], shape: ModelShape) -> Recipe:
     method = methods.get(name)
     step = Step(name, method.check(method.resolve(choices, shape), shape))
     return Recipe(structure=step) if method.kind == "structure" else Recipe(tokens=step)
+
+
+def snapped(recipe: Recipe, shape: ModelShape, snap: Callable[[int], int]) -> Recipe:
+    """The recipe with every block's tokens lifted to the end of their step: as many patches more
+    as cost nothing. A block that drops none drops none afterwards. The recipe itself where its
+    method takes no `counts`, where images decide them, or where it cannot merge so many at once.
+    """
+    step = recipe.tokens
+    counts = None if step is None else step.declared.counts(step.params, shape)
+    if step is None or counts is None:
+        return recipe
+    lifted: list[int] = []
+    before, left = shape.patches, shape.patches
+    for count in counts:
+        if count < before:
+            left = min(left, snap(count + shape.prefix) - shape.prefix)
+        before = count
+        lifted.append(left)
+    if tuple(lifted) == counts:
+        return recipe
+    given = step.declared.with_counts(step.params, tuple(lifted))
+    if given is None:
+        return recipe
+    try:
+        params = step.declared.check(given, shape)
+    except BadInput:
+        return recipe
+    return replace(recipe, tokens=Step(step.method, params))
 
 
 def _lies_beneath(name: str) -> bool:

@@ -144,7 +144,7 @@ def test_a_profile_is_for_its_target(say, store: Path, cache: Path, tmp_path: Pa
     said = say(*search, "--methods", "nvit", "--prepare-epochs", 1)
     assert said.code == 2 and "measured with batch 2 and not 1" in said.err
     said = say(*search, "--methods", "topk", "--latency-batch", 2)
-    assert said.code == 2 and "nvit alone reads" in said.err
+    assert said.code == 2 and "only nvit and snap read" in said.err
     for option, value, expected in (
         ("--model", "digitz", "did you mean 'digits'"), ("--dtype", "float23", "'float32'"),
         ("--points", 1, "2 points or more"), ("--batch", 0, "--batch is 0"),

@@ -24,6 +24,7 @@ GOOD: dict[str, Any] = {
     "min_gmacs": 1.5, "max_gmacs": 4, "latency": "off", "latency_batch": 8,
     "space": {"rajni.gamma": [0.005, 0.1]}, "fixed": {"tome.inflection": 0},
     "train_epochs": 3, "prepare_epochs": 2, "lr": 0.001, "train_batch": 64, "profile": "/p.json",
+    "snap": "steps",
     "store": "/studies", "cache": "/cache",
 }  # fmt: skip
 
@@ -93,6 +94,8 @@ def refused(given: dict[str, Any]) -> str:
         ({"device": "gpu"}, "job.device is 'gpu': accepted is auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:x"}, "job.device is 'cuda:x'"),
         ({"space": ["rajni.gamma"]}, "job.space is ['rajni.gamma']: accepted is a mapping"),
+        ({"snap": "steps"}, "no latency table whose steps they would be: give profile"),
+        ({"snap": "8", "profile": "p.json"}, "job.snap is '8'; known: off, steps"),
         ({"fixed": "tome.inflection"}, "job.fixed is 'tome.inflection': accepted is a mapping"),
     ],
     ids=str,

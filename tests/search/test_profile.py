@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def test_a_table_is_written_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema": 2}, "it has schema 2, this version reads 1"),
+        ({"schema": 3}, "it has schema 3, this version reads 2"),
         ({"schema": None}, "is no latency table (TypeError"),
         ({"mlp": None}, "is no latency table"),
         ({"rest": {"axes": {"embedding": [16, 16]}, "ms": [1, 2]}}, "a grid over embedding is"),
@@ -206,7 +207,7 @@ def test_a_measured_table_reaches_from_one_group_to_the_whole_model() -> None:
         "embedding": (16, 32), "heads": (2,), "qk": (8, 16), "v": (8, 16), "tokens": (2, 5),
     }  # fmt: skip
     assert made.mlp.axes == {"embedding": (16, 32), "mlp": (16, 128), "tokens": (2, 5)}
-    assert seen[-1] == (16 + 8 + 2,) * 2
+    assert seen[-1] == (16 + 8 + 2 + 2 * 4,) * 2
     assert made.target == {**TARGET, "batch": 2, "threads": torch.get_num_threads()}
     for widths in (least(model_widths(tiny())), model_widths(tiny())):
         assert made.cost(5)(widths) > 0
@@ -225,3 +226,40 @@ def test_too_few_points_or_rounds(points: int, rounds: int) -> None:
         measure_profile(
             tiny(), "tiny", batch=1, device="cpu", dtype=torch.float32, points=points, rounds=rounds
         )
+
+
+# --- steps over tokens
+
+
+def stairs(ms: list[float], points: tuple[int, ...]) -> Profile:
+    return replace(table(), steps=Grid({"tokens": points}, np.asarray(ms)))
+
+
+def test_snapping_goes_to_the_end_of_a_step() -> None:
+    one = stairs([1.0, 1.005, 1.0, 1.5, 1.5, 2.0], (10, 11, 12, 13, 14, 15))
+    assert [one.snap(n) for n in range(10, 16)] == [12, 12, 12, 14, 14, 15]
+    assert (one.snap(9), one.snap(16)) == (9, 16), "what was not measured stays"
+
+
+def test_snapping_between_points_and_where_latency_only_rises() -> None:
+    one = stairs([1.0, 2.0, 3.0], (10, 20, 30))
+    assert [one.snap(n) for n in (10, 15, 20, 30)] == [10, 15, 20, 30]
+    assert stairs([1.0, 1.0, 3.0], (10, 20, 30)).snap(13) == 20
+
+
+def test_a_table_without_steps_cannot_be_snapped_to(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no steps over tokens: an earlier version wrote it"):
+        table().snap(12)
+    table().save(tmp_path / "t.json")
+    assert Profile.load(tmp_path / "t.json").steps is None
+
+
+def test_a_measured_table_has_a_step_for_every_number_of_tokens(tmp_path: Path) -> None:
+    one = measure_profile(vit(), "small", batch=1, device="cpu", dtype=torch.float32,
+                          points=2, rounds=1)  # fmt: skip
+    assert one.steps is not None and one.steps.axes["tokens"] == tuple(range(2, 66))
+    one.save(tmp_path / "t.json")
+    again = Profile.load(tmp_path / "t.json")
+    assert again.digest == one.digest and [again.snap(n) for n in (5, 40)] == [
+        one.snap(n) for n in (5, 40)
+    ]

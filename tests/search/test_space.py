@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,7 @@ from methods import BadInput, ModelShape, Recipe
 from methods.parameters import Choice, Float, Int
 from search.cost import recipe_macs, recipe_of, schedule_macs
 from search.shapes import ShapeFinder
-from search.space import Space, resolve
+from search.space import Space, resolve, snapped
 
 METHODS = tuple(
     n for n in methods.names() if methods.get(n).training != "required" and n != "dense"
@@ -364,3 +365,56 @@ def test_a_drawn_recipe_runs_and_leaves_the_counts_it_declares() -> None:
             assert (left >= torch.tensor(low)).all() and (left <= torch.tensor(high)).all()
         ran.add(recipe.method)
     assert len(ran) >= 4
+
+
+# --- schedules lifted to the steps of a latency table
+
+
+def eights(tokens: int) -> int:
+    return -(-tokens // 8) * 8
+
+
+@pytest.mark.parametrize("name", ["topk", "tome", "ppt", "random", "evit", "tram"])
+def test_snapped_schedules_end_on_steps_and_keep_at_least_as_much(name: str) -> None:
+    space = replace(Space.of((name,), {}, {}), snap=eights)
+    plain = Space.of((name,), {}, {})
+    one, other = (optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)) for _ in "ab")
+    lifted = 0
+    for _ in range(40):
+        own = shape("12x196")
+        try:
+            was = plain.suggest(other.ask(), finder("12x196"))
+        except BadInput:
+            one.ask()
+            continue
+        now = space.suggest(one.ask(), finder("12x196"))
+        assert was.tokens is not None and now.tokens is not None
+        before = was.tokens.declared.counts(was.tokens.params, own)
+        after = now.tokens.declared.counts(now.tokens.params, own)
+        if now == was:
+            continue
+        lifted += 1
+        assert now.tokens.params["counts"] == after
+        assert all(b >= a for a, b in zip(before, after, strict=True))
+        left = 196
+        for count in after:
+            assert count == left or (count + own.prefix) % 8 == 0
+            left = count
+        kept = set(was.tokens.params) - {*was.tokens.declared.schedule, "counts"}
+        assert {k: now.tokens.params[k] for k in kept} == {k: was.tokens.params[k] for k in kept}
+    uncounted = not any(p.name == "counts" for p in methods.get(name).parameters)
+    assert (lifted == 0) == uncounted
+
+
+def test_a_snapped_recipe_prunes_as_it_says() -> None:
+    recipe = snapped(
+        Recipe.of("topk", keep_rate=0.7, prune_layers=(3, 6, 9)), small_shape(), eights
+    )
+    assert recipe.tokens is not None
+    assert recipe.tokens.params["counts"] == (64, 64, 64, 47, 47, 47, 31, 31, 31, 23, 23, 23)
+    _, trace = recipe.build(vit())(torch.randn(2, 3, 64, 64), trace=True)
+    assert [int(t[0]) - 1 for t in trace.tokens] == list(recipe.tokens.params["counts"])
+
+
+def small_shape() -> ModelShape:
+    return methods.model_shape(vit())

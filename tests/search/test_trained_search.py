@@ -368,7 +368,7 @@ def test_a_latency_table_that_nobody_reads_is_refused(
     tmp_path: Path, data: Path, cache: Path
 ) -> None:
     given = {"methods": "topk", "space": {}, "profile": str(tmp_path / "p.json")}
-    with pytest.raises(UserError, match="which nvit alone reads, and nvit is not searched"):
+    with pytest.raises(UserError, match="which only nvit and snap read, and nvit is not searched"):
         run.prepare(job(tmp_path, data, cache, **given))
     with pytest.raises(UserError, match="latency table .*p.json cannot be read: No such file"):
         run.prepare(job(tmp_path, data, cache, profile=str(tmp_path / "p.json")))
