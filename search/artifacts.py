@@ -17,7 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from methods.recipe import weights_digest
-from search.durable import replacing
+from search.durable import replacing, wait_for_room, write_atomic
 from search.errors import UserError
 
 SUFFIX = ".safetensors"
@@ -54,9 +54,8 @@ class Artifacts:
         digest = weights_digest(whole)
         if not self.has(digest):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path(digest)) as partial:
-                # not save_file: its files are for their owner alone, and a study is read by others
-                partial.write_bytes(safetensors.torch.save(whole))
+            # not save_file: its files are for their owner alone, and a study is read by others
+            write_atomic(self.path(digest), safetensors.torch.save(whole))
         return digest
 
     def adopt(self, digest: str, other: Artifacts) -> None:
@@ -64,13 +63,17 @@ class Artifacts:
         if self.has(digest):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path(digest)) as partial:
-            try:
-                os.link(other.path(digest), partial)
-            except FileNotFoundError:
-                raise other._missing(digest) from None
-            except OSError:  # another disk, or a file system without hard links
-                shutil.copyfile(other.path(digest), partial)
+
+        def link() -> None:
+            with replacing(self.path(digest)) as partial:
+                try:
+                    os.link(other.path(digest), partial)
+                except FileNotFoundError:
+                    raise other._missing(digest) from None
+                except OSError:  # another disk, or a file system without hard links
+                    shutil.copyfile(other.path(digest), partial)
+
+        wait_for_room(self.path(digest), link)
 
     def load(self, digest: str) -> dict[str, Tensor]:
         """The weights of this digest, mapped (`Recipe.build` compares them with it).

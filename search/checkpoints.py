@@ -7,6 +7,7 @@ to, and no other goes on from it.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search.durable import replacing
+from search.durable import write_atomic
 from search.errors import UserError
 from search.training import Epoch, State
 
@@ -43,8 +44,10 @@ class Checkpoint:
             "history": [astuple(epoch) for epoch in state.history],
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as partial:
-            torch.save(held, partial)
+        # by way of memory: a full disk is then the system's error, and not one of torch's own
+        whole = io.BytesIO()
+        torch.save(held, whole)
+        write_atomic(self.path, whole.getvalue())
 
     def load(self, model: nn.Module) -> State | None:
         """The state to go on from, on the CPU; None where nothing is kept yet. `model` is only

@@ -1,12 +1,49 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are whole or not there, whatever happens while they are written.
+
+A full disk is waited for: whoever has something to keep holds it until there is room again, so that
+a search pauses instead of losing what it measured.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import logging
 import os
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
+
+#: what a full disk, or a used-up quota, answers
+FULL = (errno.ENOSPC, errno.EDQUOT)
+#: seconds between two attempts
+AGAIN = 1.0
+
+log = logging.getLogger("vitpareto")
+T = TypeVar("T")
+
+
+def wait_for_room(place: Path, write: Callable[[], T]) -> T:
+    """What `write` gives; while the disk of `place` is full it is called again and again, which is
+    said once. Everything else that it raises is raised.
+    """
+    waited = False
+    while True:
+        try:
+            written = write()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not waited:
+                log.warning("%s; paused until there is room for %s", error.strerror, place)
+            waited = True
+            time.sleep(AGAIN)
+        else:
+            if waited:
+                log.warning("there is room for %s again; going on", place)
+            return written
 
 
 @contextlib.contextmanager
@@ -26,10 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """A text, as `replacing` writes."""
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+def write_atomic(path: Path, content: str | bytes, wait: bool = True) -> None:
+    """A text in UTF-8, or bytes, as `replacing` writes. wait: for room, where the disk is full."""
+    data = content.encode() if isinstance(content, str) else content
+
+    def write() -> None:
+        with replacing(path) as partial:
+            partial.write_bytes(data)
+
+    if wait:
+        wait_for_room(path, write)
+    else:
+        write()
 
 
 def _flush(path: Path) -> None:

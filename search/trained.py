@@ -23,7 +23,7 @@ from torch import nn
 from methods import Recipe, weights_digest
 from search.artifacts import plain_state
 from search.checkpoints import changes
-from search.durable import replacing, write_atomic
+from search.durable import write_atomic
 from search.errors import UserError
 from search.training import Epoch
 
@@ -87,8 +87,7 @@ def keep(
     if recipe != Recipe():
         recipe = replace(recipe, weights=digest)
         write_atomic(out / "recipe.yaml", recipe.to_yaml())
-    with replacing(out / "model.safetensors") as partial:
-        partial.write_bytes(safetensors.torch.save(state))
+    write_atomic(out / "model.safetensors", safetensors.torch.save(state))
     trained = Trained(out, recipe, digest, before, after, tuple(history), fresh)
     record = {
         **about,
