@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import signal
 import sys
@@ -88,6 +89,19 @@ def search_command(
     data: DataOption = None,
     weights: Weights = None,
     trials: Annotated[int | None, typer.Option(help="Trials in all, dense included [100]")] = None,
+    time: Annotated[str | None, typer.Option(help="90s, 30m, 2h: begin nothing after it")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="End when so many trials brought the front nothing")
+    ] = None,
+    race: Annotated[
+        str | None, typer.Option(help="off: measure every trial on all images [on]")
+    ] = None,
+    race_error: Annotated[
+        float | None, typer.Option(help="Chance, a study, that racing loses of the front [0.05]")
+    ] = None,
+    certify: Annotated[
+        str | None, typer.Option(help="front: measure it on held-out images; off [front]")
+    ] = None,
     methods: Annotated[
         str | None, typer.Option(help="rajni,tome,… [all but those that lack epochs of training]")
     ] = None,
@@ -124,6 +138,9 @@ def search_command(
         list[str] | None, typer.Option("--set", help="KEY=VALUE for any job key, e.g. trials=400")
     ] = None,
     tracking_uri: TrackingUri = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database for Optuna's trials [the study's folder]")
+    ] = None,
     store: Store = None,
     cache: Cache = None,
 ) -> None:
@@ -192,7 +209,7 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         before = {k: v for k, v in folder.job().items() if k not in ("store", "cache")}
         config = SearchConfig.of({**before, **given})
     begin = time.monotonic()
-    _say(f"study {config.name}: {config.model} on {config.data}, {config.trials} trials")
+    _say(f"study {config.name}: {config.model} on {config.data}, {config.until}")
     prepared = run.prepare(config, decode=_decoding)
     _say(
         f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
@@ -275,8 +292,9 @@ def _page(folder: StudyFolder) -> Page:
 def _front_rows(folder: StudyFolder) -> list[dict[str, Any]]:
     """The front, and after it the recovered one where there is one."""
     from dashboards.tables import front_rows
+    from search.certificates import measured
 
-    results, recovered = folder.measured(), folder.recovered()
+    results, recovered = measured(folder), measured(folder, recovered=True)
     objectives, latencies = folder.job()["objectives"], folder.latencies()
     rows = front_rows(results, latencies, objectives)
     return rows + (front_rows(recovered, latencies, objectives, results) if recovered else [])
@@ -284,19 +302,20 @@ def _front_rows(folder: StudyFolder) -> list[dict[str, Any]]:
 
 def _draw(folder: StudyFolder) -> list[Path]:
     """The end-of-study pictures, in the study's folder."""
-    from dashboards.plot import plot_front
+    return [_draw_front(folder, folder.folder / f"front.{suffix}") for suffix in ("png", "svg")]
 
-    job, results = folder.job(), folder.measured()
-    return [
-        plot_front(
-            results,
-            objectives=tuple(job["objectives"][:2]),
-            title=_title(folder),
-            path=folder.folder / f"front.{suffix}",
-            recovered=folder.recovered(),
-        )
-        for suffix in ("png", "svg")
-    ]
+
+def _draw_front(folder: StudyFolder, path: Path) -> Path:
+    from dashboards.plot import plot_front
+    from search.certificates import measured
+
+    return plot_front(
+        measured(folder),
+        objectives=tuple(folder.job()["objectives"][:2]),
+        title=_title(folder),
+        path=path,
+        recovered=measured(folder, recovered=True),
+    )
 
 
 def _title(folder: StudyFolder) -> str:
@@ -304,26 +323,54 @@ def _title(folder: StudyFolder) -> str:
     return f"{folder.name}: {job['model']} on {job['data']}"
 
 
-def _print_fronts(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The front's table, and the recovered one's."""
+def _print_fronts(
+    folder: StudyFolder, rows: Sequence[Mapping[str, Any]], max_gmacs: float | None = None
+) -> None:
+    """The verdict, the front's tables, and the recovered one's."""
+    typer.echo(_verdict(folder, max_gmacs))
     for recovered in (False, True):
         some = [r for r in rows if r["recovered"] == recovered]
         if some:
             _print_front(folder, some)
 
 
-def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
-    from dashboards.tables import front_table
+def _verdict(folder: StudyFolder, max_gmacs: float | None = None) -> str:
+    from search.certificates import measured
+    from search.verdict import verdict
 
-    notes = ["* knee"] if any(r["knee"] for r in rows) else []
+    said = verdict(measured(folder), folder.job()["objectives"], max_gmacs)
+    return "No pruned model has been measured in full yet" if said is None else str(said)
+
+
+def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    from dashboards.tables import damage_table, front_table
+    from search.certificates import measured, order_note, why_not
+    from search.pareto import front_of, objectives_named
+
+    notes, recovered = ["* knee"] if any(r["knee"] for r in rows) else [], rows[0]["recovered"]
+    if images := next((r["certified_images"] for r in rows if r["certified_images"]), None):
+        notes.append(f"{images} held-out images; 95 %, all: holds for all certified trials at once")
     if target := next((r["latency_target"] for r in rows if r["latency_target"]), None):
         notes.append(f"ms: {target['device']}, {target['dtype']}, batch {target['batch']}")
     kind, recovery = "front", folder.recovery()
-    if rows[0]["recovered"] and recovery is not None:
+    if recovered and recovery is not None:
         kind = "recovered front"
         notes.append(f"epochs {recovery['epochs']}, {recovery['distill']} distillation")
     title = f"{kind} of {_title(folder)}" + (f" ({'; '.join(notes)})" if notes else "")
-    _console().print(front_table(rows, title))
+    console = _console()
+    console.print(front_table(rows, title))
+    if (splits := {r["flips_of"] for r in rows if r["flips_of"]}) == {"held-out"}:
+        title = f"against the dense model, on {images} held-out images"
+    else:
+        title = f"against the dense model, on {' or '.join(sorted(splits))} images"
+    if (damage := damage_table(rows, title)) is not None:
+        console.print()
+        console.print(damage)
+    axes = objectives_named(folder.job()["objectives"])
+    front = front_of(measured(folder, recovered), axes)
+    for note in (order_note(front), "" if recovered else why_not(folder, front)):
+        if note:
+            typer.echo(note)
 
 
 class SearchFailed(Exception):
@@ -355,12 +402,14 @@ class Progress:
             self._line(self.text(tally))
 
     def text(self, tally: Tally) -> str:
-        done = tally.finished + tally.failed
+        done = tally.done
+        of = "" if tally.wanted is None else f"/{tally.wanted}"
         said = (
-            f"{done}/{tally.wanted} done, {tally.running} running, {tally.failed} failed; "
+            f"{done}{of} done, {tally.raced_out} of them stopped early, {tally.running} running, "
+            f"{tally.failed} failed; "
             f"front {len(tally.front)} trials, hypervolume {tally.hypervolume:.4g}"
         )
-        if self.heard > 1 and done < tally.wanted:
+        if self.heard > 1 and tally.wanted is not None and done < tally.wanted:
             # from the second result on: the first waits for workers to start
             left = round((tally.wanted - done) * (self.seconds - self.first) / (self.heard - 1))
             said += f"; about {left // 60} min {left % 60} s left"
@@ -394,38 +443,38 @@ def front_command(
     as_csv: Annotated[bool, typer.Option("--csv", help="CSV on standard output")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON, one member a line")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw it: FILE.png or FILE.svg")] = None,
+    max_gmacs: Annotated[
+        float | None, typer.Option(help="Judge the methods at this budget [the knee's cost]")
+    ] = None,
     store: Store = None,
 ) -> None:
-    """The non-dominated trials of a study, cheapest first, and the recovered ones (see recover).
+    """What pruning gains, and the non-dominated trials of a study, cheapest first; the recovered
+    ones too (see recover).
 
     \b
     vitpareto front deit-s
+    vitpareto front deit-s --max-gmacs 3.2
     vitpareto front deit-s --csv > front.csv
     vitpareto front deit-s --plot front.svg
     """
-    from dashboards.plot import plot_front
     from dashboards.tables import csv_text, json_lines
     from search.errors import UserError
 
     folder = _find(store, name)
-    objectives = folder.job()["objectives"]
+    if max_gmacs is not None and not 0 < max_gmacs < math.inf:
+        raise UserError(f"--max-gmacs is {max_gmacs}: accepted is a number above 0")
+    if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
+        raise UserError(f"--plot is {str(plot)!r}: accepted is FILE.png or FILE.svg")
     rows = _front_rows(folder)
     if plot is not None:
-        if plot.suffix.lower() not in (".png", ".svg"):
-            raise UserError(f"--plot is {str(plot)!r}: accepted is FILE.png or FILE.svg")
-        path = plot_front(
-            folder.measured(), objectives=tuple(objectives[:2]), title=_title(folder), path=plot,
-            recovered=folder.recovered(),
-        )  # fmt: skip
-        _say(f"plot: {path}")
-    if as_csv:
-        typer.echo(csv_text(rows), nl=False)
-    elif as_json:
-        typer.echo(json_lines(rows), nl=False)
-    elif not rows:
+        _say(f"plot: {_draw_front(folder, plot)}")
+    if not rows:
         _say(f"study {name} has no finished trial yet")
+    elif as_csv or as_json:
+        _say(_verdict(folder, max_gmacs))
+        typer.echo(csv_text(rows) if as_csv else json_lines(rows), nl=False)
     else:
-        _print_fronts(folder, rows)
+        _print_fronts(folder, rows, max_gmacs)
 
 
 @app.command("trials")
@@ -739,7 +788,9 @@ def export_command(
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist")],
     max_gmacs: Annotated[float | None, typer.Option(help="Best top-1 within it")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Best top-1 within it")] = None,
-    min_top1: Annotated[float | None, typer.Option(help="Cheapest that reaches it, %")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Cheapest certified to reach it, %")
+    ] = None,
     knee: Annotated[bool, typer.Option("--knee", help="The front's knee")] = False,
     trial: Annotated[int | None, typer.Option(help="This trial")] = None,
     recovered: Annotated[
@@ -754,14 +805,20 @@ def export_command(
     vitpareto export deit-s --max-gmacs 3.2 --out bundle/
     vitpareto export deit-s --recovered --trial 12 --out bundle/
     """
+    from search.certificates import measured
     from search.errors import UserError
     from search.export import choose_trial, export
     from search.pareto import objectives_named
 
     folder = _find(store, name)
-    results = folder.recovered() if recovered else folder.measured()
+    results = measured(folder, recovered)
     if recovered and not results:
         raise UserError(f"study {name} has no recovered trial: vitpareto recover {name} makes them")
+    if min_top1 is not None and not any(r.certified is not None for r in results):
+        _say(
+            f"note: {'no recovered trial' if recovered else 'no trial'} of {name} is certified on "
+            "held-out images; --min-top1 looks at the search images, which flatter what they chose"
+        )
     result = choose_trial(
         results,
         objectives_named(folder.job()["objectives"]),
@@ -812,7 +869,7 @@ def recover_command(
 
     try:
         with local_cluster(workers) as room:
-            recovery.run(cpus=room.cpus, gpus=room.gpus, heard=heard)
+            recovery.run(cpus=room.cpus, gpus=room.gpus, heard=heard, say=_say)
     finally:
         if folder.recovered():
             _tell_recovered(folder)

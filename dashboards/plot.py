@@ -20,12 +20,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN
+from matplotlib.transforms import ScaledTranslation
 
+import methods
 from search.pareto import ACCURACIES, front_of, knee_of, objectives_named
 from search.results import Objective, TrialResult
 
 #: The methods that prune without judging anything; every other method has to beat them.
-CONTROLS = frozenset({"random", "resize", "centre", "smaller"})
+CONTROLS = frozenset(n for n in methods.names() if methods.get(n).control) - {"dense"}
 #: What the file name may end in.
 SUFFIXES = (".png", ".svg")
 
@@ -38,8 +40,12 @@ _CONTROL_SHAPES = ("o", "s", "^", "D", "v")
 _GREY = "#6E6E6E"
 _DENSE = "#B00020"
 _FRONT: dict[str, Any] = {"color": "#333333", "linewidth": 1.5, "linestyle": "-"}
-_CONTROL_FRONT: dict[str, Any] = {"color": _GREY, "linewidth": 1.2, "linestyle": (0, (1, 1.5))}
+# dark, thick and dashed: told from the front by its dashes where colours are not seen
+_CONTROL_FRONT: dict[str, Any] = {"color": "#7A1FA2", "linewidth": 2.0, "linestyle": (0, (4, 2))}
 _RECOVERED: dict[str, Any] = {"color": "#0B6E4F", "linewidth": 1.5, "linestyle": (0, (5, 1.5))}
+_SEARCH_BAR: dict[str, Any] = {"color": "#8A8A8A", "linewidth": 1.2}
+#: held-out accuracies stand beside the search's, so many points to the right of their cost
+_BESIDE = 7.0
 #: Accuracies further below the dense model than this are drawn as arrows on the lower edge: one
 #: ruined recipe at 3 % would otherwise squeeze every difference that matters into a few pixels.
 _DEPTH = 30.0
@@ -145,8 +151,10 @@ def front_figure(
     Every trial that has both values is a mark: fully measured ones in the method's colour and
     shape, controls hollow and grey, those stopped early small and faint (at their estimate). The
     front runs over all fully measured trials, with the 95 % interval where the result carries one
-    for top-1; the dense model (the first, if several) is a star. An accuracy more than 30 points
-    below the dense model's is an arrow on the lower edge. A trial without both values, or with
+    for top-1; beside a certified member, a little to the right of its cost, stands its top-1 on the
+    held-out images, with the interval that holds for all at once. The controls' front is a dashed
+    line of its own. The dense model (the first, if several) is a star. An accuracy more than 30
+    points below it is an arrow on the lower edge. A trial without both values, or with
     one that is not finite, is not drawn; nor is such a published point. `recovered` are trials
     after fine-tuning: their front has a line of its own, and a thin one from where each was. The
     line beneath accounts for every trial.
@@ -188,12 +196,12 @@ def front_figure(
             _scatter(axes, some, style, view, crowd=1.0 if len(others) <= 150 else 0.6)
     marks = _draw_front(axes, members, dense, styles, view)
     marks |= _draw_intervals(axes, members, view)
+    marks |= _draw_certified(axes, members, view)
     marks |= _draw_knee(axes, members, dense, view)
     marks |= _draw_dense(axes, dense, view)
     plain = [r for r in finished if _is_control(r.method, controls) or r.is_reference]
     if 1 < len(plain) < len(finished):
-        _step(axes, view.front(plain), view, zorder=3.5, gid="control front", **_CONTROL_FRONT)
-        marks["front of the controls"] = Line2D([], [], **_CONTROL_FRONT)
+        marks |= _draw_control_front(axes, view.front(plain), view)
     if any(r.state == "raced_out" for r in others):
         marks["stopped early (estimate)"] = _mark(marker="o", color="#AAAAAA", markersize=3.5)
     marks |= _draw_published(axes, papers, styles, view)
@@ -381,10 +389,46 @@ def _draw_intervals(axes: Axes, members: list[TrialResult], view: _View) -> dict
     low, high = np.array([interval for _, interval in barred]).T
     # A value may sit a rounding error outside its interval; a bar has no negative half.
     halves = np.maximum([y - low, high - y], 0.0)
+    certified = any(_certified_interval(r, view) for r in members)
+    colour = _SEARCH_BAR["color"] if certified else "black"
     axes.errorbar(
-        x, y, yerr=halves, fmt="none", ecolor="black", elinewidth=1.2, capsize=3, zorder=4.5
+        x, y, yerr=halves, fmt="none", ecolor=colour, elinewidth=1.2, capsize=3, zorder=4.5
     )
-    return {"95 % interval": _mark(marker="|", color="black", markersize=11, markeredgewidth=1.2)}
+    label = "95 % interval, search images" if certified else "95 % interval"
+    return {label: _mark(marker="|", color=colour, markersize=11, markeredgewidth=1.2)}
+
+
+def _certified_interval(result: TrialResult, view: _View) -> tuple[float, float] | None:
+    """The simultaneous interval on held-out images, or None where none is drawn."""
+    own = result.certified
+    if own is None or view.vertical.name != "top1" or view.sunk(result.values):
+        return None
+    return own.low, own.high
+
+
+def _draw_certified(
+    axes: Axes, members: list[TrialResult], view: _View, colour: str = "black", of: str = ""
+) -> dict[str, Line2D]:
+    """Top-1 on held-out images, beside the marks: the data's y, and x moved on the page alone."""
+    barred = [(r, i) for r in members if (i := _certified_interval(r, view)) is not None]
+    inch = axes.figure.dpi_scale_trans
+    beside = axes.transData + ScaledTranslation(_BESIDE / 72, 0, inch)
+    look: dict[str, Any] = {"color": colour, "linewidth": 1.4, "zorder": 4.6}
+    for r, ends in barred:
+        assert r.certified is not None
+        x, own = r.values[view.horizontal.name], r.certified.top1
+        axes.plot([x, x], ends, marker="_", markersize=6, transform=beside, **look)
+        axes.plot(
+            [x], [own], marker="D", markersize=4, transform=beside,
+            gid=f"certified{of}:{r.trial}", **look,
+        )  # fmt: skip
+    sample = _mark(marker="D", markersize=4, color=colour)
+    return {"held-out images, 95 % for all at once": sample} if barred else {}
+
+
+def _draw_control_front(axes: Axes, members: list[TrialResult], view: _View) -> dict[str, Line2D]:
+    _step(axes, members, view, zorder=3.5, gid="control front", **_CONTROL_FRONT)
+    return {f"front of the controls ({_trials(len(members))})": Line2D([], [], **_CONTROL_FRONT)}
 
 
 def _draw_knee(
@@ -436,6 +480,7 @@ def _draw_recovered(
     if not healed:
         return {}
     members, before = view.front(healed), {r.trial: r for r in drawn if r.state == "finished"}
+    _draw_certified(axes, members, view, _RECOVERED["color"], " recovered")
     _step(axes, members, view, zorder=4.2, gid="recovered front", **_RECOVERED)
     look = {"color": _RECOVERED["color"], "markeredgecolor": "white", "markeredgewidth": 0.8}
     for r in healed:
@@ -464,6 +509,7 @@ def _set_axes(
 
     spots = [view.spot(v) for v in [r.values for r in drawn] + [p.values for p in papers]]
     bars = [end for r in members for end in _interval(r, view) or ()]
+    bars += [end for r in members for end in _certified_interval(r, view) or ()]
     axes.set_xlim(*limits([x for x, _ in spots]))
     low, high = limits([y for _, y in spots] + bars)
     if view.floor is not None:  # room for the arrows' tips, no more: the edge is theirs

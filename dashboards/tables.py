@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from methods import Recipe
+from search.certificates import flipped, order_changes
 from search.pareto import front_of, knee_of, reference_of
 from search.results import OBJECTIVES, Latency, TrialResult
 
@@ -24,7 +25,13 @@ def front_rows(
     objectives: Sequence[str],
     before: Sequence[TrialResult] | None = None,
 ) -> list[dict[str, Any]]:
-    """The front, cheapest first: one plain dict a member (percent, G, M, ms, MB).
+    """The front, cheapest first: one plain dict a member (percent, points, G, M, ms, MB).
+
+    `top1` is of the search images, `certified_top1` of the held-out ones, its interval one that
+    holds for all certified trials at once; None where a member is not certified. `lost` are the
+    images that the dense model has right and the member wrong, `gained` the other way round, of the
+    split `flips_of`. `contradicts` are the members whose order with this one held-out images turn
+    round, `contradicts_beyond_noise` those of them where that is more than noise.
 
     before: for results that were recovered, the study's own, whose dense model they are compared
     with; `top1_before` is the same trial's top-1 among them.
@@ -32,10 +39,11 @@ def front_rows(
     axes = [OBJECTIVES[o] for o in objectives]
     front, dense = front_of(results, axes), reference_of(results if before is None else before)
     was = {r.trial: r.values.get("top1") for r in before or ()}
-    marked = knee_of(front, axes, dense)
+    marked, changes = knee_of(front, axes, dense), order_changes(front)
     rows = []
     for r in front:
         timed = r.timed or latencies.get(r.trial)
+        turned = [c for c in changes if r.trial in (c.first, c.second)]
         row: dict[str, Any] = {
             "trial": r.trial,
             "method": r.method,
@@ -57,37 +65,111 @@ def front_rows(
             "knee": r is marked,
             "recovered": before is not None,
             "top1_before": was.get(r.trial),
+            **_held_out(r, dense),
+            "contradicts": [c.second if c.first == r.trial else c.first for c in turned],
+            "contradicts_beyond_noise": [
+                c.second if c.first == r.trial else c.first for c in turned if c.beyond_noise
+            ],
         }
         rows.append(row)
     return rows
+
+
+def _held_out(result: TrialResult, dense: TrialResult | None) -> dict[str, Any]:
+    """A member's columns of the held-out images: None where there are none."""
+    own = result.certified
+    worst = None if own is None else own.worst
+    lost, gained, split = flipped(result, dense) or (None, None, None)
+    return {
+        "certified_top1": own and own.top1,
+        "certified_top1_low": own and own.low,
+        "certified_top1_high": own and own.high,
+        "certified_change": own and own.change,
+        "certified_change_low": own and own.change_low,
+        "certified_change_high": own and own.change_high,
+        "certified_images": own and own.images,
+        "lost": lost,
+        "gained": gained,
+        "flips_of": split,
+        "worst_class": worst and worst.name,
+        "worst_class_drop": worst and worst.drop,
+        "worst_class_images": worst and worst.images,
+        "worst_class_beyond_noise": worst and worst.beyond_noise,
+    }
 
 
 def front_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
     """For a terminal; intervals are 95 %. Recovered rows say what they were before."""
     table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
     recovered = any(r["recovered"] for r in rows)
+    certified = any(r["certified_top1"] is not None for r in rows)
+    timed = any(r["latency_ms"] is not None for r in rows)
     for name, justify in (
         ("trial", "right"), *([("before %", "right")] if recovered else ()),
-        ("top-1 %", "right"), ("95 %", "left"), ("vs dense", "right"),
-        ("GMACs", "right"), ("of dense", "right"), ("M par.", "right"), ("ms", "right"),
-        ("speed-up", "left"), ("recipe", "left"),
+        ("search %", "right"), ("95 %", "left"), ("vs dense", "right"),
+        *([("held-out %", "right"), ("95 %, all", "left")] if certified else ()),
+        ("GMACs", "right"), ("of dense", "right"), ("M par.", "right"),
+        *([("ms", "right"), ("speed-up", "left")] if timed else ()), ("recipe", "left"),
     ):  # fmt: skip
         table.add_column(name, justify=justify, no_wrap=name != "recipe")
     for r in rows:
+        held_out = (
+            _shown(r["certified_top1"], ".2f"),
+            _span(r["certified_top1_low"], r["certified_top1_high"], ".1f"),
+        )
+        latency = (
+            _shown(r["latency_ms"], ".3g"),
+            _shown(r["speedup"], ".2f")
+            + (" " + _span(r["speedup_low"], r["speedup_high"], ".2f") if r["speedup"] else ""),
+        )
         table.add_row(
             f"{r['trial']}{' *' if r['knee'] else ''}",
             *([_shown(r["top1_before"], ".2f")] if recovered else ()),
             f"{r['top1']:.2f}",
             _span(r["top1_low"], r["top1_high"], ".1f"),
             _shown(r["top1_change"], "+.2f"),
+            *(held_out if certified else ()),
             f"{r['gmacs']:.4g}",
             _shown(r["gmacs_share"], ".0%"),
             f"{r['params_m']:.4g}",
-            _shown(r["latency_ms"], ".3g"),
-            _shown(r["speedup"], ".2f")
-            + (" " + _span(r["speedup_low"], r["speedup_high"], ".2f") if r["speedup"] else ""),
+            *(latency if timed else ()),
             r["recipe"],
         )
+    return table
+
+
+def damage_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table | None:
+    """For a terminal: what the front's members do to images that the dense model has right, and to
+    the class that loses most. None where no member can be compared.
+    """
+    some = [r for r in rows if r["lost"] is not None and (r["method"] != "dense" or r["recovered"])]
+    if not some:
+        return None
+    certified = any(r["certified_change"] is not None for r in some)
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for name, justify in (
+        ("trial", "right"),
+        *([("vs dense", "right"), ("95 %, all", "left")] if certified else ()),
+        ("right to wrong", "right"), ("wrong to right", "right"),
+        *([("worst class", "left"), ("vs dense", "right"), ("images", "right"), ("", "left")]
+          if certified else ()),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, no_wrap=True)
+    for r in some:
+        change = (
+            _shown(r["certified_change"], "+.2f"),
+            _span(r["certified_change_low"], r["certified_change_high"], "+.1f", " to "),
+        )
+        drop, worst = r["worst_class_drop"], ("", "", "", "")
+        if drop is not None and drop <= 0:
+            worst = ("none", "", "", "")
+        elif drop is not None:
+            noise = "" if r["worst_class_beyond_noise"] else "within noise"
+            worst = (r["worst_class"], f"{-drop:+.1f}", str(r["worst_class_images"]), noise)
+        table.add_row(
+            str(r["trial"]), *(change if certified else ()), str(r["lost"]), str(r["gained"]),
+            *(worst if certified else ()),
+        )  # fmt: skip
     return table
 
 
@@ -147,5 +229,5 @@ def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _span(low: float | None, high: float | None, form: str) -> str:
-    return "" if low is None or high is None else f"{low:{form}}–{high:{form}}"
+def _span(low: float | None, high: float | None, form: str, to: str = "–") -> str:
+    return "" if low is None or high is None else f"{low:{form}}{to}{high:{form}}"

@@ -21,8 +21,10 @@ from search.evaluate import DTYPES
 from search.named_data import NAMES
 from search.prepare import needs
 from search.results import OBJECTIVES
+from search.storage import check_url
 
 SAMPLERS = ("tpe", "nsga2", "random")
+DEFAULT_TRIALS, MOST_TRIALS = 100, 1_000_000
 SEARCHABLE_OBJECTIVES = ("top1", "top5", "gmacs", "params_m", "latency_ms", "peak_mb")
 
 #: What a study's numbers depend on: a study refuses to continue with another one.
@@ -42,7 +44,9 @@ class SearchConfig:
     model: str = "digits"
     data: str = "digits"
     weights: str | None = None
-    trials: int = 100
+    trials: int | None = None
+    time: str | None = None
+    patience: int | None = None
     methods: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("top1", "gmacs")
     sampler: str = "tpe"
@@ -55,6 +59,9 @@ class SearchConfig:
     images: int | None = None
     min_gmacs: float | None = None
     max_gmacs: float | None = None
+    race: str = "on"
+    race_error: float = 0.05
+    certify: str = "front"
     latency: str = "front"
     latency_batch: int = 1
     train_epochs: int = 0
@@ -64,6 +71,7 @@ class SearchConfig:
     profile: str | None = None
     snap: str = "off"
     tracking_uri: str | None = None
+    storage: str | None = None
     space: dict[str, Any] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     store: str = ""
@@ -77,9 +85,11 @@ class SearchConfig:
             if key not in known:
                 raise UserError(f"a job has no key {key!r}{nearest(str(key), known)}")
         values = {k: v for k, v in given.items() if v is not None}
-        for key in ("latency", "snap"):
-            if values.get(key) is False:  # YAML reads a bare `off` as false
+        for key, on in (("latency", None), ("snap", None), ("certify", None), ("race", "on")):
+            if values.get(key) is False:  # YAML reads a bare `off` as false, and `on` as true
                 values[key] = "off"
+            if on is not None and values.get(key) is True:
+                values[key] = on
         lists = {k: _names(k, values.pop(k)) for k in ("methods", "objectives") if k in values}
         maps = {k: _mapping(k, values.pop(k)) for k in ("space", "fixed") if k in values}
         strings = {
@@ -93,7 +103,9 @@ class SearchConfig:
                 "store",
                 "cache",
                 "tracking_uri",
+                "storage",
                 "profile",
+                "time",
             )
             if k in values
         }
@@ -104,6 +116,7 @@ class SearchConfig:
             # a study is continued by name, from any folder
             model=_absolute(config.model, "local-dir:"),
             tracking_uri=config.tracking_uri and _absolute(config.tracking_uri, "sqlite:///"),
+            storage=_database(config.storage),
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
             data=_placed(config.data),
@@ -137,6 +150,16 @@ class SearchConfig:
         low, high = self.min_gmacs, self.max_gmacs
         if low is not None and high is not None and low > high:
             raise UserError(f"min_gmacs {low:g} is above max_gmacs {high:g}: no recipe fits")
+        if self.time is not None and self.seconds is None:
+            raise UserError(
+                f"job.time is {self.time!r}: accepted is a number with s, m or h, as in 90s, 30m, "
+                "1.5h"
+            )
+        if self.race == "on" and "top5" in self.objectives:
+            raise UserError(
+                "job.race is 'on', and top5 is an objective: trials are raced on top1 alone; give "
+                "race: off"
+            )
         if self.snap == "steps" and self.profile is None:
             raise UserError(
                 "job.snap is 'steps', and there is no latency table whose steps they would be: "
@@ -153,9 +176,36 @@ class SearchConfig:
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
                 "MLFLOW_TRACKING_URI, in the environment"
             )
+        if self.storage is not None:
+            check_url(self.storage)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise UserError(f"job.device is {self.device!r}: accepted is auto, cpu, cuda or cuda:N")
         return self
+
+    @property
+    def budget(self) -> int | None:
+        """Trials in all; None: as many as come."""
+        return trials_in_all({"trials": self.trials, "time": self.time, "patience": self.patience})
+
+    @property
+    def until(self) -> str:
+        """When the search stops, in words."""
+        said = []
+        if self.budget is not None:
+            said.append(f"{self.budget} trials")
+        if self.time is not None:
+            said.append(f"for {self.time}")
+        if self.patience is not None:
+            said.append(f"until {self.patience} trials bring the front nothing")
+        return " or ".join(said)
+
+    @property
+    def seconds(self) -> float | None:
+        """`time` in seconds; None where it is not given, or is no time."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", self.time or "")
+        if found is None or not float(found[1]):
+            return None
+        return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
     @property
     def study_methods(self) -> tuple[str, ...]:
@@ -177,9 +227,20 @@ class SearchConfig:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items() if v is not None}
 
 
+def trials_in_all(job: Mapping[str, Any]) -> int | None:
+    """As asked; where nothing of a job says when to stop, 100; else None, as many as come."""
+    if all(job.get(key) is None for key in ("trials", "time", "patience")):
+        return DEFAULT_TRIALS
+    return job.get("trials")
+
+
 _UNSET = None
 _PLAIN: tuple[Parameter, ...] = (
-    Int("trials", low=1, high=1_000_000, default=100),
+    Int("trials", low=1, high=MOST_TRIALS, default=_UNSET),
+    Int("patience", low=1, high=1_000_000, default=_UNSET),
+    Choice("race", choices=("on", "off"), default="on"),
+    Float("race_error", low=0.0, high=0.5, default=0.05, open_low=True),
+    Choice("certify", choices=("front", "off"), default="front"),
     Choice("sampler", choices=SAMPLERS, default="tpe"),
     Int("seed", low=0, high=2**31 - 1, default=0),
     Int("workers", low=1, high=100_000, default=_UNSET),
@@ -204,6 +265,11 @@ def _absolute(address: str, scheme: str) -> str:
     if not address.startswith(scheme):
         return address
     return scheme + os.path.abspath(address.removeprefix(scheme))
+
+
+def _database(storage: str | None) -> str | None:
+    """Where Optuna's trials go, None being the study's folder."""
+    return None if storage in (None, "journal") else _absolute(str(storage), "sqlite:///")
 
 
 def _placed(data: str) -> str:

@@ -35,6 +35,8 @@ PAGE = 1000
 STUDY_ID, TRIAL = "vitpareto.study_id", "trial"
 #: opens the experiment on its runs; MLflow's pages take it for one of language models otherwise
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+#: metrics of the held-out images begin so; they go again where a study is certified no more
+CERTIFIED = "certified_"
 #: what uploaded artifacts were made of, so that equal ones are not uploaded again
 CONTENT = "vitpareto.artifacts"
 
@@ -95,14 +97,21 @@ def trial_run(
     recovered: TrialResult | None = None,
     recovered_front: bool = False,
 ) -> RunSpec:
-    """The run of one trial. Only finished ones have metrics; a failed one ends FAILED with its
-    reason. `recovered`: the same trial after fine-tuning, whose values stand beside its own.
+    """The run of one trial. Of one that was stopped early `top1` is no metric, so that none who
+    sorts by it takes an estimate for a measurement: `top1_estimate` is. A failed one ends FAILED
+    with its reason. `recovered`: the same trial after fine-tuning, whose values stand beside its
+    own.
     """
     metrics: dict[str, float] = {}
     if result.state == "finished":
         metrics = {k: float(v) for k, v in result.values.items() if math.isfinite(v)}
+        metrics |= _certified(result)
         if rank is not None:
             metrics["pareto_rank"] = float(rank)
+    elif result.state == "raced_out":
+        costs = {k: v for k, v in result.values.items() if k not in ("top1", "top5")}
+        metrics = {k: float(v) for k, v in costs.items() if math.isfinite(v)}
+        metrics |= {"top1_estimate": result.values["top1"], "images_seen": float(result.images)}
     params = {"method": result.method}
     for part, prefix in (("structure", "structure."), ("tokens", "")):
         for name, value in (result.recipe.get(part) or {}).items():
@@ -121,11 +130,16 @@ def trial_run(
         tags["reason"] = _cut(result.reason, LONGEST_TAG)
     if weights := (result.resolved or {}).get("weights"):
         tags["weights"] = weights
+    if result.certified is not None and result.certified.worst is not None:
+        worst = result.certified.worst
+        noise = "" if worst.beyond_noise else "; within noise"
+        tags["worst_class"] = f"{worst.name} ({worst.drop:.1f} points of {worst.images}{noise})"
     if recovered is not None:
         tags["recovered"] = recovered.state
         tags["recovered_pareto"] = "true" if recovered_front else "false"
         metrics |= {f"recovered_{k}": recovered.values[k] for k in ("top1", "top5")
                     if k in recovered.values}  # fmt: skip
+        metrics |= _certified(recovered, f"{CERTIFIED}recovered_")
     return RunSpec(
         trial=result.trial,
         name=f"{result.trial} {_line(result)}"[:250],
@@ -136,6 +150,25 @@ def trial_run(
         begin_ms=result.begun_ms,
         end_ms=result.ended_ms,
     )
+
+
+def _certified(result: TrialResult, prefix: str = CERTIFIED) -> dict[str, float]:
+    """What a trial is on the held-out images; nothing where it is not certified."""
+    own = result.certified
+    if own is None:
+        return {}
+    found = {
+        "top1": own.top1,
+        "top1_low": own.low,
+        "top1_high": own.high,
+        "images": own.images,
+        "change": own.change,
+        "change_low": own.change_low,
+        "change_high": own.change_high,
+    }
+    if own.worst is not None:
+        found |= {"lost": own.lost, "gained": own.gained, "worst_class_drop": own.worst.drop}
+    return {f"{prefix}{k}": float(v) for k, v in found.items() if v is not None}
 
 
 def _line(result: TrialResult) -> str:
@@ -318,9 +351,12 @@ class Mirror:
             tags["mlflow.parentRunId"] = self.parent.run_id
         spec = replace(spec, tags=tags)
         known = self.runs.get(spec.trial)
-        if known is not None and any(
-            known.params.get(k, v) != v for k, v in spec.params.items()
-        ):  # a parameter cannot be changed: this run was written by another version
+        if known is not None and (
+            any(known.params.get(k, v) != v for k, v in spec.params.items())
+            or any(k.startswith(CERTIFIED) and k not in spec.metrics for k in known.metrics)
+        ):
+            # a parameter cannot be changed, nor a metric taken back: this run was written by
+            # another version, or before the study lost its certificates
             self.client.delete_run(known.run_id)
             known = None
         if known is None:

@@ -419,6 +419,10 @@ def choose(
     gmacs, or the latency where that is the only budget. All bounds are inclusive; last ties go
     to the lower trial. A trial whose latency was not measured is not within any latency budget.
 
+    Where any trial is certified, `min_top1` is held against the lower end of the certified
+    interval, and no other trial is taken for it: those of all certified ones hold at once, so that
+    the one chosen keeps its promise. Otherwise against top-1 on the search images, which flatters.
+
     Errors: ValueError with no budget at all, a non-finite one, or a finished trial without top1
     or gmacs; `NothingUnderBudget` if none qualifies.
     """
@@ -434,12 +438,20 @@ def choose(
     finished = [r for r in results if r.state == "finished"]
     for result in finished:
         _row(result.values, objectives_named(("top1", "gmacs")), f"trial {result.trial}")
-    judged = [r for r in finished if all(math.isfinite(r.values.get(n, math.nan)) for n in limits)]
+    certified = min_top1 is not None and any(r.certified is not None for r in finished)
+
+    def held(result: TrialResult, name: str) -> float:
+        """What a bound on `name` is held against; NaN where that was not measured."""
+        if name == "top1" and certified:
+            return math.nan if result.certified is None else result.certified.low
+        return result.values.get(name, math.nan)
+
+    judged = [r for r in finished if all(math.isfinite(held(r, n)) for n in limits)]
 
     def shortfall(result: TrialResult) -> float:
         """How far outside the budget, each bound relative to itself; 0 within."""
         return sum(
-            max(0.0, OBJECTIVES[n].sign * (result.values[n] - limit)) / (abs(limit) or 1.0)
+            max(0.0, OBJECTIVES[n].sign * (held(result, n) - limit)) / (abs(limit) or 1.0)
             for n, limit in limits.items()
         )
 
@@ -453,17 +465,32 @@ def choose(
         return f"{value:.4g} {OBJECTIVES[name].unit}"
 
     asked = " and ".join(
-        f"{n} {'<=' if OBJECTIVES[n].sign > 0 else '>='} {limit:g} {OBJECTIVES[n].unit}"
+        f"{'certified top1' if certified and n == 'top1' else n} "
+        f"{'<=' if OBJECTIVES[n].sign > 0 else '>='} {limit:g} {OBJECTIVES[n].unit}"
         for n, limit in limits.items()
     )
     columns = [n for n in ("top1", "gmacs", "latency_ms") if n in limits or n != "latency_ms"]
-    nearest = "; ".join(
-        f"trial {r.trial} ({r.method}): "
-        + ", ".join(f"{n} {shown(n, r.values[n])}" for n in columns)
-        for r in sorted(judged, key=lambda r: (shortfall(r), r.trial))[:3]
-    )
+
+    def described(result: TrialResult) -> str:
+        said = [f"{n} {shown(n, result.values[n])}" for n in columns]
+        if certified and result.certified is not None:
+            own = result.certified
+            said[0] = (
+                f"certified top1 at least {shown('top1', own.low)} "
+                f"({shown('top1', own.top1)} of {own.images} held-out images)"
+            )
+        return f"trial {result.trial} ({result.method}): " + ", ".join(said)
+
+    nearest = "; ".join(map(described, sorted(judged, key=lambda r: (shortfall(r), r.trial))[:3]))
     message = f"none of {len(finished)} finished trials has {asked}"
     message += f"; nearest: {nearest}" if nearest else ""
-    if len(judged) < len(finished):
-        message += f"; {len(finished) - len(judged)} have no latency_ms"
+    lacking = {
+        "are not certified": [r for r in finished if certified and r.certified is None],
+        "have no latency_ms": [
+            r
+            for r in finished
+            if "latency_ms" in limits and not math.isfinite(held(r, "latency_ms"))
+        ],
+    }
+    message += "".join(f"; {len(some)} {what}" for what, some in lacking.items() if some)
     raise NothingUnderBudget(message)

@@ -8,6 +8,7 @@ recovered too where it is on the front: what training alone is worth. Results li
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 import warnings
@@ -19,14 +20,18 @@ import ray
 import torch
 
 from methods import Recipe, Untrained
+from search.certify import certify_front
 from search.config import SearchConfig
 from search.errors import UserError
 from search.pareto import front_of, objectives_named
 from search.results import TrialResult
-from search.run import Crew, DecodeProgress, Prepared, make_task, prepare, training_of
+from search.run import DecodeProgress, Prepared, make_task, prepare, training_of
 from search.store import StudyFolder
 from search.train import Settings
 from search.trial import STATE, Task, Workplace, measure_built
+from search.tune import Crew
+
+log = logging.getLogger("vitpareto")
 
 
 class NotRecovered(RuntimeError):
@@ -81,9 +86,15 @@ class Recovery:
         return cls(folder, prepared, settings, todo)
 
     def run(
-        self, *, cpus: int, gpus: int, heard: Callable[[TrialResult, TrialResult], None]
+        self,
+        *,
+        cpus: int,
+        gpus: int,
+        heard: Callable[[TrialResult, TrialResult], None],
+        say: Callable[[str], None] = log.info,
     ) -> list[TrialResult]:
-        """Recover what is left to do on the Ray that is there; all that is recovered.
+        """Recover what is left to do on the Ray that is there, and certify the recovered front
+        where the study's is; all that is recovered.
 
         heard(before, after): called with each as it becomes durable. NotRecovered, once all others
         are done, for those that failed.
@@ -92,13 +103,10 @@ class Recovery:
         crew = Crew.of(config, self.prepared.device, cpus, gpus)
         failed = {}
         with self.folder.locked():
+            task = make_task(self.prepared, "", threads=None if crew.gpus else crew.cpus)
+            task = replace(task, device=torch.device(task.device).type)
             if self.todo:
-                task = make_task(self.prepared, "", threads=None if crew.gpus else crew.cpus)
-                task = replace(
-                    task,
-                    device=torch.device(task.device).type,
-                    training=training_of(self.prepared, self.settings),
-                )
+                task = replace(task, training=training_of(self.prepared, self.settings))
                 remote = ray.remote(_recover).options(
                     num_cpus=crew.cpus, num_gpus=crew.gpus, max_retries=0
                 )
@@ -112,6 +120,11 @@ class Recovery:
                     except ray.exceptions.RayError as error:
                         cause = getattr(error, "cause", None) or error
                         failed[before.trial] = f"{type(cause).__name__}: {cause}"
+            if config.certify == "front":
+                certify_front(
+                    self.folder, task, self.prepared.data, config.objectives,
+                    cpus=crew.cpus, gpus=crew.gpus, say=say, recovered=True,
+                )  # fmt: skip
         if failed:
             said = "; ".join(f"trial {t}: {why}" for t, why in sorted(failed.items()))
             raise NotRecovered(

@@ -88,6 +88,42 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class WorstClass:
+    """The class that lost most against the dense model: `drop` in points, of so many `images`.
+
+    `beyond_noise`: such a loss in any class at all would be a surprise (5 %) if none had any.
+    """
+
+    name: str
+    drop: float
+    images: int
+    beyond_noise: bool
+
+
+@dataclass(frozen=True)
+class Certified:
+    """A trial on the held-out images, which no decision was made by.
+
+    `low`, `high` (percent) hold for all certified trials of the study at once, with 95 %; so do
+    `change_low`, `change_high` (points), of the paired difference from the dense model. `lost` are
+    the images that the dense model has right and the trial wrong, `gained` the other way round;
+    `bits` as in `TrialResult`. None, and 0, where the dense model itself is the trial.
+    """
+
+    images: int
+    bits: str
+    top1: float
+    low: float
+    high: float
+    change: float | None = None
+    change_low: float | None = None
+    change_high: float | None = None
+    lost: int = 0
+    gained: int = 0
+    worst: WorstClass | None = None
+
+
+@dataclass(frozen=True)
 class TrialResult:
     """One recipe measured, or the reason why it was not.
 
@@ -96,6 +132,7 @@ class TrialResult:
     (`pack_bits`). `resolved` is the recipe with everything that was calibrated written into it,
     so that it rebuilds without calibration images. `latency` is a `Latency` as a dict, where it was
     an objective. `seconds` is how long it took, `ended_ms` when it was there, in ms since 1970.
+    `certified` is put in when a study is read (`search.certificates`): a result's file has none.
     """
 
     trial: int
@@ -113,6 +150,7 @@ class TrialResult:
     provenance: dict[str, Any] = field(default_factory=dict)
     latency: dict[str, Any] | None = None
     ended_ms: int = field(default_factory=lambda: int(1e3 * time.time()))
+    certified: Certified | None = None
 
     @property
     def begun_ms(self) -> int:

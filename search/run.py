@@ -11,7 +11,6 @@ import functools
 import importlib.metadata
 import logging
 import platform
-import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Mapping
@@ -22,32 +21,36 @@ from typing import Any
 import optuna
 import ray
 import torch
-from ray import tune
 from torch import Tensor, nn
 
 import methods
 from methods import BadInput, ModelShape, Recipe
 from methods.parameters import Float
 from search.candidates import Training
+from search.certify import certify_front
 from search.config import IDENTITY, TRAINING_IDENTITY, SearchConfig
 from search.cost import device_name, latency, recipe_macs, target_of
 from search.datasets import Data, Preprocess, check_head, open_data
 from search.errors import UserError
 from search.evaluate import DTYPES
+from search.judge import Judge
 from search.layouts import read_checkpoint
 from search.models import MappedModel, check_trained, fingerprint, load_model, num_classes
 from search.pareto import front_of
 from search.preparations import prepare_shared, snapshots_of
 from search.prepare import needs
 from search.profile import Profile
+from search.racing import Race, rungs
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.searcher import FrontSearcher, Tally
 from search.shapes import ShapeFinder
 from search.snapshots import targets_of
 from search.space import Space
+from search.storage import close, open_storage
 from search.store import StudyFolder
 from search.train import Settings
-from search.trial import RecipeTrial, Task, Workplace, run_trial, window_violation
+from search.trial import Task, Workplace, run_trial, window_violation
+from search.tune import Crew, run_tune
 
 Hook = Callable[[TrialResult | None, Tally], None]
 DecodeProgress = Callable[[int, int], None]
@@ -94,6 +97,8 @@ class Prepared:
             kept["profile"] = None if self.profile is None else self.profile.digest
         if config["snap"] != "off":
             kept["snap"] = config["snap"]
+        if config["race"] != "off":
+            kept["race_error"] = config["race_error"]
         return {
             **kept,
             "methods": list(self.space.methods),
@@ -261,32 +266,6 @@ def _bound(value: float | None) -> str:
     return "any" if value is None else f"{value:g}"
 
 
-@dataclass(frozen=True)
-class Crew:
-    """How trials share a machine or cluster."""
-
-    workers: int
-    cpus: int
-    gpus: float
-
-    @classmethod
-    def of(cls, config: SearchConfig, device: str, cpus: int, gpus: int) -> Crew:
-        """cpus, gpus: what the cluster has. UserError where the job asks for more."""
-        if device.startswith("cuda"):
-            share = config.gpus_per_trial or 1.0
-            if share > gpus:
-                raise UserError(f"a trial asks for {share:g} GPUs: the cluster has {gpus}")
-            workers = config.workers or max(1, int(gpus / share))
-            crew = cls(workers, max(1, cpus // (2 * workers)), share)
-        else:
-            workers = config.workers or min(cpus, 8)
-            crew = cls(workers, max(1, cpus // workers), 0.0)
-        if "latency_ms" in config.objectives:
-            # a latency is measured alone on its device, never beside another worker
-            return cls(1, cpus, 1.0 if device.startswith("cuda") else 0.0)
-        return crew
-
-
 def search(
     prepared: Prepared,
     *,
@@ -314,28 +293,55 @@ def search(
         task = make_task(prepared, epoch, threads=None if crew.gpus else crew.cpus)
         # Ray shows a worker its own GPUs alone, counted from 0
         task = replace(task, device=torch.device(task.device).type)
-        if folder.durable_trials() < config.trials:
+        judge = judge_of(prepared)
+        if judge is not None:
+            images = len(prepared.data.split("search"))
+            task = replace(task, rungs=rungs(images)[:-1])
+        if config.budget is None or folder.durable_trials() < config.budget:
             task = prepare_shared(prepared.trained, task, crew.cpus, crew.gpus, say)
         if "nvit" in prepared.trained:
             prepared.reshape.know(snapshots_of(folder))
+        storage = open_storage(folder, config.storage)
         searcher = FrontSearcher(
             folder,
             prepared.space,
             objectives=config.objectives,
             sampler=config.sampler,
             seed=config.seed,
-            trials=config.trials,
+            trials=config.budget,
             window=task.window,
             reshape=prepared.reshape,
             hooks=hooks,
+            judge=judge,
+            patience=config.patience,
+            seconds=config.seconds,
+            storage=storage,
         )
-        if searcher.done < config.trials:
-            _run_tune(searcher, task, crew)
-        else:
-            searcher.tally.ended = f"{searcher.done} trials measured"
+        try:
+            if config.budget is None or searcher.done < config.budget:
+                run_tune(searcher, task, crew)
+            else:
+                searcher.tally.ended = f"{searcher.done} trials measured"
+        finally:
+            close(storage)
         if config.latency == "front" and searcher.tally.ended:
             time_front(folder, task, config.objectives, cpus, gpus)
+        if config.certify == "front" and searcher.tally.ended:
+            certify_front(
+                folder, task, prepared.data, config.objectives,
+                cpus=crew.cpus, gpus=crew.gpus, say=say,
+            )  # fmt: skip
     return folder, searcher.tally
+
+
+def judge_of(prepared: Prepared) -> Judge | None:
+    """Who decides on every rung; None where everything is measured in full."""
+    config = prepared.config
+    objectives = [OBJECTIVES[o] for o in config.objectives]
+    if config.race == "off":
+        return None
+    race = Race(len(prepared.data.split("search")), config.race_error, config.budget)
+    return Judge(race, objectives, prepared.provenance)
 
 
 def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
@@ -357,6 +363,7 @@ def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
         latency_batch=config.latency_batch if "latency_ms" in config.objectives else None,
         provenance=prepared.provenance,
         training=_training(prepared),
+        peak_first="peak_mb" in config.objectives,
     )
 
 
@@ -399,35 +406,6 @@ def _targets(space: Space) -> tuple[float, ...]:
     held = space.fixed["nvit"].get("cost")
     (cost,) = (p for p in space.parameters["nvit"] if isinstance(p, Float) and p.name == "cost")
     return targets_of(cost.low, cost.high) if held is None else targets_of(held, held)
-
-
-def _run_tune(searcher: FrontSearcher, task: Task, crew: Crew) -> None:
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    trainable = tune.with_resources(
-        tune.with_parameters(RecipeTrial, task=task), {"cpu": crew.cpus, "gpu": crew.gpus}
-    )
-    # Ray wants a place for its own record of the run; nothing is ever read from it
-    scratch = task.study.folder / "ray"
-    shutil.rmtree(scratch, ignore_errors=True)
-    try:
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                num_samples=2**31,  # the searcher says when the study is done
-                max_concurrent_trials=crew.workers,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name="study",
-                storage_path=str(scratch),
-                verbose=0,
-                failure_config=tune.FailureConfig(max_failures=0),
-            ),
-        )
-        tuner.fit()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def time_front(

@@ -8,8 +8,10 @@ their values, those outside the budget window are told as constraint violations.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
+import shutil
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,57 +19,45 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from methods import BadInput, ModelShape, Recipe
 from search.cost import recipe_macs
+from search.judge import Judge
 from search.pareto import Front, reference_point
 from search.results import OBJECTIVES, TrialResult
 from search.space import Space
+from search.storage import frozen_trials, open_storage, study_name
 from search.store import StudyFolder
-from search.trial import window_violation
+from search.trial import RUNG, SAME, window_violation
 
 #: asks in a row that bring nothing new before the space counts as exhausted
 BARREN_ASKS = 100
 #: times a trial is started again after its worker or driver died
 RETRIES = 3
+#: by how much the hypervolume has to grow to count as grown
+GROWTH = 1e-3
+#: what Optuna is told of a trial that was stopped: its "estimate", or that it was "pruned"
+TELL_RACED = "estimate"
 
 log = logging.getLogger("vitpareto")
 # every ask and tell would be a line; the progress line says what matters
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-def open_storage(journal: Path) -> optuna.storages.JournalStorage:
-    """Optuna's journal, repaired after a kill: a half-written last line and a stale lock go.
-
-    Only for the driver that holds the study's lock: nobody else writes.
-    """
-    for stale in journal.parent.glob(f"{journal.name}.lock*"):
-        stale.unlink(missing_ok=True)
-    if journal.exists():
-        data = journal.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with open(journal, "r+b") as handle:
-                handle.truncate(whole)
-                handle.flush()
-                os.fsync(handle.fileno())
-    return optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
-
-
 def running_trials(folder: StudyFolder) -> list[TrialResult]:
     """What a live driver has handed out and not heard of yet; nothing is written."""
-    if not folder.running or not folder.journal.exists():
+    if not folder.running:
         return []
-    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
-    study = optuna.load_study(study_name=folder.name, storage=storage)
     done = {r.trial for r in folder.results()}
     return [
         TrialResult(t.number, "running", t.user_attrs["recipe"], str(t.user_attrs["key"]))
-        for t in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if t.number not in done and "key" in t.user_attrs and "duplicate_of" not in t.user_attrs
+        for t in frozen_trials(folder)
+        if t.state == TrialState.RUNNING
+        and t.number not in done
+        and "key" in t.user_attrs
+        and "duplicate_of" not in t.user_attrs
     ]
 
 
@@ -85,19 +75,33 @@ def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
         )
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
+
+
 @dataclass
 class Tally:
     """How a study stands, for progress lines."""
 
-    wanted: int = 0
+    #: trials in all; None: as many as come
+    wanted: int | None = 0
     finished: int = 0
+    raced_out: int = 0
     failed: int = 0
     running: int = 0
     duplicates: int = 0
     outside: int = 0
     hypervolume: float = 0.0
     front: tuple[int, ...] = ()
+    images: int = 0
+    #: trials since the hypervolume last grew
+    barren: int = 0
     ended: str = ""
+
+    @property
+    def done(self) -> int:
+        """Trials with a durable result."""
+        return self.finished + self.raced_out + self.failed
 
 
 @dataclass
@@ -122,23 +126,36 @@ class FrontSearcher(Searcher):
         objectives: tuple[str, ...],
         sampler: str,
         seed: int,
-        trials: int,
+        trials: int | None,
         window: tuple[float | None, float | None] = (None, None),
         reshape: Callable[[Recipe], ModelShape],
         hooks: list[Callable[[TrialResult | None, Tally], None]] | None = None,
+        judge: Judge | None = None,
+        tell_raced: str = TELL_RACED,
+        patience: int | None = None,
+        seconds: float | None = None,
+        storage: optuna.storages.BaseStorage | None = None,
     ) -> None:
+        """judge: decides at every rung who climbs on (None: all do). tell_raced: what Optuna hears
+        of a trial that was stopped, its "estimate" or "pruned". patience: trials in a row without
+        growth of the hypervolume after which the study ends; seconds: after which nothing new is
+        begun. storage: Optuna's, where it is not the folder's journal.
+        """
         super().__init__(metric="top1", mode="max")
         self.folder, self.space = folder, space
         self.objectives = tuple(OBJECTIVES[o] for o in objectives)
         self.window, self.reshape = window, reshape
         self.hooks = hooks or []
-        storage = open_storage(folder.journal)
+        self.judge, self.tell_raced = judge, tell_raced
+        self.patience, self.seconds, self.begin = patience, seconds, time.monotonic()
+        self.grown = 0.0
         self.study = optuna.create_study(
-            storage=storage,
-            study_name=folder.name,
+            storage=open_storage(folder) if storage is None else storage,
+            study_name=study_name(folder),
             directions=[o.direction for o in self.objectives],
             load_if_exists=True,
         )
+        self._refill()
         past = self.study.get_trials(deepcopy=False)
         # a restarted sampler must not repeat its draws
         self.study.sampler = make_sampler(sampler, seed + len(past))
@@ -147,10 +164,29 @@ class FrontSearcher(Searcher):
         self.outside: dict[str, float] = {}
         self.front: Front | None = None
         self.reference_again: optuna.Trial | None = None
+        self.away = False
         self.tally = Tally(wanted=trials)
         self._recover(past)
 
     # -- start ---------------------------------------------------------------------------------
+
+    def _refill(self) -> None:
+        """A storage that was lost knows no trial of which there is a result: their numbers are
+        taken again, so that no later trial writes over one.
+        """
+        results = {r.trial: r for r in self.folder.results()}
+        known = len(self.study.get_trials(deepcopy=False))
+        for number in range(known, max(results, default=-1) + 1):
+            result = results.get(number)
+            if result is None or result.state != "finished":
+                self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+                continue
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    values=[result.values[o.name] for o in self.objectives],
+                    user_attrs={"recipe": result.recipe, "key": result.key},
+                )
+            )
 
     def _recover(self, past: list[FrozenTrial]) -> None:
         """Results on disk are told; what was in flight is failed and enqueued again."""
@@ -203,20 +239,32 @@ class FrontSearcher(Searcher):
 
     @property
     def done(self) -> int:
-        return self.tally.finished + self.tally.failed
+        return self.tally.done
 
     def suggest(self, trial_id: str) -> Any:
         """The next candidate that has to be measured; None: not now; FINISHED: nothing more."""
         if self.tally.ended:
             return Searcher.FINISHED
-        if self.done >= self.tally.wanted:
+        wanted = self.tally.wanted
+        if wanted is not None and self.done >= wanted:
             return self._end(f"{self.done} trials measured")
-        if self.done + len(self.running) >= self.tally.wanted:
+        if self.seconds is not None and time.monotonic() - self.begin >= self.seconds:
+            return self._end(f"the time is up: {self.seconds:g} s; {self.done} trials measured")
+        if self.patience is not None and self.tally.barren >= self.patience:
+            return self._end(
+                f"the hypervolume has not grown by {GROWTH:.1%} for {self.tally.barren} trials; "
+                f"{self.done} measured"
+            )
+        if wanted is not None and self.done + len(self.running) >= wanted:
             return None  # one of those running may die and has then to run again
         if self.front is None and self.running:
             return None  # nothing is compared with before the reference is known
         for _ in range(BARREN_ASKS):
-            asked = self._ask()
+            try:
+                asked = self._ask()
+            except optuna.exceptions.StorageInternalError as error:
+                return self._wait_for_storage(error)
+            self.away = False
             if asked is not None:
                 self.running[trial_id] = asked
                 self._report(None)
@@ -231,6 +279,13 @@ class FrontSearcher(Searcher):
             f"{BARREN_ASKS} proposals in a row brought nothing new: the space "
             f"{'inside the budget window ' if self.outside else ''}is exhausted"
         )
+
+    def _wait_for_storage(self, error: Exception) -> None:
+        """A database that is away is asked again by and by: nothing is proposed meanwhile."""
+        if not self.away:
+            log.warning("Optuna's storage does not answer; waiting for it: %s", _first_line(error))
+        self.away = True
+        time.sleep(1.0)
 
     def _end(self, why: str) -> str:
         self.tally.ended = why
@@ -256,7 +311,7 @@ class FrontSearcher(Searcher):
         if known is not None:
             trial.set_user_attr("duplicate_of", known.trial)
             self.tally.duplicates += 1
-            self._tell_values(trial.number, known)
+            self._tell(trial.number, known)
             return None
         for other in self.running.values():
             if other.key == key:
@@ -289,7 +344,25 @@ class FrontSearcher(Searcher):
         self.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Rungs come with racing; a trial reports once."""
+        """Rungs are the scheduler's to ask about, by `climbs`."""
+
+    def climbs(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether a trial goes on to its next rung. Where it does not, its result is durable when
+        this returns. Never raises.
+        """
+        asked, rung = self.running.get(trial_id), result.get(RUNG)
+        if asked is None or rung is None or self.judge is None:
+            return True
+        try:
+            stopped = self.judge.hear(asked.trial.number, asked.recipe, rung)
+            if stopped is None:
+                return True
+            self.folder.write(stopped)
+            shutil.rmtree(self.folder.training(asked.key), ignore_errors=True)
+            return False
+        except Exception:
+            log.exception("trial %d could not be judged; it climbs on", asked.trial.number)
+            return True
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -310,7 +383,7 @@ class FrontSearcher(Searcher):
             self._remember(durable)
             self._tell(number, durable)
             for waiting in asked.waiting:
-                self._tell_values(waiting.number, durable)
+                self._tell(waiting.number, durable)
             self._report(durable)
             return
         if result is not None and result.get("outside"):
@@ -330,15 +403,21 @@ class FrontSearcher(Searcher):
     # -- Optuna's side -------------------------------------------------------------------------
 
     def _tell(self, number: int, result: TrialResult) -> None:
-        if result.state == "finished":
-            self._tell_values(number, result)
-        else:
-            self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
-
-    def _tell_values(self, number: int, result: TrialResult) -> None:
-        if result.state != "finished":
+        if result.state == "failed":
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
             return
+        if result.state == "raced_out":
+            attribute = {
+                "images": result.images, "low": result.top1_low, "high": result.top1_high,
+            }  # fmt: skip
+            trial_id = self.study._storage.get_trial_id_from_study_id_trial_number(
+                self.study._study_id, number
+            )
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self.study._storage.set_trial_user_attr(trial_id, "raced_out", attribute)
+            if self.tell_raced == "pruned":
+                self.study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+                return
         values = [result.values[o.name] for o in self.objectives]
         self.study.tell(number, values=values, skip_if_finished=True)
 
@@ -347,6 +426,13 @@ class FrontSearcher(Searcher):
         self.by_key.setdefault(result.key, result)
         if result.resolved is not None:
             self.by_key.setdefault(self._asked_key(result), result)
+        self.tally.images += 0 if result.reason.startswith(SAME) else result.images
+        self.tally.barren += 1
+        if self.judge is not None:
+            self.judge.admit(result)
+        if result.state == "raced_out":
+            self.tally.raced_out += 1
+            return
         if result.state == "failed":
             self.tally.failed += 1
             if result.is_reference:
@@ -364,6 +450,8 @@ class FrontSearcher(Searcher):
             self.front.add(result.trial, result.values)
         if self.front is not None:
             self.tally.hypervolume = self.front.progress()
+            if result.is_reference or self.tally.hypervolume > (1 + GROWTH) * self.grown:
+                self.grown, self.tally.barren = self.tally.hypervolume, 0
             self.tally.front = tuple(m.trial for m in self.front.members())
 
     def _asked_key(self, result: TrialResult) -> str:

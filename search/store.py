@@ -3,10 +3,11 @@
 STORE/NAME/study.json     what the numbers depend on; a study refuses to mix
 STORE/NAME/job.yaml       the job, as last asked for
 STORE/NAME/model.safetensors   the dense weights, mapped by every worker
-STORE/NAME/optuna.journal Optuna's storage
+STORE/NAME/optuna.journal Optuna's storage, or storage.json, which names the database that is
 STORE/NAME/trials/*.json  one result a trial, in place before anybody hears of it
 STORE/NAME/by_key/*.json  the same files by candidate, so that nothing is measured twice
 STORE/NAME/latency.json   latencies of the front
+STORE/NAME/certified/*.json   the front on the held-out images, a result each
 STORE/NAME/weights/*.safetensors   what was trained, by content hash: recipes name them
 STORE/NAME/training/KEY/  trainings in progress, by candidate; gone once its result is there
 STORE/NAME/prepared.json  preparations that the study's trials share
@@ -96,7 +97,7 @@ class StudyFolder:
         try:
             for sub in ("trials", "by_key"):
                 (self.folder / sub).mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / ".writable", "")
+            write_atomic(self.folder / ".writable", "", wait=False)
             (self.folder / ".writable").unlink()
         except OSError as error:
             raise UserError(
@@ -123,7 +124,8 @@ class StudyFolder:
     @property
     def untouched(self) -> bool:
         """Nothing was measured or asked for here yet, so there is nothing to mix with."""
-        return not self.journal.exists() and not any((self.folder / "trials").glob("[0-9]*"))
+        asked = self.journal.exists() or (self.folder / "storage.json").exists()
+        return not asked and not any((self.folder / "trials").glob("[0-9]*"))
 
     def settle(self, identity: dict[str, Any]) -> None:
         """Write the identity of a new study, or refuse to mix (`check`)."""
@@ -202,7 +204,7 @@ class StudyFolder:
         if epoch is not None and self.epoch() != epoch:
             raise StaleWorker(f"trial {result.trial} belongs to an earlier run of {self.name}")
         write_atomic(path, text)
-        if result.state == "finished":
+        if result.state != "failed":
             by_key = self.folder / "by_key" / f"{result.key}.json"
             try:
                 os.link(path, by_key)
@@ -225,7 +227,7 @@ class StudyFolder:
         return _result(path) if path.is_file() else None
 
     def known(self, key: str) -> TrialResult | None:
-        """The finished measurement of this candidate, if there is one."""
+        """The measurement of this candidate, in full or stopped early, if there is one."""
         path = self.folder / "by_key" / f"{key}.json"
         return _result(path) if path.is_file() else None
 
@@ -276,6 +278,30 @@ class StudyFolder:
 
     def write_recovered(self, result: TrialResult) -> None:
         path = self.folder / "recovered" / f"{result.trial:06d}.json"
+        write_atomic(path, json.dumps(dataclasses.asdict(result)))
+
+    # -- the front on held-out images --------------------------------------------------------------
+
+    def _certified(self, recovered: bool) -> Path:
+        return self.folder / "recovered" / "certified" if recovered else self.folder / "certified"
+
+    def certification(self, recovered: bool = False) -> dict[str, Any] | None:
+        """Which images the front was certified on, and which trials; None where it was not."""
+        path = self._certified(recovered) / "certification.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def write_certification(self, record: dict[str, Any], recovered: bool = False) -> None:
+        folder = self._certified(recovered)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / "certification.json", json.dumps(record))
+
+    def certified(self, recovered: bool = False) -> list[TrialResult]:
+        """The trials as measured on the held-out images, under their own numbers."""
+        paths = self._certified(recovered).glob("[0-9]*.json")
+        return [_result(path) for path in sorted(paths)]
+
+    def write_certified(self, result: TrialResult, recovered: bool = False) -> None:
+        path = self._certified(recovered) / f"{result.trial:06d}.json"
         write_atomic(path, json.dumps(dataclasses.asdict(result)))
 
     # -- latencies of the front ----------------------------------------------------------------

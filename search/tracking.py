@@ -31,12 +31,15 @@ from typing import TYPE_CHECKING, Any
 
 from methods import Recipe
 from search import mlflow_client, mlflow_runs
+from search.certificates import measured, order_note, why_not
+from search.config import trials_in_all
 from search.durable import write_atomic
 from search.errors import UserError
 from search.mlflow_runs import CurvePoint, Mirror, RunSpec, curve_of, note_that_fits, ranks_of
 from search.pareto import front_of, objectives_named
 from search.results import OBJECTIVES, TrialResult
 from search.store import StudyFolder
+from search.verdict import verdict
 
 if TYPE_CHECKING:  # `sync` need not wait for Ray
     from search.searcher import Tally
@@ -189,7 +192,10 @@ def _study_run(
         "state": state,
         "reason": reason,
         "front": str(len(front)),
-        "mlflow.note.content": note_that_fits(note or study_note(folder, front)),
+        "mlflow.note.content": note_that_fits(
+            note
+            or study_note(folder, front, "" if status == "RUNNING" else _verdict(folder, results))
+        ),
     }
     versions: dict[str, str] = next(
         (r.provenance["versions"] for r in results if "versions" in r.provenance), {}
@@ -207,27 +213,45 @@ def _study_run(
     )
 
 
-def study_note(folder: StudyFolder, front: Sequence[TrialResult]) -> str:
-    """Markdown: the front, cheapest first as given, and how to get a model out of it."""
+def _verdict(folder: StudyFolder, results: Sequence[TrialResult]) -> str:
+    said = verdict(results, _objectives(folder))
+    return "" if said is None else str(said)
+
+
+def study_note(folder: StudyFolder, front: Sequence[TrialResult], judged: str = "") -> str:
+    """Markdown: the verdict, the front, cheapest first as given, what the held-out images say of
+    its order, and how to get a model out of it.
+
+    judged: the verdict; "" while there is none, or the search goes on.
+    """
     wanted = {*_objectives(folder), "top1", "gmacs", "latency_ms"}  # more is in the runs
     shown = [
         o
         for o in OBJECTIVES.values()
         if o.name in wanted and any(o.name in r.values for r in front)
     ]
-    head = ["trial", *(f"{o.name} ({o.unit})" for o in shown), "recipe"]
+    certified = any(r.certified is not None for r in front)
+    head = ["trial", *(f"{o.name} ({o.unit})" for o in shown)]
+    head += ["held-out top1 (95 % for all at once)"] if certified else []
+    head.append("recipe")
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for r in front:
         values = [f"{r.values[o.name]:.4g}" if o.name in r.values else "" for o in shown]
+        if certified:
+            own = r.certified
+            values.append("" if own is None else f"{own.top1:.4g} ({own.low:.4g}–{own.high:.4g})")
         lines.append(f"| {r.trial} | {' | '.join(values)} | {_recipe_line(r)} |")
     name = folder.name
+    notes = [order_note(front), why_not(folder, front) if judged else ""]
     return "\n".join(
         [
+            *([f"**{judged}**", ""] if judged else ()),
             f"**{name}**: {len(front)} trials on the front"
             + (" (`tags.pareto = 'true'` shows their runs)." if front else " so far."),
             "",
             *(lines if front else ()),
             "",
+            *(line for note in notes if note for line in (f"{note[0].upper()}{note[1:]}.", "")),
             f"Export: `vitpareto export {name} --knee --out bundle/`, "
             f"or `--trial N`, `--max-gmacs G`. This page: `vitpareto sync {name}` rebuilds it.",
         ]
@@ -254,7 +278,7 @@ def _reconcile(
 
     page None: files and table on the server stay as they are.
     """
-    results = folder.measured()
+    results = measured(folder)
     objectives = _objectives(folder)
     status = "RUNNING" if running else "FINISHED" if ended else "KILLED"
     counts: Counter[str] = Counter()
@@ -275,7 +299,10 @@ def _reconcile(
     if running or mirror.parent is None:
         own = put(replace(parent, status="RUNNING"))
     for spec in mlflow_runs.runs_of(
-        results, study=folder.name, objectives=objectives, recovered=folder.recovered()
+        results,
+        study=folder.name,
+        objectives=objectives,
+        recovered=measured(folder, recovered=True),
     ):
         put(spec)
     trials: set[int | None] = {None, *(r.trial for r in results)}
@@ -321,7 +348,7 @@ def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) 
     try:
         with _sending(folder, LOCK_WAIT_S):
             mark = _Mark.read(folder)
-            done, wanted = folder.durable_trials(), folder.job().get("trials")
+            done, wanted = folder.durable_trials(), trials_in_all(folder.job())
             # a search that was not tracked says nothing of its end: its trials do
             measured = f"{done} trials measured" if wanted and done >= wanted else ""
             ended = mark.ended if mark.trials == done else measured

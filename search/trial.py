@@ -1,7 +1,8 @@
-"""One trial: build the recipe, measure it on the search images, make the result durable.
+"""One trial: build the recipe, measure it rung by rung, make the result durable.
 
-`run_trial` does the work and knows no Ray; `RecipeTrial` is the warm Ray actor around it, which
-maps weights and images once and is reused from trial to trial.
+`climb` does the work and knows no Ray; `RecipeTrial` is the warm Ray actor around it, which maps
+weights and images once and is reused from trial to trial. Whether a trial climbs on is decided
+elsewhere (`search.judge`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from torch import nn
 import methods
 from methods import ModelShape, Recipe
 from search.candidates import Made, Trainer, Training
-from search.cost import latency, parameters, peak_mb, schedule_macs
+from search.cost import latency, parameters, peak_mb, recipe_macs, schedule_macs
 from search.datasets import Preprocess, Split
-from search.evaluate import DTYPES, batches_of, evaluate
+from search.evaluate import DTYPES, Correctness, batches_of, evaluate, fitting
 from search.models import MappedModel
 from search.results import Latency, TrialResult, pack_bits, wilson_interval
 from search.store import StaleWorker, StudyFolder
@@ -32,6 +33,10 @@ from search.store import StaleWorker, StudyFolder
 OUTSIDE = "outside the budget window"
 #: where a trial's own training keeps what it resumes from
 STATE = "state.pt"
+#: how the result of one that was measured before begins its reason
+SAME = "the same candidate as trial"
+#: under which a report to Ray carries its `Rung`
+RUNG = "rung"
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Task:
     latency_batch: int | None
     provenance: dict[str, Any]
     training: Training | None = None
+    #: numbers of search images after which racing looks; () measures all in one go
+    rungs: tuple[int, ...] = ()
+    #: peak memory is an objective, so that racing has to know it
+    peak_first: bool = False
 
 
 @dataclass
@@ -130,8 +139,30 @@ def window_violation(gmacs: float, window: tuple[float | None, float | None]) ->
     return worst if worst > float("-inf") else 0.0
 
 
-def run_trial(place: Workplace, trial: int, recipe: Recipe) -> TrialResult:
-    """Measure one recipe on all search images. Raises whatever the recipe raises."""
+@dataclass(frozen=True)
+class Rung:
+    """How far a trial has climbed: what racing looks at before it climbs on.
+
+    key, resolved: the candidate's, calibrated. values: its costs as far as they are known, and
+    top1, the mean of the images seen. right: bool [n], their correctness. macs_each: [n], where
+    images decide the cost, which may yet come to anything within `bounds` an image. record: how it
+    came by its weights.
+    """
+
+    key: str
+    resolved: dict[str, Any]
+    values: dict[str, float]
+    right: np.ndarray
+    macs_each: np.ndarray | None = None
+    bounds: tuple[float, float] = (0.0, 0.0)
+    record: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def climb(place: Workplace, trial: int, recipe: Recipe) -> Iterator[Rung | TrialResult]:
+    """Measure one recipe, rung by rung of the task: a `Rung` after each but the last, then the
+    result. Raises whatever the recipe raises.
+    """
     task, begin = place.task, time.monotonic()
     made = place.make(recipe)
     model = place.build(made.recipe)
@@ -140,20 +171,33 @@ def run_trial(place: Workplace, trial: int, recipe: Recipe) -> TrialResult:
     values = costs_of(model)
     outside = "gmacs" in values and window_violation(values["gmacs"], task.window) > 0
     if outside and resolved != Recipe():
-        return TrialResult(
+        yield TrialResult(
             trial, "failed", recipe.to_dict(), key, values, resolved.to_dict(), reason=OUTSIDE
         )
+        return
     before = task.study.known(key)
     if before is not None:
         # calibration can lead two settings to the same counts: the same candidate, measured once
-        return TrialResult(
-            trial, "finished", recipe.to_dict(), key, before.values, resolved.to_dict(),
+        yield TrialResult(
+            trial, before.state, recipe.to_dict(), key, before.values, resolved.to_dict(),
             before.images, before.bits, before.top1_low, before.top1_high,
-            time.monotonic() - begin, f"the same candidate as trial {before.trial}",
+            time.monotonic() - begin, f"{SAME} {before.trial}",
             {**before.provenance, **made.record},
         )  # fmt: skip
-    result = measure_built(place, trial, model, made.record)
-    return replace(result, recipe=recipe.to_dict(), seconds=time.monotonic() - begin)
+        return
+    for step in measuring(place, trial, model, made.record, task.rungs):
+        seconds = time.monotonic() - begin
+        if isinstance(step, Rung):
+            yield replace(step, seconds=seconds)
+        else:
+            yield replace(step, recipe=recipe.to_dict(), seconds=seconds)
+
+
+def run_trial(place: Workplace, trial: int, recipe: Recipe) -> TrialResult:
+    """Measure one recipe on all search images, whatever the rungs say of it."""
+    *_, result = climb(place, trial, recipe)
+    assert isinstance(result, TrialResult)
+    return result
 
 
 def costs_of(model: nn.Module) -> dict[str, float]:
@@ -178,35 +222,94 @@ def measure_built(
 
     record: how it came by its weights, for the result's provenance.
     """
+    *_, result = measuring(place, trial, model, record, ())
+    assert isinstance(result, TrialResult)
+    return result
+
+
+def measuring(
+    place: Workplace, trial: int, model: nn.Module, record: dict[str, Any], rungs: tuple[int, ...]
+) -> Iterator[Rung | TrialResult]:
+    """A `Rung` after each of these numbers of search images, then the result on all of them.
+
+    Costs that are measured (latency, peak memory) come first where they are objectives, and
+    otherwise last, so that a trial that is stopped does not pay for them. Where memory does not
+    suffice the batch is halved, and `record` says to what ("batch").
+    """
     task, begin = place.task, time.monotonic()
     resolved: Recipe = model.recipe  # type: ignore[assignment]
-    values = costs_of(model)
-    seen = evaluate(
-        model,
-        task.search,
-        task.preprocess,
-        batch=task.batch,
-        device=task.device,
-        dtype=DTYPES[task.dtype],
-        head_indices=task.head_indices,
-    )
-    if seen.macs is not None and seen.macs_mean is not None:
-        values["gmacs"], values["gmacs_mean"] = seen.macs / 1e9, seen.macs_mean / 1e9
-    values["top1"] = 100 * float(np.mean(seen.top1))
-    values["top5"] = 100 * float(np.mean(seen.top5))
-    values["peak_mb"] = peak_mb(model, place.images(min(task.batch, len(task.search))))
+    shape, whole = methods.model_shape(model), len(task.search)
+    key, values = resolved.key(shape), costs_of(model)
+    adaptive, bounds = "gmacs" not in values, (0.0, 0.0)
+    if adaptive:
+        bounds = recipe_macs(resolved, shape)
+        # padding is part of the cost: the batches are those of a trial without rungs
+        rungs = tuple(-(-n // task.batch) * task.batch for n in rungs)
     timed: Latency | None = None
     if task.latency_batch is not None:
         timed = latency(model, place.dense, place.images(task.latency_batch))
         values["latency_ms"] = drift_free_ms(timed, task.study.result(0))
         values["images_per_s"] = 1e3 * task.latency_batch / values["latency_ms"]
-    low, high = wilson_interval(int(seen.top1.sum()), len(seen.top1))
-    return TrialResult(
-        trial, "finished", resolved.to_dict(), resolved.key(methods.model_shape(model)), values,
-        resolved.to_dict(), len(seen.top1), pack_bits(seen.top1), low, high,
+    batch = task.batch
+    if task.peak_first:
+        batch, values["peak_mb"] = fitting(
+            batch, lambda b: peak_mb(model, place.images(min(b, whole)))
+        )
+    seen: Correctness | None = None
+    for stop in (*sorted({n for n in rungs if n < whole}), whole):
+        climb_on = functools.partial(_climb_on, place, model, seen, stop, batch, adaptive)
+        batch, now = fitting(batch, climb_on)
+        seen = now
+        if now.macs is not None and now.macs_mean is not None:
+            values["gmacs"], values["gmacs_mean"] = now.macs / 1e9, now.macs_mean / 1e9
+        values["top1"] = 100 * float(np.mean(now.top1))
+        values["top5"] = 100 * float(np.mean(now.top5))
+        if stop < whole:
+            made = record if batch == task.batch else {**record, "batch": batch}
+            yield Rung(key, resolved.to_dict(), dict(values), now.top1, now.macs_each, bounds, made)
+    assert seen is not None
+    if not task.peak_first:
+        batch, values["peak_mb"] = fitting(
+            batch, lambda b: peak_mb(model, place.images(min(b, whole)))
+        )
+    if batch != task.batch:
+        record = {**record, "batch": batch}
+    low, high = wilson_interval(int(seen.top1.sum()), whole)
+    yield TrialResult(
+        trial, "finished", resolved.to_dict(), key, values,
+        resolved.to_dict(), whole, pack_bits(seen.top1), low, high,
         time.monotonic() - begin, "", {**task.provenance, **record},
         None if timed is None else asdict(timed),
     )  # fmt: skip
+
+
+def _climb_on(
+    place: Workplace,
+    model: nn.Module,
+    seen: Correctness | None,
+    stop: int,
+    before: int,
+    adaptive: bool,
+    batch: int,
+) -> Correctness:
+    """What was seen, and the images up to `stop`. before: the batch of what was seen. Padding is
+    part of an input-adaptive cost, so that all of its batches are of one size.
+    """
+    task = place.task
+    if adaptive and batch != before:
+        seen = None
+    part = evaluate(
+        model,
+        task.search,
+        task.preprocess,
+        batch=batch,
+        device=task.device,
+        dtype=DTYPES[task.dtype],
+        head_indices=task.head_indices,
+        start=0 if seen is None else len(seen.top1),
+        stop=stop,
+    )
+    return part if seen is None else seen.then(part)
 
 
 def drift_free_ms(timed: Latency, reference: TrialResult | None) -> float:
@@ -225,18 +328,21 @@ class RecipeTrial(tune.Trainable):
     def setup(self, config: dict[str, Any], task: Task | None = None) -> None:
         assert task is not None, "tune.with_parameters gives the task"
         self.place = Workplace.open(task)
-        self.asked = config
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.asked = new_config
+        self.climbing: Iterator[Rung | TrialResult] | None = None
         return True
 
     def step(self) -> dict[str, Any]:
-        """The result is on disk before Ray, and so anybody, hears of it."""
+        """One rung. The result is on disk before Ray, and so anybody, hears of it."""
         trial, study = int(self.asked["trial"]), self.place.task.study
         recipe = Recipe.from_dict(self.asked["recipe"])
+        if self.climbing is None:
+            self.climbing = climb(self.place, trial, recipe)
         try:
-            result = run_trial(self.place, trial, recipe)
+            result = next(self.climbing)
         except (StaleWorker, torch.AcceleratorError):
             raise  # a GPU in an error state fails everything after it: this worker must end
         except Exception as error:  # a recipe that raises is a failed trial, not a failed worker
@@ -249,6 +355,8 @@ class RecipeTrial(tune.Trainable):
                 reason=f"{type(error).__name__}: {error}",
                 provenance={**self.place.task.provenance, "traceback": trace},
             )
+        if isinstance(result, Rung):
+            return {"done": False, "top1": result.values["top1"], RUNG: result}
         if result.reason != OUTSIDE:
             study.write(result, self.place.task.epoch)
         # its result is durable: nothing has to go on from where its training stood

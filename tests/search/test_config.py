@@ -17,14 +17,15 @@ from search.errors import UserError
 
 GOOD: dict[str, Any] = {
     "name": "deit-s", "model": "deit_small_patch16_224", "data": "/imagenet/val",
-    "tracking_uri": "http://127.0.0.1:5000",
+    "storage": "postgresql+psycopg://me@host/trials", "tracking_uri": "http://127.0.0.1:5000",
     "weights": "/w/w.safetensors", "trials": 200, "methods": ["rajni", "tome"],
     "objectives": ["top1", "gmacs", "params_m"], "sampler": "nsga2", "seed": 7, "workers": 3,
     "device": "cuda:1", "dtype": "bfloat16", "batch": 32, "gpus_per_trial": 0.25, "images": 500,
     "min_gmacs": 1.5, "max_gmacs": 4, "latency": "off", "latency_batch": 8,
     "space": {"rajni.gamma": [0.005, 0.1]}, "fixed": {"tome.inflection": 0},
     "train_epochs": 3, "prepare_epochs": 2, "lr": 0.001, "train_batch": 64, "profile": "/p.json",
-    "snap": "steps",
+    "snap": "steps", "time": "90m", "patience": 40, "race": "off", "race_error": 0.01,
+    "certify": "off",
     "store": "/studies", "cache": "/cache",
 }  # fmt: skip
 
@@ -94,6 +95,12 @@ def refused(given: dict[str, Any]) -> str:
         ({"device": "gpu"}, "job.device is 'gpu': accepted is auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:x"}, "job.device is 'cuda:x'"),
         ({"space": ["rajni.gamma"]}, "job.space is ['rajni.gamma']: accepted is a mapping"),
+        ({"time": "soon"}, "job.time is 'soon': accepted is a number with s, m or h, as in 90s"),
+        ({"time": "0h"}, "job.time is '0h': accepted is a number"),
+        ({"patience": 0}, "job.patience is 0: accepted is a whole number, 1 <= patience"),
+        ({"race": "perhaps"}, "job.race is 'perhaps'; known: off, on"),
+        ({"race_error": 0}, "job.race_error is 0"),
+        ({"objectives": "top1,top5,gmacs"}, "job.race is 'on', and top5 is an objective"),
         ({"snap": "steps"}, "no latency table whose steps they would be: give profile"),
         ({"snap": "8", "profile": "p.json"}, "job.snap is '8'; known: off, steps"),
         ({"fixed": "tome.inflection"}, "job.fixed is 'tome.inflection': accepted is a mapping"),
@@ -284,3 +291,29 @@ def test_places_are_kept_whole_so_that_a_study_continues_from_any_folder(
     assert SearchConfig.of({"data": "cifar10"}).data == "cifar10"
     named = SearchConfig.of({"data": "imagenette:sets"}).data
     assert named == f"imagenette:{tmp_path / 'sets'}"
+
+
+@pytest.mark.parametrize(
+    ("given", "trials", "seconds", "until"),
+    [
+        ({}, 100, None, "100 trials"),
+        ({"trials": 7}, 7, None, "7 trials"),
+        ({"time": "1.5h"}, None, 5400, "for 1.5h"),
+        ({"time": "90 s", "trials": 7}, 7, 90, "7 trials or for 90 s"),
+        ({"patience": 9}, None, None, "until 9 trials bring the front nothing"),
+    ],
+)
+def test_when_a_search_stops(
+    given: dict[str, Any], trials: int, seconds: float, until: str
+) -> None:
+    config = SearchConfig.of(given)
+    assert (config.budget, config.seconds, config.until) == (trials, seconds, until)
+
+
+def test_a_database_holds_optunas_trials_only_when_asked_and_no_password_is_kept() -> None:
+    url = "postgresql+psycopg://me@host:5432/trials"
+    assert SearchConfig.of({"storage": url}).storage == url
+    assert SearchConfig.of({"storage": "journal"}).storage is None
+    with pytest.raises(UserError, match="leave the password out") as refused:
+        SearchConfig.of({"storage": "postgresql+psycopg://me:secret@host/trials"})
+    assert "secret" not in str(refused.value)

@@ -315,7 +315,7 @@ def test_the_journal_is_repaired_after_a_kill(bench: Bench) -> None:
     whole = journal.read_bytes()
     journal.write_bytes(whole + b'{"op_code": 4, "worker')
     (journal.parent / f"{journal.name}.lock").symlink_to(journal)
-    open_storage(journal)
+    open_storage(bench.folder)
     assert journal.read_bytes() == whole
     assert len(bench.finish(bench.searcher(trials=6))) == 2
 

@@ -81,7 +81,7 @@ def test_a_failed_write_leaves_the_old_file_alone(
     else:
 
         def full(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
+            raise OSError(5, "Input/output error")
 
         monkeypatch.setattr(store.os, fails, full)
     with pytest.raises((OSError, UnicodeEncodeError)):

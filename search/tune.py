@@ -1,0 +1,143 @@
+"""Ray Tune: trials handed to workers, rungs to the searcher, until the study is done.
+
+What to measure is the searcher's to say, whether a trial climbs on the judge's, how it is measured
+the worker's; here they meet, and nothing is decided.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler
+
+from search.config import SearchConfig
+from search.errors import UserError
+from search.searcher import FrontSearcher
+from search.trial import RUNG, RecipeTrial, Task
+
+#: seconds between two looks at the disk, and how many bytes left are none
+LOOK, LITTLE = 2.0, 2**16
+
+log = logging.getLogger("vitpareto")
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How trials share a machine or cluster."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+    @classmethod
+    def of(cls, config: SearchConfig, device: str, cpus: int, gpus: int) -> Crew:
+        """cpus, gpus: what the cluster has. UserError where the job asks for more."""
+        if device.startswith("cuda"):
+            share = config.gpus_per_trial or 1.0
+            if share > gpus:
+                raise UserError(f"a trial asks for {share:g} GPUs: the cluster has {gpus}")
+            workers = config.workers or max(1, int(gpus / share))
+            crew = cls(workers, max(1, cpus // (2 * workers)), share)
+        else:
+            workers = config.workers or min(cpus, 8)
+            crew = cls(workers, max(1, cpus // workers), 0.0)
+        if "latency_ms" in config.objectives:
+            # a latency is measured alone on its device, never beside another worker
+            return cls(1, cpus, 1.0 if device.startswith("cuda") else 0.0)
+        return crew
+
+
+class _Rungs(FIFOScheduler):
+    """Ray's scheduler: in order, and at every rung the searcher says who climbs on."""
+
+    def __init__(self, searcher: FrontSearcher) -> None:
+        super().__init__()
+        self.searcher = searcher
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        climbs = self.searcher.climbs(trial.trial_id, result)
+        return FIFOScheduler.CONTINUE if climbs else FIFOScheduler.STOP
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Watch(tune.Callback):
+    """Says it when the disk is full: workers then hold their results and wait, and are silent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.full, self.next = folder, False, 0.0
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if time.monotonic() < self.next:
+            return
+        self.next = time.monotonic() + LOOK
+        disk = os.statvfs(self.folder)
+        full = disk.f_bavail * disk.f_frsize < LITTLE
+        if full != self.full:
+            log.warning(
+                "the disk of %s is full: the study is paused until there is room"
+                if full
+                else "there is room for %s again; going on",
+                self.folder,
+            )
+        self.full = full
+
+
+class _Forget(tune.Callback):
+    """Rungs are large, and Ray would keep a trial's last report for good."""
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        result.pop(RUNG, None)
+
+
+def run_tune(
+    searcher: FrontSearcher,
+    task: Task,
+    crew: Crew,
+    worker: type[tune.Trainable] = RecipeTrial,
+) -> None:
+    """Hand out what the searcher proposes until it says that the study is done.
+
+    worker: what measures; it takes `task`, and is given to be reused.
+    """
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    trainable = tune.with_resources(
+        tune.with_parameters(worker, task=task), {"cpu": crew.cpus, "gpu": crew.gpus}
+    )
+    # one more than there are workers is proposed ahead, while they are busy; with one worker
+    # none, so that the same seed gives the same trials
+    ahead = 1 if crew.workers > 1 else 0
+    # Ray wants a place for its own record of the run; nothing is ever read from it
+    scratch = task.study.folder / "ray"
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        tuner = tune.Tuner(
+            trainable,
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=2**31,  # the searcher says when the study is done
+                scheduler=_Rungs(searcher),
+                max_concurrent_trials=crew.workers + ahead,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(
+                name="study",
+                storage_path=str(scratch),
+                verbose=0,
+                callbacks=[_Forget(), _Watch(task.study.folder)],
+                failure_config=tune.FailureConfig(max_failures=0),
+            ),
+        )
+        tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,108 @@
+"""Rungs of a trial: prefixes of the whole measurement, and no image twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from methods import Recipe
+from search import run, trial
+from search.config import SearchConfig
+from search.datasets import Split
+from search.results import unpack_bits
+from search.trial import Rung, Workplace, climb, run_trial
+
+IMAGES, BATCH = 90, 16
+TOPK = Recipe.of("topk", keep_rate=0.5)
+ATS = Recipe.from_yaml("tokens: {method: ats, prune_layers: [3, 6], max_tokens: 40}")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Workplace:
+    store = tmp_path_factory.mktemp("store")
+    config = SearchConfig.of({"images": IMAGES, "batch": BATCH, "store": str(store),
+                              "cache": str(cache), "device": "cpu"})  # fmt: skip
+    return Workplace.open(run.make_task(run.prepare(config), epoch="", threads=None))
+
+
+def at(place: Workplace, *rungs: int, **changed) -> Workplace:
+    return replace(place, task=replace(place.task, rungs=rungs, **changed))
+
+
+@pytest.mark.parametrize("recipe", [TOPK, ATS], ids=str)
+def test_every_rung_is_a_prefix_of_the_whole(place: Workplace, recipe: Recipe) -> None:
+    whole = run_trial(place, 1, recipe)
+    right = unpack_bits(whole.bits, whole.images)
+    *climbed, last = climb(at(place, 16, 40, 90), 1, recipe)
+    assert [type(r) for r in climbed] == [Rung, Rung]
+    for rung in climbed:
+        assert isinstance(rung, Rung)
+        assert (rung.right == right[: len(rung.right)]).all()
+        assert rung.values["top1"] == 100 * rung.right.mean()
+        assert rung.key == whole.key and rung.resolved == whole.resolved
+    # costs and correctness do not depend on where it paused
+    same = replace(last, seconds=whole.seconds, ended_ms=whole.ended_ms)  # type: ignore[type-var]
+    for name in ("gmacs", "gmacs_mean"):
+        if name in whole.values:
+            assert same.values[name] == pytest.approx(whole.values[name], rel=1e-12)
+    assert replace(same, values=whole.values) == whole
+
+
+def test_padding_is_that_of_whole_batches(place: Workplace) -> None:
+    """ATS pads a batch to its longest image: a rung inside a batch would change its cost."""
+    *climbed, _ = climb(at(place, 10, 40), 1, ATS)
+    assert [len(r.right) for r in climbed if isinstance(r, Rung)] == [16, 48]
+    rung = climbed[0]
+    assert isinstance(rung, Rung) and rung.macs_each is not None and len(rung.macs_each) == 16
+    low, high = rung.bounds
+    assert (low <= rung.macs_each).all() and (rung.macs_each <= high).all()
+    assert rung.values["gmacs_mean"] == pytest.approx(rung.macs_each.mean() / 1e9)
+    *plain, _ = climb(at(place, 10, 40), 1, TOPK)
+    assert [len(r.right) for r in plain if isinstance(r, Rung)] == [10, 40]
+    assert all(r.macs_each is None for r in plain if isinstance(r, Rung))
+
+
+@pytest.fixture
+def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]]:
+    """Which images of the split are read for forwards."""
+    seen: list[tuple[int, int]] = []
+    read = Split.batch
+
+    def batch(self: Split, first: int, stop: int):
+        seen.append((first, stop))
+        return read(self, first, stop)
+
+    monkeypatch.setattr(Split, "batch", batch)
+    yield seen
+
+
+def test_no_image_is_seen_twice_and_none_after_the_stop(
+    place: Workplace, evaluated: list[tuple[int, int]]
+) -> None:
+    climbing = climb(at(place, 20, 50), 1, TOPK)
+    next(climbing)
+    assert evaluated == [(0, 16), (16, 20)]
+    climbing.close()  # stopped here: nothing more is run, memory is not measured either
+    assert evaluated == [(0, 16), (16, 20)]
+    evaluated.clear()
+    list(climb(at(place, 20, 50), 1, TOPK))
+    forwards, memory = evaluated[:-1], evaluated[-1]
+    assert [a for a, _ in forwards[1:]] == [b for _, b in forwards[:-1]]
+    assert forwards[-1][1] == IMAGES and memory == (0, BATCH)
+
+
+def test_memory_comes_first_where_it_is_an_objective(place: Workplace) -> None:
+    first = next(climb(at(place, 20, peak_first=True), 1, TOPK))
+    assert isinstance(first, Rung) and first.values["peak_mb"] > 0
+    later = next(climb(at(place, 20), 1, TOPK))
+    assert isinstance(later, Rung) and "peak_mb" not in later.values
+
+
+def test_rungs_beyond_the_images_are_none(place: Workplace) -> None:
+    (only,) = climb(at(place, IMAGES, 500), 1, TOPK)
+    assert isinstance(only, trial.TrialResult) and only.images == IMAGES
+    assert np.isfinite(only.values["top1"])

@@ -1,0 +1,246 @@
+"""Racing in a study: who is stopped, what becomes of it on disk, in Optuna and in the next run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from clusters.local import Room
+from methods import Recipe
+from search import run
+from search.config import SearchConfig
+from search.judge import Judge, only_controls
+from search.racing import Race, rungs
+from search.results import OBJECTIVES, TrialResult, pack_bits, unpack_bits
+from search.searcher import FrontSearcher
+from search.shapes import ShapeFinder
+from search.space import Space
+from search.store import StudyFolder
+from search.trial import RUNG, Rung, Workplace, run_trial
+
+IMAGES = 240
+AXES = [OBJECTIVES["top1"], OBJECTIVES["gmacs"]]
+TOPK, RANDOM = Recipe.of("topk", keep_rate=0.5), Recipe.of("random", keep_rate=0.5)
+ATS = Recipe.from_yaml("tokens: {method: ats, prune_layers: [3], max_tokens: 40}")
+
+
+def bits(share: float, seed: int = 0) -> np.ndarray:
+    """[IMAGES]: so large a part is right."""
+    return np.random.default_rng(seed).permutation(IMAGES) < share * IMAGES
+
+
+def result(
+    trial: int, recipe: Recipe, right: np.ndarray, gmacs: float, state: Any = "finished"
+) -> TrialResult:
+    values = {"top1": 100 * float(right.mean()), "gmacs": gmacs, "params_m": 1.0}
+    plain = recipe.to_dict()
+    return TrialResult(
+        trial, state, plain, f"k{trial}", values, plain, len(right), pack_bits(right), 0.0, 100.0
+    )
+
+
+def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> Rung:
+    values = {"top1": 100 * float(right.mean()), "params_m": 1.0}
+    if gmacs is not None:
+        values["gmacs"] = gmacs
+    return Rung("own", {"tokens": {"method": "topk"}}, values, right, **more)
+
+
+def judge() -> Judge:
+    """The dense model at 2 GMACs, and a good method at 1."""
+    found = Judge(Race(IMAGES, 0.05, 20), AXES, {"seed": 0})
+    found.admit(result(0, Recipe(), bits(0.95), 2.0))
+    found.admit(result(1, TOPK, bits(0.9, 1), 1.0))
+    return found
+
+
+def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
+    right = bits(0.4, 2)[:90]
+    stopped = judge().hear(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
+    assert stopped is not None
+    assert (stopped.state, stopped.trial, stopped.images) == ("raced_out", 7, 90)
+    assert stopped.reason == "behind trial 1 after 90 of 240 images"
+    assert (unpack_bits(stopped.bits, 90) == right).all()
+    assert stopped.values["gmacs"] == 1.2 and stopped.seconds == 3.0
+    assert stopped.top1_low <= stopped.values["top1"] <= stopped.top1_high  # type: ignore[operator]
+    assert stopped.provenance == {"seed": 0, "loss": 1.0}
+
+
+def test_one_that_costs_less_than_all_others_climbs_on_whatever_it_shows() -> None:
+    assert judge().hear(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
+
+
+def test_nobody_is_stopped_before_the_dense_model_is_known_nor_the_dense_model() -> None:
+    early = Judge(Race(IMAGES, 0.05, 20), AXES, {})
+    assert early.hear(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
+    assert judge().hear(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
+
+
+def test_controls_race_among_themselves() -> None:
+    """Their front says what pruning gains: no method may thin it out."""
+    poor = rung(bits(0.4, 2)[:150], 1.2)
+    found = judge()
+    assert found.hear(7, RANDOM, poor) is None
+    assert found.hear(7, TOPK, poor) is not None
+    found.admit(result(2, RANDOM, bits(0.8, 3), 1.1))
+    stopped = found.hear(8, RANDOM, poor)
+    assert stopped is not None and stopped.reason.startswith("behind trial 2 ")
+    assert only_controls(RANDOM) and not only_controls(TOPK)
+
+
+def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> None:
+    """ATS: its first images say 1.2 GMACs a piece, and the rest may still be cheaper."""
+    poor, costs = bits(0.4, 2)[:90], np.full(90, 1.2e9)
+    adaptive = rung(poor, 1.2, macs_each=costs, bounds=(0.2e9, 2e9))
+    assert judge().hear(7, ATS, adaptive) is None, "a third of the images prove no cost above 1"
+    sure = rung(poor, 1.2, macs_each=costs, bounds=(1.1e9, 2e9))
+    stopped = judge().hear(7, ATS, sure)
+    assert stopped is not None and stopped.values["gmacs"] == 1.2
+
+
+def test_all_objectives_have_to_be_no_higher() -> None:
+    axes = [*AXES, OBJECTIVES["params_m"]]
+    found = Judge(Race(IMAGES, 0.05, 20), axes, {})
+    found.admit(result(0, Recipe(), bits(0.95), 2.0))
+    found.admit(result(1, TOPK, bits(0.9, 1), 1.0))
+    poor = rung(bits(0.4, 2)[:150], 1.2)
+    assert found.hear(7, TOPK, poor) is not None
+    poor.values["params_m"] = 0.5
+    assert found.hear(8, TOPK, poor) is None
+
+
+# ----------------------------------------------------------------------------- with the searcher
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Workplace:
+    config = SearchConfig.of({
+        "images": IMAGES, "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
+        "device": "cpu",
+    })  # fmt: skip
+    return Workplace.open(run.make_task(run.prepare(config), epoch="", threads=None))
+
+
+def searcher(folder: StudyFolder, place: Workplace, **changed: Any) -> FrontSearcher:
+    given: dict[str, Any] = {
+        "objectives": ("top1", "gmacs"), "sampler": "tpe", "seed": 0, "trials": 12,
+        "reshape": ShapeFinder(place.dense), "judge": Judge(Race(IMAGES, 0.05, 12), AXES, {}),
+        **changed,
+    }  # fmt: skip
+    return FrontSearcher(folder, Space.of(("random", "tome", "topk"), {}, {}), **given)
+
+
+def begun(tmp_path: Path, place: Workplace, **changed: Any) -> tuple[StudyFolder, FrontSearcher]:
+    """A study with its dense model measured."""
+    folder = StudyFolder(tmp_path / "s")
+    folder.create()
+    own = searcher(folder, place, **changed)
+    first = own.suggest("dense")
+    assert isinstance(first, dict)
+    folder.write(result(0, Recipe(), bits(0.95), 0.1))
+    own.on_trial_complete("dense", {})
+    return folder, own
+
+
+def stop_one(folder: StudyFolder, own: FrontSearcher) -> int:
+    """Make a strong incumbent, then hand in a rung that is far behind it; the trial's number."""
+    strong, poor = own.suggest("a"), own.suggest("b")
+    assert isinstance(strong, dict) and isinstance(poor, dict)
+    folder.write(result(strong["trial"], Recipe.from_dict(strong["recipe"]), bits(0.9), 0.001))
+    own.on_trial_complete("a", {})
+    report = {RUNG: rung(bits(0.3, 4)[:120], 0.05)}
+    assert own.climbs("b", report) is False
+    return int(poor["trial"])
+
+
+@pytest.mark.parametrize(
+    ("told", "state"), [("estimate", TrialState.COMPLETE), ("pruned", TrialState.PRUNED)]
+)
+def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
+    tmp_path: Path, place: Workplace, told: str, state: TrialState
+) -> None:
+    folder, own = begun(tmp_path, place, tell_raced=told)
+    number = stop_one(folder, own)
+    durable = folder.result(number)
+    assert durable is not None and durable.state == "raced_out"
+    assert own.study.trials[number].state == TrialState.RUNNING, "Ray has not heard yet"
+    own.on_trial_complete("b", {RUNG: None, "done": False})
+    frozen = own.study.trials[number]
+    assert frozen.state == state
+    if told == "estimate":
+        assert frozen.values == [durable.values["top1"], durable.values["gmacs"]]
+    assert frozen.user_attrs["raced_out"]["images"] == 120
+    assert own.tally.raced_out == 1 and own.tally.done == 3
+    assert number not in own.tally.front
+
+
+def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
+    tmp_path: Path, place: Workplace
+) -> None:
+    folder, own = begun(tmp_path, place)
+    number = stop_one(folder, own)  # and here the driver dies
+    before = folder.result(number)
+    again = searcher(folder, place)
+    assert again.study.trials[number].state == TrialState.COMPLETE
+    assert again.tally.raced_out == 1 and again.tally.running == 0
+    assert folder.result(number) == before
+    key = before.key if before else ""
+    assert folder.known(key) == before, "the same candidate is not raced a second time"
+
+
+def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place: Workplace) -> None:
+    folder, own = begun(tmp_path, place, trials=None, patience=3, judge=None)
+    for i in range(3):
+        config = own.suggest(f"t{i}")
+        assert isinstance(config, dict)
+        folder.write(result(config["trial"], Recipe.from_dict(config["recipe"]), bits(0.1), 0.2))
+        own.on_trial_complete(f"t{i}", {})
+    assert own.suggest("end") == Searcher.FINISHED
+    assert own.tally.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
+
+
+def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Workplace) -> None:
+    _, own = begun(tmp_path, place, trials=None, seconds=3600.0)
+    assert isinstance(own.suggest("a"), dict)
+    own.begin -= 3601
+    assert own.suggest("b") == Searcher.FINISHED
+    assert own.tally.ended == "the time is up: 3600 s; 1 trials measured"
+
+
+# --------------------------------------------------------------------------------- on a real Ray
+
+
+def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
+    tmp_path: Path, cache: Path, room: Room, place: Workplace
+) -> None:
+    """Every stopped trial is measured here in full: the one it was stopped for is as good."""
+    config = SearchConfig.of({
+        "name": "s", "trials": 24, "images": IMAGES, "store": str(tmp_path), "cache": str(cache),
+        "workers": 2, "device": "cpu", "latency": "off", "certify": "off", "tracking_uri": "none",
+    })  # fmt: skip
+    folder, tally = run.search(run.prepare(config), cpus=room.cpus, gpus=room.gpus)
+    results = {r.trial: r for r in folder.results()}
+    stopped = [r for r in results.values() if r.state == "raced_out"]
+    assert len(results) == tally.done == 24 and tally.raced_out == len(stopped) >= 3
+    assert tally.images == sum(r.images for r in results.values() if not _same(r))
+    for one in stopped:
+        assert one.images in rungs(IMAGES)[:-1] or one.images % config.batch == 0 or _same(one)
+        whole = run_trial(place, one.trial, Recipe.from_dict(one.recipe))
+        right = unpack_bits(whole.bits, whole.images)
+        same = (right[: one.images] == unpack_bits(one.bits, one.images)).sum()
+        assert same >= one.images - 1  # threads may flip a near-tied image
+        by = next(r for r in stopped if r.key == one.key and not _same(r))
+        winner = results[int(by.reason.split()[2])]
+        assert winner.state == "finished"
+        assert winner.values["gmacs"] <= whole.values["gmacs"]
+        assert winner.values["top1"] >= whole.values["top1"]
+    assert not any(folder.training(r.key).exists() for r in stopped)
+
+
+def _same(one: TrialResult) -> bool:
+    return one.reason.startswith("the same candidate")
