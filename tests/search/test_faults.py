@@ -1,0 +1,451 @@
+"""What happens to driver, worker, node, disk, memory and database, and what is left afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import ray
+import torch
+from optuna.trial import TrialState
+from ray.cluster_utils import Cluster
+
+from methods import Recipe
+from search import run
+from search.config import SearchConfig
+from search.errors import UserError
+from search.evaluate import OutOfMemory, fitting
+from search.results import TrialResult
+from search.searcher import FrontSearcher
+from search.shapes import ShapeFinder
+from search.space import Space
+from search.storage import close, frozen_trials, open_storage, study_name
+from search.store import StudyFolder
+from search.trial import RecipeTrial, Workplace, run_trial
+from tests.search.faults import NAME, driver, gone, kill, look, results, until, workers
+
+TRIALS = 14
+
+
+@pytest.mark.timeout(420)
+def test_a_killed_drivers_study_goes_on_with_the_same_command(tmp_path: Path, cache: Path) -> None:
+    """Of two drivers one is refused; the other is killed, and a third takes over."""
+    logs = [tmp_path / "log0", tmp_path / "log1"]
+    both = [driver(tmp_path, cache, log, "--trials", TRIALS) for log in logs]
+    try:
+        until(lambda: any(d.poll() is not None for d in both), "one of two drivers ends")
+        refused = next(i for i, d in enumerate(both) if d.poll() is not None)
+        assert both[refused].returncode == 2
+        assert "is being searched by another process" in logs[refused].read_text()
+        first, log = both[1 - refused], logs[1 - refused]
+        until(lambda: len(results(tmp_path)) >= 4 or first.poll() is not None, "four trials")
+        assert first.poll() is None, log.read_text()
+    finally:
+        family = [p for one in both for p in kill(one)]
+    seen = results(tmp_path)
+    second = driver(tmp_path, cache, log, "--trials", TRIALS)
+    assert second.wait(timeout=240) == 0, log.read_text()
+    found = look(tmp_path, "driver", 1, seen)
+    assert found.whole, found
+    assert found.trials == TRIALS and f"{TRIALS} trials measured" in log.read_text()
+    until(lambda: gone(family), "the dead driver's Ray goes with it")
+
+
+# ------------------------------------------------------------------------------------- the cluster
+
+
+@contextlib.contextmanager
+def two_nodes() -> Iterator[tuple[Cluster, Any]]:
+    """A Ray of a head with one CPU and a node with another, on this machine."""
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "node_ip_address": "127.0.0.1", "include_dashboard": False},
+    )
+    try:
+        node = cluster.add_node(num_cpus=1, node_ip_address="127.0.0.1")
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster, node
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
+    tmp_path: Path, cache: Path
+) -> None:
+    config = SearchConfig.of({
+        "name": NAME, "trials": 40, "store": str(tmp_path), "workers": 2,
+        "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off", "race": "off",
+    })  # fmt: skip
+    prepared = run.prepare(config)
+    seen: dict[str, bytes] = {}
+    killed: list[str] = []
+
+    with two_nodes() as (cluster, node):
+
+        def breaking() -> None:
+            until(lambda: len(results(tmp_path)) >= 2 and workers(), "two trials")
+            os.kill(workers()[0], signal.SIGKILL)
+            killed.append("worker")
+            until(lambda: len(results(tmp_path)) >= 5, "five trials")
+            seen.update(results(tmp_path))
+            cluster.remove_node(node, allow_graceful=False)
+            killed.append("node")
+
+        thread = threading.Thread(target=breaking)
+        thread.start()
+        folder, tally = run.search(prepared, cpus=2, gpus=0)
+        thread.join(timeout=60)
+    assert killed == ["worker", "node"]
+    found = look(tmp_path, "worker and node", 2, seen, mlflow=False)
+    assert found.whole and found.trials == 40, found
+    assert tally.ended == "40 trials measured"
+    failed = [t for t in frozen_trials(folder) if t.state == TrialState.FAIL]
+    whys = {t.user_attrs.get("reason") for t in failed}
+    assert whys == {"the worker died"}, "what was in flight was failed and run again"
+
+
+def test_the_same_seed_and_one_worker_give_the_same_trials(
+    tmp_path: Path, cache: Path, room: Any
+) -> None:
+    found = []
+    for store in ("one", "two"):
+        config = SearchConfig.of({
+            "name": NAME, "trials": TRIALS, "images": 120, "store": str(tmp_path / store),
+            "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off",
+            "workers": 1, "seed": 5, "methods": "tome,topk,random",
+        })  # fmt: skip
+        folder, _ = run.search(run.prepare(config), cpus=room.cpus, gpus=0)
+        found.append([
+            (r.trial, r.state, r.recipe, r.resolved, r.images, r.values.get("gmacs"), r.bits)
+            for r in folder.results()
+        ])  # fmt: skip
+    assert found[0] == found[1] and len(found[0]) == TRIALS
+
+
+# -------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize(
+    ("broken", "recipe", "reason"),
+    [
+        (True, Recipe.of("topk", keep_rate=0.5), "NonFiniteLogits: non-finite logits, first for"),
+        (False, Recipe.of("topk", keep_rate=0.5, prune_layers=[40]), "BadInput: .*40"),
+    ],
+)
+def test_nan_logits_and_a_recipe_that_raises_are_failed_trials_and_the_worker_goes_on(
+    place: Workplace, broken: bool, recipe: Recipe, reason: str
+) -> None:
+    worker = RecipeTrial.__new__(RecipeTrial)
+    worker.place = Workplace(place.task, copy.deepcopy(place.dense), place.shape)
+    if broken:
+        with torch.no_grad():
+            next(worker.place.dense.parameters()).fill_(float("nan"))
+    worker.reset_config({"trial": 3, "key": "k", "recipe": recipe.to_dict()})
+    assert worker.step()["done"] is True
+    failed = place.task.study.result(3)
+    assert failed is not None and failed.state == "failed" and not failed.values
+    assert re.match(reason, failed.reason), failed.reason
+    assert "Traceback" in failed.provenance["traceback"]
+    worker.place = place
+    worker.reset_config({"trial": 4, "key": "k4", "recipe": Recipe.of("tome", r=2).to_dict()})
+    while not worker.step()["done"]:
+        pass
+    after = place.task.study.result(4)
+    assert after is not None and after.state == "finished"
+
+
+# ---------------------------------------------------------------------------------------- the disk
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 24 MB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", place], capture_output=True, check=False
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("a file system cannot be mounted here (needs root)")
+    yield place
+    # lazily: a process of Ray's may be about to end there
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.timeout(420)
+def test_a_full_disk_pauses_the_study_until_there_is_room(small_disk: Path, cache: Path) -> None:
+    log = small_disk.parent / "log"
+    begun = driver(small_disk, cache, log, "--trials", TRIALS, "--race", "off")
+    try:
+        until(lambda: len(results(small_disk)) >= 4 or begun.poll() is not None, "four trials")
+        ballast = small_disk / "ballast"
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as full:
+            while True:
+                full.write(bytes(4096))
+        until(lambda: b"paused until there is room" in log.read_bytes(), "the pause is said")
+        time.sleep(3)  # whoever is in the middle of a trial comes to its end
+        seen = results(small_disk)
+        time.sleep(5)
+        assert begun.poll() is None, log.read_text()
+        assert results(small_disk) == seen and len(seen) < TRIALS
+        ballast.unlink()
+        assert begun.wait(timeout=240) == 0, log.read_text()
+    finally:
+        if begun.poll() is None:
+            kill(begun)
+    found = look(small_disk, "full disk", 0, seen)
+    assert found.whole and found.trials == TRIALS, (found, log.read_text())
+
+
+# -------------------------------------------------------------------------------------- the memory
+
+
+def test_where_memory_does_not_suffice_the_batch_is_halved() -> None:
+    asked = []
+
+    def attempt(batch: int) -> str:
+        asked.append(batch)
+        if batch > 16:
+            torch.empty(2**60, dtype=torch.uint8)  # torch's own error, on any machine
+        return "fits"
+
+    assert fitting(100, attempt) == (12, "fits") and asked == [100, 50, 25, 12]
+    with pytest.raises(OutOfMemory, match="out of memory with a single image: .*can't allocate"):
+        fitting(4, lambda batch: torch.empty(2**60, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="something else"):
+        fitting(4, lambda batch: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+LIMITED = """
+import resource, sys
+from dataclasses import replace
+import torch
+torch.set_num_threads(1)
+from methods import Recipe
+from search import run
+from search.config import SearchConfig
+from search.trial import RecipeTrial, Workplace, run_trial
+
+config = SearchConfig.of({"images": 400, "batch": 400, "store": sys.argv[1], "cache": sys.argv[2],
+                          "device": "cpu"})
+place = Workplace.open(run.make_task(run.prepare(config), epoch="", threads=1))
+fixed = Recipe.of("topk", keep_rate=0.5)
+adaptive = Recipe.of("rajni", gamma=0.1, min_tokens=8, budget="image")
+# what is kept for good is taken now: threads, kernels
+small = Workplace(replace(place.task, batch=8), place.dense, place.shape)
+for recipe in (fixed, adaptive):
+    run_trial(small, 0, recipe)
+here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+for limit in (here + 60 * 2**20, resource.RLIM_INFINITY):
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    for recipe in (fixed, adaptive):
+        result = run_trial(place, 1, recipe)
+        print(result.provenance["batch"], result.values["top1"], result.values["gmacs"])
+"""
+
+
+def test_a_trial_that_runs_out_of_memory_is_measured_in_smaller_batches(
+    tmp_path: Path, cache: Path
+) -> None:
+    """In a process that may take 60 MB more than it has, and gives back what it has freed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, tmp_path, cache],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = ([float(x) for x in line.split()] for line in done.stdout.splitlines())
+    scarce, less, ample, padded = lines
+    assert ample[0] == padded[0] == 400
+    assert 1 <= scarce[0] < 400 and 1 <= less[0] < 400
+    assert scarce[1:] == ample[1:], "neither accuracy nor a fixed cost depend on the batch"
+    # every image of a batch pays for its longest
+    assert less[2] <= padded[2]
+
+
+# ------------------------------------------------------------------------------------- a database
+
+
+def _found(program: str) -> str | None:
+    places = [str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
+    return shutil.which(program) or shutil.which(program, path=os.pathsep.join(places))
+
+
+class Postgres:
+    """A real server on loopback, with its data in a folder of its own."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="vitpareto-postgres-"))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        # it refuses to run as root
+        self.user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        if self.user:
+            shutil.chown(self.folder, "postgres")
+        self._do(
+            "initdb", "-D", str(self.folder / "data"), "-U", "search", "-A", "trust", "--no-sync"
+        )
+
+    def _do(self, program: str, *arguments: str) -> None:
+        found = _found(program)
+        assert found is not None
+        done = subprocess.run(
+            [*self.user, found, *arguments],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+            cwd="/",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def start(self) -> None:
+        settings = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+        data, log = str(self.folder / "data"), str(self.folder / "log")
+        self._do("pg_ctl", "-D", data, "-l", log, "-o", settings, "-w", "start")
+
+    def stop(self) -> None:
+        self._do("pg_ctl", "-D", str(self.folder / "data"), "-m", "immediate", "-w", "stop")
+
+    @property
+    def url(self) -> str:
+        return f"postgresql+psycopg://search@127.0.0.1:{self.port}/postgres"
+
+
+@pytest.fixture
+def postgres() -> Iterator[Postgres]:
+    if _found("initdb") is None or _found("pg_ctl") is None:
+        pytest.skip("PostgreSQL's initdb and pg_ctl are not installed")
+    server = Postgres()
+    server.start()
+    yield server
+    with contextlib.suppress(AssertionError):  # where the test stopped it
+        server.stop()
+    shutil.rmtree(server.folder)
+
+
+@contextlib.contextmanager
+def proposing(folder: StudyFolder, place: Workplace, url: str | None) -> Iterator[FrontSearcher]:
+    """What the driver of a study holds."""
+    storage = open_storage(folder, url)
+    yield FrontSearcher(
+        folder, Space.of(("tome", "topk"), {}, {}), objectives=("top1", "gmacs"), sampler="tpe",
+        seed=0, trials=10, reshape=ShapeFinder(place.dense), storage=storage,
+    )  # fmt: skip
+    close(storage)
+
+
+def measure(own: FrontSearcher, place: Workplace, count: int) -> list[TrialResult]:
+    made = []
+    for _ in range(count):
+        asked = own.suggest("t")
+        assert isinstance(asked, dict)
+        made.append(run_trial(place, asked["trial"], Recipe.from_dict(asked["recipe"])))
+        own.folder.write(made[-1])
+        own.on_trial_complete("t", {})
+    return made
+
+
+@pytest.fixture
+def place(tmp_path: Path, cache: Path) -> Workplace:
+    config = SearchConfig.of({
+        "images": 40, "store": str(tmp_path / "studies"), "cache": str(cache), "device": "cpu",
+    })  # fmt: skip
+    return Workplace.open(run.make_task(run.prepare(config), epoch="", threads=1))
+
+
+def test_trials_are_kept_in_postgresql(
+    postgres: Postgres, tmp_path: Path, place: Workplace
+) -> None:
+    folder = StudyFolder(tmp_path / "s")
+    folder.create()
+    with proposing(folder, place, postgres.url) as own:
+        measure(own, place, 4)
+    assert not folder.journal.exists()
+
+    # a driver that dies in the middle of a trial, and the server with it
+    with proposing(folder, place, postgres.url) as dying:
+        assert isinstance(dying.suggest("lost"), dict)
+        postgres.stop()
+        assert dying.suggest("away") is None, "a database that is away is waited for"
+        postgres.start()
+    with proposing(folder, place, postgres.url) as own:
+        assert own.tally.done == 4
+        measure(own, place, 6)
+    assert [r.state for r in folder.results()] == ["finished"] * 10
+    assert study_name(folder).startswith("s-")
+    told = frozen_trials(folder)
+    assert not [t for t in told if t.state == TrialState.RUNNING]
+    for result in folder.results():
+        assert told[result.trial].values == [result.values["top1"], result.values["gmacs"]]
+
+    with pytest.raises(UserError, match="keeps Optuna's trials in postgresql.*the study's folder"):
+        open_storage(folder)
+
+
+def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, place: Workplace) -> None:
+    folder = StudyFolder(tmp_path / "s")
+    folder.create()
+    with proposing(folder, place, None) as own:
+        measure(own, place, 5)
+    before = folder.results()
+    folder.journal.unlink()
+    with proposing(folder, place, None) as own:
+        assert own.tally.done == 5
+        more = measure(own, place, 5)
+    assert min(r.trial for r in more) > max(r.trial for r in before)
+    assert folder.results()[:5] == before
+    assert not {r.key for r in more} & {r.key for r in before}
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("nonsense", "accepted is a database's address, as in postgresql"),
+        ("postgresql+psycopg://me:secret@host/db", "leave the password out"),
+        ("oracle://me@host/db", "its driver is not installed"),
+        ("postgresql+psycopg://me@127.0.0.1:1/db", "cannot be used: .*onnection"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_said(tmp_path: Path, url: str, said: str) -> None:
+    folder = StudyFolder(tmp_path / "s")
+    folder.create()
+    with pytest.raises(UserError, match=said) as refused:
+        open_storage(folder, url)
+    assert "secret" not in str(refused.value)
+    assert folder.untouched, "nothing was begun"
+
+
+def test_optunas_journal_stays_whole_on_a_full_disk(small_disk: Path) -> None:
+    folder = StudyFolder(small_disk / "s")
+    folder.create()
+    study = optuna.create_study(storage=open_storage(folder), study_name="s")
+    study.add_trial(optuna.trial.create_trial(value=1.0))
+    ballast = small_disk / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as full:
+        while True:
+            full.write(bytes(512))
+    room = threading.Timer(2.5, ballast.unlink)
+    room.start()
+    begin = time.monotonic()
+    for value in range(40):  # more than what is left of the last page
+        study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"long": "x" * 500}))
+    assert time.monotonic() - begin > 1, "there was room all along"
+    room.join()
+    assert len(frozen_trials(folder)) == 41
