@@ -23,6 +23,10 @@ slow: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/speed.py
 	$(BIN)/python tests/benchmarks/log_size.py
 	$(BIN)/python tests/benchmarks/sweep_timm.py
+	$(BIN)/python -m tests.benchmarks.racing
+	$(BIN)/python -m tests.benchmarks.efficiency --pool efficiency.npz
+	$(BIN)/python tests/benchmarks/overhead.py
+	$(BIN)/python -m tests.benchmarks.faults
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || \

@@ -1,0 +1,79 @@
+"""A worker that sleeps where others measure: what the driver of a search costs, at any size.
+
+It keeps what a real trial keeps (a durable result of the usual size, reported rung by rung) and
+computes nothing. Everything else of a search is the real thing: searcher, storage, tracking, Ray.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ray import tune
+
+from search.results import TrialResult, pack_bits, wilson_interval
+from search.store import StudyFolder
+from search.trial import RUNG, Rung
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """What every trial does. study: where results go; seconds: of a trial measured in full, the
+    same part of it for every part of the images; rungs: as `search.trial.Task.rungs`.
+    """
+
+    study: StudyFolder
+    epoch: str
+    images: int
+    seconds: float
+    rungs: tuple[int, ...] = ()
+
+
+def pretended(recipe: dict[str, Any], key: str, images: int) -> tuple[float, np.ndarray]:
+    """GMACs and correctness that a recipe is said to have: more of the one, more of the other."""
+    draw = np.random.default_rng(int(key[:8], 16))
+    gmacs = float(draw.uniform(0.2, 1.0)) if recipe else 1.0
+    chance = 0.9 if not recipe else 0.9 - 0.5 * (1 - gmacs) ** 2 - 0.3 * draw.uniform() ** 2
+    return gmacs, draw.random(images) < chance
+
+
+class SleepingTrial(tune.Trainable):
+    """In the place of `search.trial.RecipeTrial`."""
+
+    def setup(self, config: dict[str, Any], task: Sleep | None = None) -> None:
+        assert task is not None
+        self.task = task
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.asked, self.seen, self.begin = new_config, 0, time.time()
+        return True
+
+    def step(self) -> dict[str, Any]:
+        task, trial, key = self.task, int(self.asked["trial"]), str(self.asked["key"])
+        recipe = self.asked["recipe"]
+        gmacs, right = pretended(recipe, key, task.images)
+        stop = next((n for n in task.rungs if n > self.seen), task.images)
+        time.sleep(task.seconds * (stop - self.seen) / task.images)
+        self.seen = stop
+        top1 = 100 * float(right[:stop].mean())
+        values = {"top1": top1, "top5": top1, "gmacs": gmacs, "params_m": 1.0, "peak_mb": 1.0}
+        if stop < task.images:
+            seconds = time.time() - self.begin
+            rung = Rung(key, recipe, values, right[:stop], seconds=seconds)
+            return {"done": False, "top1": top1, RUNG: rung}
+        low, high = wilson_interval(int(right.sum()), task.images)
+        result = TrialResult(
+            trial, "finished", recipe, key, values, recipe, task.images, pack_bits(right),
+            low, high, time.time() - self.begin,
+        )  # fmt: skip
+        task.study.write(result, task.epoch)
+        return {"done": True, "trial_number": trial, "top1": top1}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Nothing to keep."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing was kept."""
