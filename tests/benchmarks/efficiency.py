@@ -13,16 +13,21 @@ in full (dense accuracy - 10 points, dense cost). Draws FILE.png beside the pool
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
+import multiprocessing
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+import torch
 from matplotlib.figure import Figure
 from ray.tune.search.optuna import OptunaSearch
 
@@ -253,30 +258,31 @@ def mo_asha(lab: Lab, run: Run) -> None:
                 run.measured(lab, at)
                 break
             there.append(lab.point(at, level))
-            if len(there) >= ETA and _place(np.array(there)) >= math.ceil(len(there) / ETA):
+            best = math.ceil(len(there) / ETA)
+            if len(there) >= ETA and _place(np.array(there), best) >= best:
                 break
         spent += seen
         run.step(seen)
 
 
-def _place(points: np.ndarray) -> int:
+def _place(points: np.ndarray, enough: int) -> int:
     """Where the last of them stands: layers of non-dominated points, each in the order of an
-    epsilon-net (every next one is furthest from those before).
+    epsilon-net (every next one is furthest from those before). No further than to `enough`.
     """
     left, place, own = np.arange(len(points)), 0, len(points) - 1
     scale = np.ptp(points, axis=0)
     scaled = points / np.where(scale > 0, scale, 1.0)
-    while True:
+    while place < enough:
         layer = left[non_dominated(points[left], SIGNS)]
         if own in layer:
-            order = [layer[0]]
-            while own not in order:
-                rest = np.setdiff1d(layer, order)
-                apart = np.linalg.norm(scaled[rest][:, None] - scaled[order], axis=2).min(axis=1)
-                order.append(rest[int(apart.argmax())])
-            return place + order.index(own)
+            at, apart = int(layer[0]), np.full(len(layer), np.inf)
+            while at != own and place < enough:
+                apart = np.minimum(apart, np.linalg.norm(scaled[layer] - scaled[at], axis=1))
+                at, place = int(layer[apart.argmax()]), place + 1
+            return place
         place += len(layer)
         left = np.setdiff1d(left, layer)
+    return place
 
 
 def at_random(lab: Lab, run: Run) -> None:
@@ -396,6 +402,41 @@ def draw(runs: dict[str, list[Run]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a process needs to replay an arm."""
+
+    pool: Path
+    config: SearchConfig
+    trials: int
+
+    @functools.cached_property
+    def parts(self) -> tuple[Pool, Space, ShapeFinder, Nearest]:
+        weights = self.config.weights
+        pool, model = (
+            Pool.load(self.pool),
+            load_model(self.config.model, Path(weights) if weights else None),
+        )
+        space = Space.of(self.config.study_methods, self.config.space, self.config.fixed)
+        return pool, space, ShapeFinder(model), Nearest(pool)
+
+    def reference(self) -> np.ndarray:
+        pool = Pool.load(self.pool)
+        dense = {"top1": 100 * float(pool.right[0].mean()), "gmacs": float(pool.gmacs[0])}
+        return reference_point(dense, AXES)
+
+
+def replay(setting: Setting, name: str, seed: int) -> Run:
+    """One arm, one seed."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    pool, space, reshape, nearest = setting.parts
+    run = Run(setting.reference())
+    ARMS[name](Lab(pool.shuffled(seed), space, reshape, nearest, seed, setting.trials), run)
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pool", type=Path, required=True, help="measured recipes (.npz)")
@@ -405,14 +446,12 @@ def main() -> None:
     parser.add_argument("--images", type=int)
     parser.add_argument("--cache")
     parser.add_argument("--structure", action="store_true", help="also beneath token methods")
-    parser.add_argument("--random", type=int, default=300, help="recipes of a worker, to measure")
-    parser.add_argument("--tpe", type=int, default=200)
+    parser.add_argument("--random", type=int, default=250, help="recipes of a worker, to measure")
+    parser.add_argument("--tpe", type=int, default=150)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--arms", help="only these, by their first letters, with commas")
+    parser.add_argument("--workers", type=int, default=2, help="processes that replay")
     given = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     config = SearchConfig.of({
         "model": given.model, "data": given.data, "images": given.images, "device": "cpu",
         "weights": given.weights, "cache": given.cache,
@@ -420,23 +459,18 @@ def main() -> None:
     })  # fmt: skip
     if not given.pool.exists():
         build(config, given.random, given.tpe).save(given.pool)
-    pool = Pool.load(given.pool)
-    model = load_model(config.model, Path(config.weights) if config.weights else None)
-    space = Space.of(config.study_methods, config.space, config.fixed)
-    reshape = ShapeFinder(model)
-    nearest = Nearest(pool)
-    dense = {"top1": 100 * float(pool.right[0].mean()), "gmacs": float(pool.gmacs[0])}
-    reference = reference_point(dense, AXES)
-    chosen = tuple(given.arms.split(",")) if given.arms else ("",)
+    setting = Setting(given.pool, config, given.trials)
+    context = multiprocessing.get_context("spawn")
     runs: dict[str, list[Run]] = {}
-    for name, arm in ARMS.items():
-        if not name.startswith(chosen):
-            continue
-        for seed in range(given.seeds):
-            lab = Lab(pool.shuffled(seed), space, reshape, nearest, seed, given.trials)
-            arm(lab, run := Run(reference))
-            runs.setdefault(name, []).append(run)
-    show(runs, pool, reference)
+    with ProcessPoolExecutor(given.workers, mp_context=context) as crew:
+        tasks = {
+            name: [crew.submit(replay, setting, name, seed) for seed in range(given.seeds)]
+            for name in ARMS
+        }
+        for name, asked in tasks.items():
+            runs[name] = [one.result() for one in asked]
+            print(f"replayed: {name}", file=sys.stderr, flush=True)
+    show(runs, Pool.load(given.pool), setting.reference())
     draw(runs, given.pool.with_suffix(".png"), f"{config.model} on {config.data}")
 
 
