@@ -13,18 +13,12 @@ from typing import Any
 
 import numpy as np
 
-import methods
 from methods import Recipe
 from search.confidence import cost_floor
 from search.racing import Incumbent, Race
 from search.results import Objective, TrialResult, pack_bits, unpack_bits
 from search.trial import Rung
-
-
-def only_controls(recipe: Recipe) -> bool:
-    """Whether a recipe is one that every method has to beat: no step of it is a method."""
-    steps = [s for s in (recipe.structure, recipe.tokens) if s is not None]
-    return all(methods.get(s.method).control for s in steps)
+from search.verdict import only_controls
 
 
 @dataclass
@@ -53,7 +47,7 @@ class Judge:
         if result.is_reference and self.dense is None:
             self.dense = right
         new = Incumbent(result.trial, right, self._costs(result.values))
-        control = only_controls(Recipe.from_dict(result.recipe))
+        control = only_controls(result.recipe)
         for group in (True, False) if control else (False,):
             kept = self._fronts[group]
             if not any(old.covers(new) for old in kept):
@@ -72,7 +66,7 @@ class Judge:
                 rung.macs_each, rung.bounds, len(self.dense), self.race.cost_error(trial)
             )
             values["gmacs"] = floor / 1e9
-        incumbents = self._fronts[only_controls(recipe)]
+        incumbents = self._fronts[only_controls(recipe.to_dict())]
         lost = self.race.look(trial, rung.right, self._costs(values), incumbents, self.dense)
         if lost is None:
             return None

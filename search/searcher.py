@@ -155,7 +155,8 @@ class FrontSearcher(Searcher):
             directions=[o.direction for o in self.objectives],
             load_if_exists=True,
         )
-        self._refill()
+        results = {r.trial: r for r in folder.results()}
+        self._refill(results)
         past = self.study.get_trials(deepcopy=False)
         # a restarted sampler must not repeat its draws
         self.study.sampler = make_sampler(sampler, seed + len(past))
@@ -166,15 +167,14 @@ class FrontSearcher(Searcher):
         self.reference_again: optuna.Trial | None = None
         self.away = False
         self.tally = Tally(wanted=trials)
-        self._recover(past)
+        self._recover(past, results)
 
     # -- start ---------------------------------------------------------------------------------
 
-    def _refill(self) -> None:
+    def _refill(self, results: dict[int, TrialResult]) -> None:
         """A storage that was lost knows no trial of which there is a result: their numbers are
         taken again, so that no later trial writes over one.
         """
-        results = {r.trial: r for r in self.folder.results()}
         known = len(self.study.get_trials(deepcopy=False))
         for number in range(known, max(results, default=-1) + 1):
             result = results.get(number)
@@ -188,9 +188,8 @@ class FrontSearcher(Searcher):
                 )
             )
 
-    def _recover(self, past: list[FrozenTrial]) -> None:
+    def _recover(self, past: list[FrozenTrial], results: dict[int, TrialResult]) -> None:
         """Results on disk are told; what was in flight is failed and enqueued again."""
-        results = {r.trial: r for r in self.folder.results()}
         for result in results.values():
             self._remember(result)
         for frozen in past:

@@ -19,9 +19,6 @@ from search.durable import wait_for_room, write_atomic
 from search.errors import UserError
 from search.store import StudyFolder
 
-#: where a study is in a database: the folder's file of this name says
-FILE = "storage.json"
-
 
 class _Journal(JournalFileBackend):
     """Optuna's journal, of which nothing half-written stays. A full disk is waited for."""
@@ -58,7 +55,7 @@ def open_storage(folder: StudyFolder, url: str | None = None) -> optuna.storages
         if held is None:
             # its name alone may be taken in a database that others use
             name = f"{folder.name}-{uuid.uuid4().hex[:12]}"
-            write_atomic(folder.folder / FILE, json.dumps({"url": url, "study": name}))
+            write_atomic(folder.database, json.dumps({"url": url, "study": name}))
         return storage
     for stale in journal.parent.glob(f"{journal.name}.lock*"):
         stale.unlink(missing_ok=True)
@@ -141,7 +138,7 @@ def _database(url: str) -> optuna.storages.RDBStorage:
 
 
 def _held(folder: StudyFolder) -> dict[str, str] | None:
-    path = folder.folder / FILE
+    path = folder.database
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

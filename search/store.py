@@ -80,6 +80,11 @@ class StudyFolder:
         return self.folder / "optuna.journal"
 
     @property
+    def database(self) -> Path:
+        """Which database holds Optuna's trials, where it is not the journal."""
+        return self.folder / "storage.json"
+
+    @property
     def weights(self) -> Path:
         return self.folder / "model.safetensors"
 
@@ -124,7 +129,7 @@ class StudyFolder:
     @property
     def untouched(self) -> bool:
         """Nothing was measured or asked for here yet, so there is nothing to mix with."""
-        asked = self.journal.exists() or (self.folder / "storage.json").exists()
+        asked = self.journal.exists() or self.database.exists()
         return not asked and not any((self.folder / "trials").glob("[0-9]*"))
 
     def settle(self, identity: dict[str, Any]) -> None:

@@ -250,11 +250,13 @@ def measuring(
         timed = latency(model, place.dense, place.images(task.latency_batch))
         values["latency_ms"] = drift_free_ms(timed, task.study.result(0))
         values["images_per_s"] = 1e3 * task.latency_batch / values["latency_ms"]
+
+    def peak(batch: int) -> float:
+        return peak_mb(model, place.images(min(batch, whole)))
+
     batch = task.batch
     if task.peak_first:
-        batch, values["peak_mb"] = fitting(
-            batch, lambda b: peak_mb(model, place.images(min(b, whole)))
-        )
+        batch, values["peak_mb"] = fitting(batch, peak)
     seen: Correctness | None = None
     for stop in (*sorted({n for n in rungs if n < whole}), whole):
         climb_on = functools.partial(_climb_on, place, model, seen, stop, batch, adaptive)
@@ -269,9 +271,7 @@ def measuring(
             yield Rung(key, resolved.to_dict(), dict(values), now.top1, now.macs_each, bounds, made)
     assert seen is not None
     if not task.peak_first:
-        batch, values["peak_mb"] = fitting(
-            batch, lambda b: peak_mb(model, place.images(min(b, whole)))
-        )
+        batch, values["peak_mb"] = fitting(batch, peak)
     if batch != task.batch:
         record = {**record, "batch": batch}
     low, high = wilson_interval(int(seen.top1.sum()), whole)

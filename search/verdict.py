@@ -10,8 +10,9 @@ the search images that chose them have to do, and the sentence says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import methods
 from methods import BadInput, Recipe
@@ -21,15 +22,20 @@ from search.pareto import ACCURACIES, front_of, knee_of, objectives_named, refer
 from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
 
 
-def is_control(result: TrialResult) -> bool:
-    """Whether no step of a recipe is a method, so that every method has to beat it; the dense model
-    is one.
+def only_controls(recipe: Mapping[str, Any]) -> bool:
+    """Whether no step of a recipe (`Recipe.to_dict`) is a method, so that every method has to beat
+    it; the dense model is one.
     """
-    steps = (result.recipe.get(part) for part in ("structure", "tokens"))
+    steps = (recipe.get(part) for part in ("structure", "tokens"))
     try:
         return all(methods.get(step["method"]).control for step in steps if step)
     except BadInput:  # a method of another version: a control it would have to be known as
         return False
+
+
+def is_control(result: TrialResult) -> bool:
+    """`only_controls` of a trial's recipe."""
+    return only_controls(result.recipe)
 
 
 def controls_of(results: Sequence[TrialResult]) -> list[TrialResult]:

@@ -13,7 +13,6 @@ in full (dense accuracy - 10 points, dense cost). Draws FILE.png beside the pool
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import math
 import multiprocessing
@@ -189,7 +188,7 @@ def plain(sampler: Callable[[int], optuna.samplers.BaseSampler], subset: bool = 
             spent += few
             # as if it ended here: its front is measured on all images
             chosen = np.array(list(seen))[non_dominated(np.array(list(seen.values())), SIGNS)]
-            run.front, run.full = Front(AXES, run.reference), run.full
+            run.front = Front(AXES, run.reference)
             for member in chosen.tolist():
                 run.front.add(member, dict(zip(NAMES, lab.point(member), strict=True)))
                 run.full.add(member)
@@ -410,20 +409,10 @@ class Setting:
     config: SearchConfig
     trials: int
 
-    @functools.cached_property
-    def parts(self) -> tuple[Pool, Space, ShapeFinder, Nearest]:
-        weights = self.config.weights
-        pool, model = (
-            Pool.load(self.pool),
-            load_model(self.config.model, Path(weights) if weights else None),
-        )
-        space = Space.of(self.config.study_methods, self.config.space, self.config.fixed)
-        return pool, space, ShapeFinder(model), Nearest(pool)
 
-    def reference(self) -> np.ndarray:
-        pool = Pool.load(self.pool)
-        dense = {"top1": 100 * float(pool.right[0].mean()), "gmacs": float(pool.gmacs[0])}
-        return reference_point(dense, AXES)
+def reference_of(pool: Pool) -> np.ndarray:
+    dense = {"top1": 100 * float(pool.right[0].mean()), "gmacs": float(pool.gmacs[0])}
+    return reference_point(dense, AXES)
 
 
 def replay(setting: Setting, name: str, seed: int) -> Run:
@@ -431,9 +420,12 @@ def replay(setting: Setting, name: str, seed: int) -> Run:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    pool, space, reshape, nearest = setting.parts
-    run = Run(setting.reference())
-    ARMS[name](Lab(pool.shuffled(seed), space, reshape, nearest, seed, setting.trials), run)
+    config, pool = setting.config, Pool.load(setting.pool)
+    model = load_model(config.model, Path(config.weights) if config.weights else None)
+    space = Space.of(config.study_methods, config.space, config.fixed)
+    run = Run(reference_of(pool))
+    lab = Lab(pool.shuffled(seed), space, ShapeFinder(model), Nearest(pool), seed, setting.trials)
+    ARMS[name](lab, run)
     return run
 
 
@@ -470,7 +462,8 @@ def main() -> None:
         for name, asked in tasks.items():
             runs[name] = [one.result() for one in asked]
             print(f"replayed: {name}", file=sys.stderr, flush=True)
-    show(runs, Pool.load(given.pool), setting.reference())
+    pool = Pool.load(given.pool)
+    show(runs, pool, reference_of(pool))
     draw(runs, given.pool.with_suffix(".png"), f"{config.model} on {config.data}")
 
 

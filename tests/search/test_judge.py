@@ -14,7 +14,7 @@ from clusters.local import Room
 from methods import Recipe
 from search import run
 from search.config import SearchConfig
-from search.judge import Judge, only_controls
+from search.judge import Judge
 from search.racing import Race, rungs
 from search.results import OBJECTIVES, TrialResult, pack_bits, unpack_bits
 from search.searcher import FrontSearcher
@@ -22,6 +22,7 @@ from search.shapes import ShapeFinder
 from search.space import Space
 from search.store import StudyFolder
 from search.trial import RUNG, Rung, Workplace, run_trial
+from search.verdict import only_controls
 
 IMAGES = 240
 AXES = [OBJECTIVES["top1"], OBJECTIVES["gmacs"]]
@@ -90,7 +91,7 @@ def test_controls_race_among_themselves() -> None:
     found.admit(result(2, RANDOM, bits(0.8, 3), 1.1))
     stopped = found.hear(8, RANDOM, poor)
     assert stopped is not None and stopped.reason.startswith("behind trial 2 ")
-    assert only_controls(RANDOM) and not only_controls(TOPK)
+    assert only_controls(RANDOM.to_dict()) and not only_controls(TOPK.to_dict())
 
 
 def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> None:
