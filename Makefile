@@ -23,7 +23,7 @@ slow: $(VENV)/.installed-test
 	$(BIN)/python tests/benchmarks/speed.py
 	$(BIN)/python tests/benchmarks/log_size.py
 	$(BIN)/python tests/benchmarks/sweep_timm.py
-	$(BIN)/python -m tests.benchmarks.racing
+	$(BIN)/python -m tests.benchmarks.racing --pool racing.npz
 	$(BIN)/python -m tests.benchmarks.efficiency --pool efficiency.npz
 	$(BIN)/python tests/benchmarks/overhead.py
 	$(BIN)/python -m tests.benchmarks.faults

@@ -1,32 +1,26 @@
 """Racing rules compared: images spent, front members lost; simulated and on real models.
 
-    python -m tests.benchmarks.racing [--studies 2000] [--model M --data D --images N]
+    python -m tests.benchmarks.racing --pool FILE.npz [--studies 2000] [--model M --data D]
 
 Simulated: studies whose candidates are nearly tied, with two and three objectives; an upper bound
-(exact, 95 %) on the chance that a study loses a member of its true front. Real: recipes drawn as a
-search draws them, each measured once on all search images; then searches in their order, with the
-images shuffled anew each time, are replayed under every rule.
+(exact, 95 %) on the chance that a study loses a member of its true front. Real: recipes of a pool
+(`pool.py`), which is measured first where its file is not there yet; searches in one order of them,
+with the images shuffled anew each time, are replayed under every rule.
 """
 
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import optuna
 from scipy.stats import beta
 
-from methods import BadInput, Recipe
-from search import run
 from search.config import SearchConfig
 from search.racing import DEFAULT, RULES, Rule, rungs
-from search.results import unpack_bits
-from search.searcher import make_sampler
-from search.trial import Workplace, run_trial
+from tests.benchmarks.pool import Pool, build
 from tests.search.races import front_of, race_study, simulated
 
 ERROR = 0.05
@@ -64,42 +58,19 @@ def simulate(studies: int) -> None:
 
 
 def real_bits(given: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Bits [N, M] and GMACs [N, 1] of the recipes of a search; the dense model first."""
-    if given.bits is not None and given.bits.exists():
-        kept = np.load(given.bits)
-        return kept["right"], kept["costs"][:, :1]
-    with tempfile.TemporaryDirectory() as scratch:
+    """Bits [N, M] and GMACs [N, 1] of a pool's recipes, in an order drawn once; the dense model
+    first.
+    """
+    if not given.pool.exists():
         config = SearchConfig.of({
-            "model": given.model, "data": given.data, "images": given.images, "store": scratch,
+            "model": given.model, "data": given.data, "images": given.images,
             "weights": given.weights, "device": "cpu",
         })  # fmt: skip
-        prepared = run.prepare(config)
-        place = Workplace.open(run.make_task(prepared, epoch="", threads=None))
-        study = optuna.create_study(
-            directions=["maximize", "minimize"], sampler=make_sampler(given.sampler, 0)
-        )
-        for _, params in prepared.space.preset_params():
-            study.enqueue_trial(params)
-        results = [run_trial(place, 0, Recipe())]
-        known = {}
-        while len(results) < given.recipes:
-            asked = study.ask()
-            try:
-                recipe = prepared.space.suggest(asked, prepared.reshape)
-                key = recipe.key(prepared.reshape(recipe))
-            except BadInput:
-                study.tell(asked, state=optuna.trial.TrialState.PRUNED)
-                continue
-            if key not in known:
-                known[key] = run_trial(place, len(results), recipe)
-                results.append(known[key])
-            values = known[key].values
-            study.tell(asked, [values["top1"], values["gmacs"]])
-    bits = np.stack([unpack_bits(r.bits, r.images) for r in results])
-    costs = np.array([[r.values["gmacs"]] for r in results])
-    if given.bits is not None:
-        np.savez_compressed(given.bits, right=bits, costs=costs)
-    return bits, costs
+        build(config, given.random, given.tpe).save(given.pool)
+    pool = Pool.load(given.pool)
+    drawn = np.random.default_rng(0).permutation(np.arange(1, len(pool.gmacs)))
+    at = np.concatenate([[0], drawn[: given.recipes - 1]])
+    return pool.right[at], pool.gmacs[at, None]
 
 
 def spent(
@@ -142,12 +113,12 @@ def main() -> None:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--weights")
     parser.add_argument("--images", type=int)
-    parser.add_argument("--sampler", default="tpe")
-    parser.add_argument("--recipes", type=int, default=150)
+    parser.add_argument("--random", type=int, default=250, help="recipes of a worker, to measure")
+    parser.add_argument("--tpe", type=int, default=150)
+    parser.add_argument("--recipes", type=int, default=150, help="of the pool, to replay")
     parser.add_argument("--orders", type=int, default=10)
-    parser.add_argument("--bits", type=Path, help="keep the measured bits here (.npz)")
+    parser.add_argument("--pool", type=Path, required=True, help="measured recipes (.npz)")
     given = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     if given.studies:
         simulate(given.studies)
     replay(*real_bits(given), given.orders)
