@@ -63,18 +63,15 @@ def replacing(path: Path) -> Iterator[Path]:
     _flush(path.parent)
 
 
-def write_atomic(path: Path, content: str | bytes, wait: bool = True) -> None:
-    """A text in UTF-8, or bytes, as `replacing` writes. wait: for room, where the disk is full."""
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """A text in UTF-8, or bytes, as `replacing` writes; a full disk is waited for."""
     data = content.encode() if isinstance(content, str) else content
 
     def write() -> None:
         with replacing(path) as partial:
             partial.write_bytes(data)
 
-    if wait:
-        wait_for_room(path, write)
-    else:
-        write()
+    wait_for_room(path, write)
 
 
 def _flush(path: Path) -> None:

@@ -166,6 +166,8 @@ class FrontSearcher(Searcher):
         self.front: Front | None = None
         self.reference_again: optuna.Trial | None = None
         self.away = False
+        #: nothing is proposed the next time that Ray asks: it has something better to do first
+        self.later = False
         self.tally = Tally(wanted=trials)
         self._recover(past, results)
 
@@ -244,6 +246,9 @@ class FrontSearcher(Searcher):
         """The next candidate that has to be measured; None: not now; FINISHED: nothing more."""
         if self.tally.ended:
             return Searcher.FINISHED
+        if self.later:
+            self.later = False
+            return None
         wanted = self.tally.wanted
         if wanted is not None and self.done >= wanted:
             return self._end(f"{self.done} trials measured")

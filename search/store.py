@@ -22,6 +22,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,8 +103,9 @@ class StudyFolder:
         try:
             for sub in ("trials", "by_key"):
                 (self.folder / sub).mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / ".writable", "", wait=False)
-            (self.folder / ".writable").unlink()
+            # a name of its own: another driver may be asking the same
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
         except OSError as error:
             raise UserError(
                 f"the store cannot be written: {error.filename or self.folder}: {error.strerror}"

@@ -152,8 +152,9 @@ class Rung:
     key: str
     resolved: dict[str, Any]
     values: dict[str, float]
-    right: np.ndarray
-    macs_each: np.ndarray | None = None
+    # Ray formats every report for its debug log, shown or not
+    right: np.ndarray = field(repr=False)
+    macs_each: np.ndarray | None = field(default=None, repr=False)
     bounds: tuple[float, float] = (0.0, 0.0)
     record: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from search.config import SearchConfig
@@ -55,11 +56,35 @@ class Crew:
 
 
 class _Rungs(FIFOScheduler):
-    """Ray's scheduler: in order, and at every rung the searcher says who climbs on."""
+    """Ray's scheduler: in order, and at every rung the searcher says who climbs on.
 
-    def __init__(self, searcher: FrontSearcher) -> None:
+    Ray gives a worker that falls free to the first trial that waits, and ends the process that was
+    being started for that trial. Where trials are shorter than a process takes to start, one
+    worker would do all the work: so until all of the crew are up, a free worker gets the newest
+    trial, for which no process is on its way.
+    """
+
+    def __init__(self, searcher: FrontSearcher, workers: int) -> None:
         super().__init__()
-        self.searcher = searcher
+        self.searcher, self.workers = searcher, workers
+        self.all_up = False
+        #: trials that wait and have a process on its way
+        self.placed: set[str] = set()
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        # live ones alone: looking through all would take longer with every trial
+        waiting = [t for t in tune_controller.get_live_trials() if t.status == Trial.PENDING]
+        waiting.sort(key=lambda trial: trial.config["trial"])
+        new = [t for t in waiting if t.trial_id not in self.placed]
+        self.placed = {t.trial_id for t in waiting}
+        first = waiting if self.all_up else new or waiting
+        return first[0] if first else None
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        live = tune_controller.get_live_trials()
+        self.all_up = sum(t.status == Trial.RUNNING for t in live) >= self.workers
+        # the free worker first, then the next proposal, which may take as long as it likes
+        self.searcher.later = self.all_up and any(t.status == Trial.PENDING for t in live)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         climbs = self.searcher.climbs(trial.trial_id, result)
@@ -126,7 +151,7 @@ def run_tune(
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=2**31,  # the searcher says when the study is done
-                scheduler=_Rungs(searcher),
+                scheduler=_Rungs(searcher, crew.workers),
                 max_concurrent_trials=crew.workers + ahead,
                 reuse_actors=True,
             ),

@@ -1,0 +1,85 @@
+"""Ray's workers under a search: each of them is warm, busy, and reused."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from ray import tune
+from timm.models.vision_transformer import VisionTransformer
+
+from search.results import TrialResult, pack_bits
+from search.searcher import FrontSearcher
+from search.shapes import ShapeFinder
+from search.space import Space
+from search.store import StudyFolder
+from search.tune import Crew, run_tune
+
+TRIALS = 30
+
+
+def worker_that_starts_slowly() -> type[tune.Trainable]:
+    """Longer than several of its trials take, as a process does that imports torch and loads a
+    model. A local class, so that it travels by value.
+    """
+
+    class Slow(tune.Trainable):
+        def setup(self, config: dict[str, Any], task: Any = None) -> None:
+            time.sleep(1.0)
+            self.folder, self.asked = task.study, config
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            self.asked = new_config
+            return True
+
+        def step(self) -> dict[str, Any]:
+            time.sleep(0.6)
+            trial, recipe = self.asked["trial"], self.asked["recipe"]
+            values = {"top1": 50.0 + trial, "gmacs": 1.0 + trial}
+            result = TrialResult(
+                trial, "finished", recipe, self.asked["key"], values, recipe, 8,
+                pack_bits([True] * 8), provenance={"pid": os.getpid()},
+            )  # fmt: skip
+            self.folder.write(result)
+            return {"done": True, "trial_number": trial}
+
+        def save_checkpoint(self, checkpoint_dir: str) -> None:
+            pass
+
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            pass
+
+    return Slow
+
+
+@pytest.mark.timeout(240)
+def test_workers_that_take_longer_to_start_than_a_trial_are_all_busy(
+    tmp_path: Path, room: Any
+) -> None:
+    """Ray alone gives a free worker to the trial that waits for its own, and ends the one that is
+    being started: of two workers one would do all trials.
+    """
+    folder = StudyFolder(tmp_path / "study")
+    folder.create()
+    model = VisionTransformer(
+        img_size=64, patch_size=8, embed_dim=32, depth=12, num_heads=2, num_classes=10
+    )
+    with torch.no_grad():
+        space = Space.of(("random", "tome", "topk"), {}, {})
+        searcher = FrontSearcher(
+            folder, space, objectives=("top1", "gmacs"), sampler="random", seed=0,
+            trials=TRIALS, reshape=ShapeFinder(model.eval()),
+        )  # fmt: skip
+        errand: Any = SimpleNamespace(study=folder)
+        run_tune(searcher, errand, Crew(2, 1, 0.0), worker=worker_that_starts_slowly())
+    done = Counter(r.provenance["pid"] for r in folder.results())
+    assert sum(done.values()) == TRIALS == searcher.tally.done
+    first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)
+    assert second >= 4, f"trials by worker: {dict(done)}"
+    assert first + second == TRIALS, f"workers were started again: {dict(done)}"
