@@ -108,7 +108,7 @@ def search_command(
     objectives: Annotated[
         str | None, typer.Option(help="top1,gmacs[,params_m|latency_ms|peak_mb] [top1,gmacs]")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or random [tpe]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="front, tpe, nsga2 or random [front]")] = None,
     seed: Seed = None,
     workers: Annotated[int | None, typer.Option(help="Trials at a time [as fit]")] = None,
     device: Device = None,

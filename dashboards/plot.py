@@ -22,26 +22,19 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN
 from matplotlib.transforms import ScaledTranslation
 
-import methods
+from dashboards.styles import CONTROL_FRONT, CONTROLS, DENSE, Style, is_control, styles_of
 from search.pareto import ACCURACIES, front_of, knee_of, objectives_named
 from search.results import Objective, TrialResult
 
-#: The methods that prune without judging anything; every other method has to beat them.
-CONTROLS = frozenset(n for n in methods.names() if methods.get(n).control) - {"dense"}
 #: What the file name may end in.
 SUFFIXES = (".png", ".svg")
 
-# Okabe and Ito's colour-blind-safe palette (jfly.uni-koeln.de/color, 2008), without the black
-# that the front is drawn in. The number of shapes has no common factor with that of colours, so
-# 70 methods look different, and methods that share a colour have shapes that are far apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")
-_SHAPES = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "h")
-_CONTROL_SHAPES = ("o", "s", "^", "D", "v")
-_GREY = "#6E6E6E"
-_DENSE = "#B00020"
 _FRONT: dict[str, Any] = {"color": "#333333", "linewidth": 1.5, "linestyle": "-"}
-# dark, thick and dashed: told from the front by its dashes where colours are not seen
-_CONTROL_FRONT: dict[str, Any] = {"color": "#7A1FA2", "linewidth": 2.0, "linestyle": (0, (4, 2))}
+_CONTROL_FRONT: dict[str, Any] = {
+    "color": CONTROL_FRONT,
+    "linewidth": 2.0,
+    "linestyle": (0, (4, 2)),
+}
 _RECOVERED: dict[str, Any] = {"color": "#0B6E4F", "linewidth": 1.5, "linestyle": (0, (5, 1.5))}
 _SEARCH_BAR: dict[str, Any] = {"color": "#8A8A8A", "linewidth": 1.2}
 #: held-out accuracies stand beside the search's, so many points to the right of their cost
@@ -59,19 +52,6 @@ class PublishedPoint:
 
     method: str
     values: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Style:
-    """How a method's trials look; a control is hollow and grey."""
-
-    colour: str
-    shape: str
-    control: bool
-
-    @property
-    def edge(self) -> str:
-        return _GREY if self.control else "black"
 
 
 @dataclass(frozen=True)
@@ -174,7 +154,7 @@ def front_figure(
     dense = min((r for r in finished if r.is_reference), key=lambda r: r.trial, default=None)
     others = [r for r in drawn if r is not dense]
     view = _View(*named, _floor(drawn, papers, named[0], dense))
-    styles = _styles({r.method for r in others} | {p.method for p in papers}, controls)
+    styles = styles_of({r.method for r in others} | {p.method for p in papers}, controls)
     members = view.front(finished)
 
     lines = textwrap.wrap(title, 70) or [""]
@@ -199,7 +179,7 @@ def front_figure(
     marks |= _draw_certified(axes, members, view)
     marks |= _draw_knee(axes, members, dense, view)
     marks |= _draw_dense(axes, dense, view)
-    plain = [r for r in finished if _is_control(r.method, controls) or r.is_reference]
+    plain = [r for r in finished if is_control(r.method, controls) or r.is_reference]
     if 1 < len(plain) < len(finished):
         marks |= _draw_control_front(axes, view.front(plain), view)
     if any(r.state == "raced_out" for r in others):
@@ -216,25 +196,6 @@ def front_figure(
 
 def _has(values: Mapping[str, float], objectives: Sequence[Objective]) -> bool:
     return all(np.isfinite(values.get(o.name, np.nan)) for o in objectives)
-
-
-def _is_control(method: str, controls: frozenset[str]) -> bool:
-    """A recipe of two parts is one where both are."""
-    return all(part in controls for part in method.split("+"))
-
-
-def _styles(methods: set[str], controls: frozenset[str]) -> dict[str, _Style]:
-    """A style for each method, by name, so that the same set always looks the same."""
-    # a second dense one, say in int8
-    plain = sorted(m for m in methods if _is_control(m, controls | {"dense"}))
-    judged = sorted(methods.difference(plain))
-    return {
-        m: _Style(_COLOURS[i % len(_COLOURS)], _SHAPES[i % len(_SHAPES)], control=False)
-        for i, m in enumerate(judged)
-    } | {
-        m: _Style(_GREY, _CONTROL_SHAPES[i % len(_CONTROL_SHAPES)], control=True)
-        for i, m in enumerate(plain)
-    }
 
 
 def _floor(
@@ -312,7 +273,7 @@ def _mark(**look: Any) -> Line2D:
 
 
 def _scatter(
-    axes: Axes, results: list[TrialResult], style: _Style, view: _View, crowd: float
+    axes: Axes, results: list[TrialResult], style: Style, view: _View, crowd: float
 ) -> None:
     """One method's trials in one state; `crowd` shrinks marks where there are many."""
     for sunk in (False, True):
@@ -351,7 +312,7 @@ def _draw_front(
     axes: Axes,
     members: list[TrialResult],
     dense: TrialResult | None,
-    styles: Mapping[str, _Style],
+    styles: Mapping[str, Style],
     view: _View,
 ) -> dict[str, Line2D]:
     if not members or members == [dense]:
@@ -447,17 +408,17 @@ def _draw_dense(axes: Axes, dense: TrialResult | None, view: _View) -> dict[str,
     if dense is None:
         return {}
     x, y = view.spot(dense.values)
-    guide: dict[str, Any] = {"color": _DENSE, "linewidth": 0.9, "linestyle": "--", "alpha": 0.6}
+    guide: dict[str, Any] = {"color": DENSE, "linewidth": 0.9, "linestyle": "--", "alpha": 0.6}
     axes.axhline(y, gid="dense accuracy", zorder=1.5, **guide)
     axes.axvline(x, gid="dense cost", zorder=1.5, **guide)
-    star: dict[str, Any] = {"marker": "*", "markersize": 15, "color": _DENSE}
+    star: dict[str, Any] = {"marker": "*", "markersize": 15, "color": DENSE}
     star["markeredgecolor"] = "white"
     axes.plot(x, y, zorder=7, gid="dense", **star)
     return {f"dense model\n{view.text(dense.values)}": _mark(**star)}
 
 
 def _draw_published(
-    axes: Axes, papers: list[PublishedPoint], styles: Mapping[str, _Style], view: _View
+    axes: Axes, papers: list[PublishedPoint], styles: Mapping[str, Style], view: _View
 ) -> dict[str, Line2D]:
     for paper in papers:
         axes.plot(
@@ -530,7 +491,7 @@ def _short(text: str, width: int = 26) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def _legend(axes: Axes, marks: Mapping[str, Line2D], styles: Mapping[str, _Style]) -> None:
+def _legend(axes: Axes, marks: Mapping[str, Line2D], styles: Mapping[str, Style]) -> None:
     """One column to the right of the axes: what the marks mean, the methods, the controls."""
     handles, labels, headings = list(marks.values()), list(marks), []
     for heading, control in (("Methods", False), ("Controls, to be beaten", True)):

@@ -23,7 +23,7 @@ from search.prepare import needs
 from search.results import OBJECTIVES
 from search.storage import check_url
 
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("front", "tpe", "nsga2", "random")
 DEFAULT_TRIALS, MOST_TRIALS = 100, 1_000_000
 SEARCHABLE_OBJECTIVES = ("top1", "top5", "gmacs", "params_m", "latency_ms", "peak_mb")
 
@@ -49,7 +49,7 @@ class SearchConfig:
     patience: int | None = None
     methods: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("top1", "gmacs")
-    sampler: str = "tpe"
+    sampler: str = "front"
     seed: int = 0
     workers: int | None = None
     device: str = "auto"
@@ -241,7 +241,7 @@ _PLAIN: tuple[Parameter, ...] = (
     Choice("race", choices=("on", "off"), default="on"),
     Float("race_error", low=0.0, high=0.5, default=0.05, open_low=True),
     Choice("certify", choices=("front", "off"), default="front"),
-    Choice("sampler", choices=SAMPLERS, default="tpe"),
+    Choice("sampler", choices=SAMPLERS, default="front"),
     Int("seed", low=0, high=2**31 - 1, default=0),
     Int("workers", low=1, high=100_000, default=_UNSET),
     Choice("dtype", choices=tuple(DTYPES), default="float32"),

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ from search.cost import recipe_macs
 from search.judge import Judge
 from search.pareto import Front, reference_point
 from search.results import OBJECTIVES, TrialResult
+from search.samplers import make_sampler
 from search.space import Space
 from search.storage import frozen_trials, open_storage, study_name
 from search.store import StudyFolder
@@ -39,7 +39,7 @@ RETRIES = 3
 #: by how much the hypervolume has to grow to count as grown
 GROWTH = 1e-3
 #: what Optuna is told of a trial that was stopped: its "estimate", or that it was "pruned"
-TELL_RACED = "estimate"
+TELL_RACED = "pruned"
 
 log = logging.getLogger("vitpareto")
 # every ask and tell would be a line; the progress line says what matters
@@ -59,20 +59,6 @@ def running_trials(folder: StudyFolder) -> list[TrialResult]:
         and "key" in t.user_attrs
         and "duplicate_of" not in t.user_attrs
     ]
-
-
-def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    """tpe | nsga2 | random, reseeded by the caller after a restart."""
-    if kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    if kind == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed)
-    with warnings.catch_warnings():
-        # `group` is what makes TPE work on conditional spaces; Optuna marks it experimental
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.samplers.TPESampler(
-            multivariate=True, group=True, constant_liar=True, seed=seed
-        )
 
 
 def _first_line(error: Exception) -> str:
@@ -159,7 +145,7 @@ class FrontSearcher(Searcher):
         self._refill(results)
         past = self.study.get_trials(deepcopy=False)
         # a restarted sampler must not repeat its draws
-        self.study.sampler = make_sampler(sampler, seed + len(past))
+        self.study.sampler = make_sampler(sampler, seed + len(past), self._on_front)
         self.running: dict[str, _Running] = {}
         self.by_key: dict[str, TrialResult] = {}
         self.outside: dict[str, float] = {}
@@ -235,6 +221,13 @@ class FrontSearcher(Searcher):
         )  # fmt: skip
         self.folder.write(result)
         self._remember(result)
+
+    def _on_front(self) -> list[FrozenTrial]:
+        """What Optuna knows of the front's members."""
+        if self.front is None:
+            return []
+        trials = self.study.get_trials(deepcopy=False)
+        return [trials[m.trial] for m in self.front.members()]
 
     # -- Ray's side ----------------------------------------------------------------------------
 

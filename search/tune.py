@@ -10,10 +10,12 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
@@ -53,6 +55,11 @@ class Crew:
             # a latency is measured alone on its device, never beside another worker
             return cls(1, cpus, 1.0 if device.startswith("cuda") else 0.0)
         return crew
+
+    def fit(self, resources: Mapping[str, float]) -> int:
+        """Trials that there is room for at a time, on all of a cluster's resources."""
+        wanted = {"CPU": self.cpus, "GPU": self.gpus}
+        return min(int(resources.get(k, 0.0) / each) for k, each in wanted.items() if each)
 
 
 class _Rungs(FIFOScheduler):
@@ -139,9 +146,9 @@ def run_tune(
     trainable = tune.with_resources(
         tune.with_parameters(worker, task=task), {"cpu": crew.cpus, "gpu": crew.gpus}
     )
-    # one more than there are workers is proposed ahead, while they are busy; with one worker
-    # none, so that the same seed gives the same trials
-    ahead = 1 if crew.workers > 1 else 0
+    # one more than there are workers is proposed ahead, while they are busy: not with one worker,
+    # so that the same seed gives the same trials, nor where there is room for it to be begun
+    ahead = 1 if crew.workers > 1 and crew.fit(ray.cluster_resources()) <= crew.workers else 0
     # Ray wants a place for its own record of the run; nothing is ever read from it
     scratch = task.study.folder / "ray"
     shutil.rmtree(scratch, ignore_errors=True)

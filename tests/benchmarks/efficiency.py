@@ -37,7 +37,7 @@ from search.models import load_model
 from search.pareto import Front, non_dominated, reference_point
 from search.racing import Race, rungs
 from search.results import OBJECTIVES, TrialResult, pack_bits
-from search.searcher import FrontSearcher
+from search.searcher import TELL_RACED, FrontSearcher
 from search.shapes import ShapeFinder
 from search.space import Space
 from search.store import StudyFolder
@@ -109,7 +109,7 @@ class Run:
 Arm = Callable[[Lab, Run], None]
 
 
-def ours(race: bool = True, tell: str = "estimate") -> Arm:
+def ours(race: bool = True, tell: str = TELL_RACED, sampler: str = "front") -> Arm:
     """The searcher itself, as it is; only the worker is replayed."""
 
     def arm(lab: Lab, run: Run) -> None:
@@ -118,7 +118,7 @@ def ours(race: bool = True, tell: str = "estimate") -> Arm:
             folder.create()
             judge = Judge(Race(lab.images, 0.05, lab.trials), AXES, {}) if race else None
             searcher = FrontSearcher(
-                folder, lab.space, objectives=NAMES, sampler="tpe", seed=lab.seed,
+                folder, lab.space, objectives=NAMES, sampler=sampler, seed=lab.seed,
                 trials=lab.trials, reshape=lab.reshape, judge=judge, tell_raced=tell,
                 storage=optuna.storages.InMemoryStorage(),
             )  # fmt: skip
@@ -298,7 +298,8 @@ def _tpe(seed: int) -> optuna.samplers.BaseSampler:
 PLAIN = "plain Optuna TPE"
 ARMS: dict[str, Arm] = {
     "ours": ours(),
-    "ours, stopped ones told as PRUNED": ours(tell="pruned"),
+    "ours, stopped ones told as estimates": ours(tell="estimate"),
+    "ours, TPE alone": ours(sampler="tpe"),
     "ours without racing": ours(race=False),
     "plain Ray OptunaSearch": ray_optuna,
     PLAIN: plain(_tpe),

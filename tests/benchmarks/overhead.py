@@ -203,15 +203,16 @@ def main() -> None:
     print(
         f"methods: {', '.join(m for m in SEARCHED if m in methods.names())}; 1,000 images a trial"
     )
-    with local_cluster(max(workers)):
+    with local_cluster(2):
         rows = [
-            study_of(2, 60, 2.0, "tpe", race=False),
-            study_of(2, 60, 2.0, "tpe", race=True),
+            study_of(2, 60, 2.0, "front", race=False),
+            study_of(2, 60, 2.0, "front", race=True),
         ]
-        show("2 workers, trials of 2 s, TPE; in full, then raced", rows)
-        grown = []
-        for many in trials:
-            for crew in workers:
+    show("2 workers, trials of 2 s; in full, then raced", rows)
+    grown = []
+    for crew in workers:
+        with local_cluster(crew):
+            for many in trials:
                 grown.append(study_of(crew, many, 0.05, "random", race=False))
                 show("growth, trials of 50 ms, random sampler", grown[-1:])
     show("growth, trials of 50 ms, random sampler", grown)

@@ -24,7 +24,7 @@ from methods import BadInput, Recipe
 from search import run
 from search.config import SearchConfig
 from search.results import unpack_bits
-from search.searcher import make_sampler
+from search.samplers import make_sampler
 from search.trial import Workplace, run_trial
 
 #: how much further a choice is that one of two recipes does not have, or has another of

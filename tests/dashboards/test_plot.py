@@ -17,7 +17,8 @@ import pytest
 from matplotlib.colors import same_color, to_rgba
 from matplotlib.figure import Figure
 
-from dashboards.plot import CONTROLS, PublishedPoint, front_figure, plot_front
+from dashboards.plot import PublishedPoint, front_figure, plot_front
+from dashboards.styles import CONTROLS
 from search.pareto import front_of, objectives_named
 from search.results import TrialResult, TrialState, wilson_interval
 

@@ -187,7 +187,7 @@ def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
     number = stop_one(folder, own)  # and here the driver dies
     before = folder.result(number)
     again = searcher(folder, place)
-    assert again.study.trials[number].state == TrialState.COMPLETE
+    assert again.study.trials[number].state == TrialState.PRUNED
     assert again.tally.raced_out == 1 and again.tally.running == 0
     assert folder.result(number) == before
     key = before.key if before else ""

@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import methods
 from methods import ModelShape, Recipe
+from search.config import SAMPLERS
 from search.cost import recipe_macs
 from search.pareto import front_of
 from search.results import OBJECTIVES, TrialResult, pack_bits
@@ -46,7 +47,7 @@ class Bench:
     def searcher(self, trials: int = 20, **changed) -> FrontSearcher:
         given = {
             "objectives": ("top1", "gmacs"),
-            "sampler": "tpe",
+            "sampler": "front",
             "seed": 0,
             "trials": trials,
             "space": {},
@@ -320,7 +321,7 @@ def test_the_journal_is_repaired_after_a_kill(bench: Bench) -> None:
     assert len(bench.finish(bench.searcher(trials=6))) == 2
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_seed_proposes_the_same_trials(
     tmp_path: Path, model: VisionTransformer, sampler: str
 ) -> None:
