@@ -231,7 +231,7 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, hooks=hooks, say=_say)
         progress.close()
         seconds = time.monotonic() - begin
-        page = _page(folder)
+        page = _page(folder, config.cache)
         _print_end(prepared, folder, page, tally, progress, seconds)
         if tracker is not None:
             tracker.finish(page.artifacts, page.table, ended=tally.ended)
@@ -274,19 +274,39 @@ def _print_end(
     )
     for line in reuse(folder, results):
         _say(line)
-    for path in page.artifacts.values():
-        _say(f"plot: {path}")
+    _say_drawn(page)
     _print_fronts(folder, page.table)
 
 
-def _page(folder: StudyFolder) -> Page:
-    """What MLflow shows of a study beside its runs: pictures and the front's table."""
+def _say_drawn(page: Page) -> None:
+    for name, path in page.artifacts.items():
+        if "/" not in name:
+            _say(f"{'explorer' if path.suffix == '.html' else 'plot'}: {path}")
+
+
+def _page(folder: StudyFolder, cache: str | None = None) -> Page:
+    """What MLflow shows of a study beside its runs: explorer, pictures and the front's table."""
     from search.tracking import Page
 
     results = folder.measured()
     if not any(r.state == "finished" for r in results):
         return Page({}, [])
-    return Page({path.name: path for path in _draw(folder)}, _front_rows(folder))
+    explorer, tokens = _explore(folder, folder.folder / "explorer.html", cache)
+    return Page(
+        {explorer.name: explorer, **{path.name: path for path in _draw(folder)},
+         **{f"tokens/{path.name}": path for path in tokens.values()}},
+        _front_rows(folder),
+    )  # fmt: skip
+
+
+def _explore(folder: StudyFolder, path: Path, cache: str | None) -> tuple[Path, Mapping[int, Path]]:
+    """The explorer, written to `path`, and the token pictures that are in it."""
+    from dashboards.report import token_pictures, write_explorer
+    from search.datasets import default_cache
+
+    where = cache or folder.job().get("cache")
+    tokens = token_pictures(folder, Path(where) if where else default_cache())
+    return write_explorer([folder], path, {folder.name: tokens}), tokens
 
 
 def _front_rows(folder: StudyFolder) -> list[dict[str, Any]]:
@@ -475,6 +495,66 @@ def front_command(
         typer.echo(csv_text(rows) if as_csv else json_lines(rows), nl=False)
     else:
         _print_fronts(folder, rows, max_gmacs)
+
+
+@app.command("report")
+def report_command(
+    name: Annotated[str, typer.Argument(help="The study")],
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.html [the study's folder, explorer.html]")
+    ] = None,
+    store: Store = None,
+    cache: Cache = None,
+) -> None:
+    """The study as one page to explore: front, trials, recipes side by side, what they keep of
+    images. One HTML file that needs nothing else, offline.
+
+    \b
+    vitpareto report deit-s --out deit-s.html
+    """
+    from search.errors import UserError
+
+    folder = _find(store, name)
+    path = _page_path(out or folder.folder / "explorer.html")
+    if not any(r.state == "finished" for r in folder.measured()):
+        raise UserError(f"study {name} has no trial that was measured in full yet")
+    typer.echo(_verdict(folder))
+    typer.echo(f"explorer: {_explore(folder, path, cache)[0]}")
+
+
+@app.command("compare")
+def compare_command(
+    names: Annotated[list[str], typer.Argument(help="Studies, two or more", metavar="STUDY…")],
+    out: Annotated[Path, typer.Option(help="FILE.html")] = Path("compare.html"),
+    store: Store = None,
+) -> None:
+    """Fronts of several studies, one over the other, on one page like report's.
+
+    \b
+    vitpareto compare deit-s deit-s-trained --out compare.html
+    """
+    from dashboards.report import write_explorer
+    from dashboards.tables import studies_table
+    from search.errors import UserError
+
+    path, folders = _page_path(out), [_find(store, name) for name in dict.fromkeys(names)]
+    if len(folders) < 2:
+        raise UserError(f"{' '.join(names)}: accepted are two studies or more")
+    for folder in folders:
+        if not any(r.state == "finished" for r in folder.measured()):
+            raise UserError(f"study {folder.name} has no trial that was measured in full yet")
+    _console().print(studies_table(folders))
+    typer.echo(f"explorer: {write_explorer(folders, path)}")
+
+
+def _page_path(path: Path) -> Path:
+    from search.errors import UserError
+
+    if path.suffix.lower() != ".html":
+        raise UserError(f"--out is {str(path)!r}: accepted is FILE.html")
+    if not path.parent.is_dir():
+        raise UserError(f"--out is {str(path)!r}: there is no folder {path.parent}")
+    return path
 
 
 @app.command("trials")
@@ -881,8 +961,7 @@ def _tell_recovered(folder: StudyFolder) -> None:
     from search.tracking import sync
 
     page = _page(folder)
-    for path in page.artifacts.values():
-        _say(f"plot: {path}")
+    _say_drawn(page)
     _print_fronts(folder, page.table)
     uri = folder.job().get("tracking_uri")
     if uri != "none":

@@ -16,7 +16,7 @@ CONTROLS = frozenset(n for n in methods.names() if methods.get(n).control) - {"d
 
 # The number of shapes has no common factor with that of colours, so 70 methods look different, and
 # methods that share a colour have shapes that are far apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#CC79A7", "#F0E442")
 #: matplotlib's names
 _SHAPES = ("o", "s", "^", "D", "v", "P", "<", "X", ">", "h")
 _CONTROL_SHAPES = ("o", "s", "^", "D", "v")
@@ -51,7 +51,7 @@ def styles_of(methods: Iterable[str], controls: frozenset[str] = CONTROLS) -> di
     plain = sorted(m for m in found if is_control(m, controls | {"dense"}))
     judged = sorted(found.difference(plain))
     return {
-        m: Style(_COLOURS[i % len(_COLOURS)], _SHAPES[i % len(_SHAPES)], control=False)
+        m: Style(COLOURS[i % len(COLOURS)], _SHAPES[i % len(_SHAPES)], control=False)
         for i, m in enumerate(judged)
     } | {
         m: Style(GREY, _CONTROL_SHAPES[i % len(_CONTROL_SHAPES)], control=True)

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from methods import Recipe
 from search.certificates import flipped, order_changes
-from search.pareto import front_of, knee_of, reference_of
+from search.pareto import ACCURACIES, Front, front_of, knee_of, reference_of, reference_point
 from search.results import OBJECTIVES, Latency, TrialResult
+from search.store import StudyFolder
 
 
 def front_rows(
@@ -205,6 +206,40 @@ def trial_table(results: Sequence[TrialResult], title: str) -> Table:
             str(r.trial), r.state, _shown(r.values.get("top1"), ".2f"),
             _shown(r.values.get("gmacs"), ".4g"), str(r.images or ""),
             _shown(r.seconds or None, ".1f"), str(Recipe.from_dict(r.recipe)), r.reason,
+        )  # fmt: skip
+    return table
+
+
+def studies_table(folders: Sequence[StudyFolder]) -> Table:
+    """Studies side by side: sizes, the front, its knee. Hypervolumes are of one kind only where
+    model and images are the same.
+    """
+    table = Table(title="studies", title_justify="left", show_edge=False, pad_edge=False)
+    for name, justify in (
+        ("study", "left"), ("model", "left"), ("images", "left"), ("in full", "right"),
+        ("early", "right"), ("front", "right"), ("hypervolume", "right"), ("dense %", "right"),
+        ("knee %", "right"), ("knee's cost", "right"), ("knee", "left"),
+    ):  # fmt: skip
+        table.add_column(name, justify=justify, no_wrap=name != "knee")  # type: ignore[arg-type]
+    for folder in folders:
+        results, job = folder.measured(), folder.job()
+        axes = [OBJECTIVES[o] for o in job["objectives"]]
+        front, dense = front_of(results, axes), reference_of(results)
+        knee, volume = knee_of(front, axes, dense), ""
+        if dense is not None:
+            found = Front(axes, reference_point({o.name: dense.values[o.name] for o in axes}, axes))
+            for r in front:
+                found.add(r.trial, r.values)
+            volume = f"{found.hypervolume():.4g}"
+        cost = next((o for o in axes if o.name not in ACCURACIES), None)
+        table.add_row(
+            folder.name, str(job["model"]), str(job["data"]),
+            str(sum(r.state == "finished" for r in results)),
+            str(sum(r.state == "raced_out" for r in results)), str(len(front)), volume,
+            "" if dense is None else f"{dense.values['top1']:.2f}",
+            "" if knee is None else f"{knee.values['top1']:.2f}",
+            "" if knee is None or cost is None else f"{knee.values[cost.name]:.4g} {cost.unit}",
+            "" if knee is None else str(Recipe.from_dict(knee.recipe)),
         )  # fmt: skip
     return table
 

@@ -453,7 +453,7 @@ class Mirror:
         """
         parent = self.parent
         assert parent is not None
-        there = {f.path for f in self.client.list_artifacts(parent.run_id)}
+        there = self._files(parent.run_id)
         wanted = set(files) | ({"front.json"} if table else set())
         if parent.tags.get(CONTENT) == content and wanted <= there:
             return False
@@ -464,13 +464,21 @@ class Mirror:
         self._log(parent, [], tags={CONTENT: content})
         return True
 
+    def _files(self, run_id: str) -> set[str]:
+        """What is there, also in folders, of which an artifact's name may have one."""
+        found = self.client.list_artifacts(run_id)
+        return {f.path for f in found if not f.is_dir} | {
+            f.path for d in found if d.is_dir for f in self.client.list_artifacts(run_id, d.path)
+        }
+
     def _artifact(self, run_id: str, name: str, path: Path) -> None:
-        if path.name == name:
-            self.client.log_artifact(run_id, str(path))
+        folder, _, own = name.rpartition("/")
+        if path.name == own:
+            self.client.log_artifact(run_id, str(path), folder or None)
             return
         with tempfile.TemporaryDirectory(prefix="vitpareto-mlflow-") as scratch:
-            copied = shutil.copy(path, Path(scratch) / name)
-            self.client.log_artifact(run_id, str(copied))
+            copied = shutil.copy(path, Path(scratch) / own)
+            self.client.log_artifact(run_id, str(copied), folder or None)
 
     def _table(self, run_id: str, table: Sequence[Mapping[str, Any]], again: bool) -> None:
         import pandas as pd

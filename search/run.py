@@ -122,6 +122,7 @@ class Prepared:
                 "python": platform.python_version(),
             },
             "model": self.config.model,
+            "classes": len(self.data.classes),
             "model_fingerprint": self.model_fingerprint,
             "data": self.config.data,
             "data_fingerprint": self.data.fingerprint,

@@ -12,6 +12,8 @@ STORE/NAME/weights/*.safetensors   what was trained, by content hash: recipes na
 STORE/NAME/training/KEY/  trainings in progress, by candidate; gone once its result is there
 STORE/NAME/prepared.json  preparations that the study's trials share
 STORE/NAME/recovered/*.json   the front's recipes after fine-tuning, a result each
+STORE/NAME/pictures/*.png what the front's recipes keep of some images, drawn once
+STORE/NAME/explorer.html  the study as a page (`dashboards.report`)
 STORE/NAME/lock           held (flock) by the one driver; the kernel frees it if the driver dies
 """
 
@@ -93,6 +95,12 @@ class StudyFolder:
     def artifacts(self) -> Artifacts:
         """Trained weights, by digest."""
         return Artifacts(self.folder / "weights")
+
+    def picture(self, trial: int) -> Path:
+        """Where the token picture of a trial lies, once it is drawn; its folder is there."""
+        place = self.folder / "pictures"
+        place.mkdir(exist_ok=True)
+        return place / f"{trial:06d}.png"
 
     def training(self, key: str) -> Path:
         """Where a candidate's training keeps what it needs to resume, by `Recipe.key` as asked."""
