@@ -1075,7 +1075,8 @@ def ui_command(
     port: Annotated[int | None, typer.Option(help="[a free one]")] = None,
     store: Store = None,
 ) -> None:
-    """Serve MLflow on the store, on loopback, until Ctrl-C; prints the study's address.
+    """Serve MLflow on the store, on loopback, until Ctrl-C; prints the addresses of the study's
+    front and of its page.
 
     \b
     vitpareto ui deit-s
@@ -1088,7 +1089,12 @@ def ui_command(
     for sent in (signal.SIGTERM, signal.SIGHUP):  # the server must end with us
         signal.signal(sent, lambda number, _: sys.exit(128 + number))
     with serve(place, name, port=port) as served:
-        typer.echo(served.page)
+        if name is not None:
+            typer.echo(f"front: {served.view}")
+            typer.echo(f"explorer: {served.explorer}")
+            typer.echo(f"study: {served.page}")
+        else:
+            typer.echo(served.url)
         sys.stdout.flush()
         signal.pause()
 

@@ -26,6 +26,7 @@ from typing import IO, Any
 from search.errors import UserError
 from search.mlflow_client import artifacts, ensure_database, store_uri
 from search.mlflow_runs import STUDY_ID, TRIAL, experiment_of
+from search.mlflow_views import FRONT
 
 #: seconds a server may take to answer for the first time (a new database is built in it)
 STARTS_WITHIN_S = 120.0
@@ -40,11 +41,20 @@ WORKFLOW = "workflowType=machine_learning"
 
 @dataclass(frozen=True)
 class Served:
-    """A server that answers. `url`: its root; `page`: the study's own run, or the root."""
+    """A server that answers. `url`: its root; `page`: the study's own run, or the root; `view`: the
+    saved view of the study's front, or the root.
+    """
 
     url: str
     page: str
+    view: str
     pid: int
+
+    @property
+    def explorer(self) -> str:
+        """The study's explorer, in its run's page."""
+        run, _, options = self.page.partition("?")
+        return f"{run}/artifacts/explorer.html?{options}"
 
 
 @contextlib.contextmanager
@@ -89,7 +99,8 @@ def serve(
         )
         try:
             _wait(process, url, words)
-            yield Served(url, _page(url, study), process.pid)
+            page, view = _pages(url, study)
+            yield Served(url, page, view, process.pid)
         finally:
             _stop(process)
 
@@ -152,10 +163,12 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def _page(url: str, study: str | None) -> str:
-    """The address of the study's own run (the newest, if a name was used again)."""
+def _pages(url: str, study: str | None) -> tuple[str, str]:
+    """The addresses of the study's own run (the newest, if a name was used again), and of the view
+    of its front.
+    """
     if study is None:
-        return url
+        return url, url
     name = experiment_of(study)
     missing = UserError(
         f"MLflow has no study {study!r} in this store: vitpareto sync {study} "
@@ -170,6 +183,8 @@ def _page(url: str, study: str | None) -> str:
                 raise
             raise missing from None
     experiment = found["experiment"]["experiment_id"]
+    shown = f"viewStateShareKey={FRONT}&compareRunsMode=CHART&{WORKFLOW}"
+    view = f"{url}/#/experiments/{experiment}/runs?{shown}"
     body = {
         "experiment_ids": [experiment],
         "filter": f"tags.`{STUDY_ID}` LIKE '%'",
@@ -179,8 +194,8 @@ def _page(url: str, study: str | None) -> str:
     for run in _ask(f"{url}/api/2.0/mlflow/runs/search", body).get("runs", ()):
         if not any(tag["key"] == TRIAL for tag in run["data"].get("tags", ())):
             run_id = run["info"]["run_id"]
-            return f"{url}/#/experiments/{experiment}/runs/{run_id}?{WORKFLOW}"
-    return f"{url}/#/experiments/{experiment}"
+            return f"{url}/#/experiments/{experiment}/runs/{run_id}?{WORKFLOW}", view
+    return f"{url}/#/experiments/{experiment}", view
 
 
 def _ask(address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import yaml
 
 from methods import Recipe
 from search.mlflow_client import TIMEOUT_S
+from search.mlflow_views import view_tags
 from search.pareto import Front, front_of, objectives_named, rank, reference_point
 from search.results import TrialResult
 
@@ -328,6 +329,12 @@ class Mirror:
     @property
     def parent(self) -> _Known | None:
         return self.runs.get(None)
+
+    def put_views(self, objectives: Sequence[str]) -> None:
+        """The experiment's saved views, where it has not got them."""
+        known = self.client.get_experiment(self.experiment).tags
+        for key, value in view_tags(objectives, known, int(1e3 * time.time())).items():
+            self.client.set_experiment_tag(self.experiment, key, value)
 
     def put(self, spec: RunSpec) -> str:
         """Make the server say this: "created", "updated" or "unchanged"; "refused" where it will

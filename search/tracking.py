@@ -281,6 +281,7 @@ def _reconcile(
     results = measured(folder)
     objectives = _objectives(folder)
     status = "RUNNING" if running else "FINISHED" if ended else "KILLED"
+    mirror.put_views(objectives)
     counts: Counter[str] = Counter()
 
     def put(spec: RunSpec) -> str:

@@ -176,12 +176,15 @@ function draw() {
   Plotly.react("plot", traces(), layout, { responsive: true, displaylogo: false, scrollZoom: true,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
 }
-// a ruined recipe at 3 % would squeeze every difference that matters: at first 30 points below dense
+// a ruined recipe at 3 % would squeeze every difference that matters: at first 30 points below dense,
+// and all of the front
 function span() {
   const ys = TRIALS.filter(shown).flatMap((t) => interval(t, state.y) && t.state === "finished" ? interval(t, state.y) : [value(t, state.y)]);
   if (!ys.length) return undefined;
   const top = Math.max(...ys), dense = Math.min(...D.studies.map((_, s) => { const d = denseOf(s); return d && has(d) ? value(d, state.y) : top; }));
-  const low = Math.max(Math.min(...ys), dense - 30), room = 0.06 * Math.max(top - low, 1);
+  const members = D.studies.flatMap((_, s) => front(TRIALS.filter((t) => t.s === s && shown(t))));
+  const ends = members.map((t) => (interval(t, state.y) || [value(t, state.y)])[0]);
+  const low = Math.max(Math.min(...ys), Math.min(dense - 30, ...ends)), room = 0.06 * Math.max(top - low, 1);
   return [low - room, top + room];
 }
 

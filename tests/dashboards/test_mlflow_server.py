@@ -54,7 +54,7 @@ def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> 
         with pytest.raises(
             UserError, match="vitpareto sync other --tracking-uri store brings it there"
         ):
-            mlflow_server._page(served.url, "other")
+            mlflow_server._pages(served.url, "other")
         port = int(served.url.rpartition(":")[2])
         with (
             pytest.raises(UserError, match=f"cannot listen on 127.0.0.1:{port}"),

@@ -1,0 +1,212 @@
+"""The explorer as a reader has it: in a browser, from a file, with nobody to ask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dashboards.report import explorer, write_explorer
+from search.pareto import Front, front_of, objectives_named, reference_of, reference_point
+from search.store import StudyFolder
+from tests.browser import Tab
+from tests.dashboards.studies import write_study
+
+AXES = objectives_named(("top1", "gmacs"))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    return write_study(tmp_path_factory.mktemp("store"), "deit-s", 1000)
+
+
+@pytest.fixture(scope="module")
+def page(study: StudyFolder) -> Path:
+    return write_explorer([study], study.folder / "explorer.html")
+
+
+def opened(tab: Tab, page: Path) -> Tab:
+    tab.page.goto(page.as_uri())
+    tab.page.wait_for_selector("#plot .scatterlayer .point")
+    return tab
+
+
+def rows(tab: Tab) -> list[int]:
+    return [int(text.split()[0]) for text in tab.texts("#front tbody tr td:first-child")]
+
+
+def test_it_shows_the_front_and_asks_nobody(tab: Tab, page: Path, study: StudyFolder) -> None:
+    opened(tab, page)
+    front = front_of(study.measured(), AXES)
+    assert rows(tab) == [r.trial for r in sorted(front, key=lambda r: r.values["gmacs"])]
+    assert tab.texts("#verdict")[0].startswith("At ")
+    assert "1000" not in tab.texts("#about")[0]  # what failed is not counted as measured
+    measured = study.measured()
+    shown = tab.run("TRIALS.filter(shown).length")
+    assert shown == sum(r.state in ("finished", "raced_out") for r in measured)
+    tab.screenshot("explorer")
+    assert tab.errors == []
+    assert {url.partition(":")[0] for url in tab.asked} <= {"file", "data", "blob"}
+
+
+def test_shares_are_the_hypervolumes_of_pareto(tab: Tab, page: Path, study: StudyFolder) -> None:
+    """The page computes them by itself, as the reader may choose the axes."""
+    opened(tab, page)
+    results = study.measured()
+    dense = reference_of(results)
+    assert dense is not None
+
+    def volume(some: list) -> float:
+        front = Front(AXES, reference_point({o.name: dense.values[o.name] for o in AXES}, AXES))
+        for r in some:
+            front.add(r.trial, r.values)
+        return front.hypervolume()
+
+    finished = [r for r in results if r.state == "finished"]
+    for method in ("tome", "topk", "evit", "random"):
+        own = volume([r for r in finished if r.method == method])
+        text = tab.page.locator(f"#groups .share[data-group={method}]").inner_text()
+        assert text == f"{100 * own / volume(finished):.1f} %"
+
+
+def test_a_click_pins_and_two_stand_side_by_side(tab: Tab, page: Path) -> None:
+    opened(tab, page)
+    numbers = rows(tab)
+    for row in (1, 3):
+        tab.page.click(f"#front tbody tr:nth-child({row}) button")
+    titles = tab.texts(".pin h3")
+    assert [t.split(":")[0] for t in titles] == [f"Atrial {numbers[0]}", f"Btrial {numbers[2]}"]
+    gain = tab.run("value(state.pins[1], 'top1') - value(state.pins[0], 'top1')")
+    assert f"+{gain:.2f}" in tab.texts(".pin:nth-child(2) td")
+    command = tab.page.locator(".pin:nth-child(2) button[data-copies^=vitpareto]")
+    assert (
+        command.get_attribute("data-copies")
+        == f"vitpareto export deit-s --trial {numbers[2]} --out bundle/"
+    )
+    tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    command.click()
+    tab.page.wait_for_function("document.querySelector('#said').textContent.startsWith('Copied')")
+    # a mark of the plot itself: the next one pushes the first out
+    tab.run(
+        "document.getElementById('plot').emit('plotly_click', {points: [{customdata: "
+        f"TRIALS.findIndex((t) => t.n === {numbers[1]})}}]}})"
+    )
+    assert [t.split(" ")[-2] for t in tab.texts(".pin h3")] == [f"{numbers[2]}:", f"{numbers[1]}:"]
+    tab.screenshot("explorer-pinned")
+
+
+def test_the_mouse_over_a_trial_shows_its_recipe(tab: Tab, page: Path) -> None:
+    opened(tab, page)
+    numbers = rows(tab)
+    place = tab.run(
+        f"""(() => {{ const t = TRIALS.find((t) => t.n === {numbers[0]});
+        const p = document.getElementById('plot'), l = p._fullLayout, r = p.getBoundingClientRect();
+        return [r.left + l.xaxis._offset + l.xaxis.d2p(value(t, 'gmacs')),
+                r.top + l.yaxis._offset + l.yaxis.d2p(value(t, 'top1'))]; }})()"""
+    )
+    tab.page.mouse.move(place[0] - 30, place[1])
+    tab.page.mouse.move(*place, steps=5)
+    tab.page.wait_for_selector(".hoverlayer .hovertext")
+    said = " ".join(tab.page.locator(".hoverlayer .hovertext").all_text_contents())
+    assert f"trial {numbers[0]}" in said and "GMACs" in said
+
+
+def test_keys_move_from_trial_to_trial_and_pin(tab: Tab, page: Path) -> None:
+    opened(tab, page)
+    tab.page.focus("#plot")
+    for key in ("ArrowRight", "ArrowRight", "Enter", "End", "Enter"):
+        tab.page.keyboard.press(key)
+    order = tab.run(
+        "TRIALS.filter(shown).sort((a, b) => value(a, 'gmacs') - value(b, 'gmacs') || "
+        "value(a, 'top1') - value(b, 'top1')).map((t) => t.n)"
+    )
+    pinned = tab.run("state.pins.map((t) => t.n)")
+    assert pinned == [order[1], order[-1]]
+    tab.page.keyboard.press("Escape")
+    assert tab.run("state.pins.length") == 0 and tab.texts(".pin") == []
+
+
+def test_filters_by_method_and_budget(tab: Tab, page: Path) -> None:
+    opened(tab, page)
+    everything = rows(tab)
+    tab.page.uncheck("#groups input[value=tome]")
+    assert tab.run("TRIALS.filter(shown).some((t) => t.method === 'tome')") is False
+    assert set(rows(tab)) < set(everything)
+    tab.page.fill("#budget", "2.5")
+    assert tab.run("Math.max(...TRIALS.filter(shown).map((t) => value(t, 'gmacs')))") <= 2.5
+    tab.page.fill("#budget", "0.01")
+    assert tab.texts("#table-head") == ["The front: no trial within this budget"]
+    tab.page.click("#reset")
+    assert rows(tab) == everything
+
+
+def test_the_cost_may_be_latency(tab: Tab, page: Path, study: StudyFolder) -> None:
+    opened(tab, page)
+    tab.page.select_option("#x", "latency_ms")
+    finished = [r for r in study.measured() if "latency_ms" in r.values]
+    wanted = front_of(finished, objectives_named(("top1", "latency_ms")))
+    assert set(rows(tab)) == {r.trial for r in wanted}
+    title = tab.page.locator("#plot .xtitle").text_content()
+    assert title == "latency per batch, p50, ms" and tab.errors == []
+
+
+def test_controls_are_hollow_and_methods_differ_in_shape_and_colour(tab: Tab, page: Path) -> None:
+    opened(tab, page)
+    looks = tab.run("D.styles")
+    methods = [looks[m] for m in ("tome", "topk", "evit")]
+    assert len({m["colour"] for m in methods}) == len({m["shape"] for m in methods}) == 3
+    assert looks["random"]["control"] and not any(m["control"] for m in methods)
+    names = tab.run("document.getElementById('plot').data.map((t) => t.name || '')")
+    assert {"front", "controls' own front", "dense model", "knee"} <= set(names)
+
+
+def test_published_points_are_of_this_model_trained_and_untrained_unlike(
+    tab: Tab,
+    tmp_path: Path,
+) -> None:
+    folder = write_study(tmp_path, "vit-s", 40, model="deit_small_patch16_224")
+    for r in folder.results():  # the papers' figures are of 1,000 classes
+        path = folder.folder / "trials" / f"{r.trial:06d}.json"
+        path.write_text(
+            path.read_text().replace('"provenance": {', '"provenance": {"classes": 1000')
+        )
+    opened(tab, write_explorer([folder], tmp_path / "p.html"))
+    kinds = tab.run(
+        "document.getElementById('plot').data.filter((t) => (t.name || '').startsWith('published'))"
+        ".map((t) => [t.name, t.marker.symbol])"
+    )
+    assert len(kinds) == 2 and kinds[0][1] != kinds[1][1]
+    assert write_study(tmp_path, "ten", 10, model="deit_small_patch16_224").name == "ten"
+    assert '"published": []' in explorer([StudyFolder(tmp_path / "ten")])
+
+
+def test_fronts_of_several_studies_lie_over_each_other(
+    tab: Tab,
+    tmp_path: Path,
+) -> None:
+    folders = [write_study(tmp_path, name, 60, seed=i) for i, name in enumerate(("one", "two"))]
+    opened(tab, write_explorer(folders, tmp_path / "c.html"))
+    assert tab.texts("#verdict") == ["one, two: the same model and images"]
+    names = tab.run("document.getElementById('plot').data.map((t) => t.name || '')")
+    assert {"front of one", "front of two"} <= set(names)
+    wanted = sum(len(front_of(f.measured(), AXES)) for f in folders)
+    assert len(rows(tab)) == wanted
+    tab.page.uncheck("#groups input[value=one]")
+    assert set(tab.texts("#front tbody td:nth-child(2)")) == {"two"}
+    tab.screenshot("compare")
+    assert tab.errors == []
+
+
+def test_text_of_a_study_is_no_markup(tab: Tab, tmp_path: Path) -> None:
+    folder = write_study(tmp_path, "s", 20, model="</script><img src=x onerror=alert(1)>")
+    opened(tab, write_explorer([folder], tmp_path / "x.html"))
+    assert "<img" in tab.texts("#about")[0] and tab.errors == []
+
+
+def test_a_study_without_a_trial_is_refused(tmp_path: Path) -> None:
+    folder = StudyFolder(tmp_path / "none")
+    folder.create()
+    folder.settle({"model": "digits"})
+    folder.write_job({"objectives": ["top1", "gmacs"], "model": "digits", "data": "digits"})
+    with pytest.raises(ValueError, match="no study has a measured trial"):
+        explorer([folder])
