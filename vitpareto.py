@@ -60,6 +60,9 @@ Batch = Annotated[int | None, typer.Option(help="Images per forward [64]")]
 Images = Annotated[int | None, typer.Option(help="Use only so many of the search images")]
 Seed = Annotated[int | None, typer.Option(help="Of splits, order and sampler [0]")]
 LatencyBatch = Annotated[int | None, typer.Option(help="Batch at which latency is timed [1]")]
+LatencyRuntime = Annotated[
+    str | None, typer.Option(help="eager, compiled, cudagraph or onnxruntime [eager]")
+]
 Trained = Annotated[
     Path | None, typer.Option(help="The weights that the recipe names: .safetensors or .pth")
 ]
@@ -108,7 +111,7 @@ def search_command(
     objectives: Annotated[
         str | None, typer.Option(help="top1,gmacs[,params_m|latency_ms|peak_mb] [top1,gmacs]")
     ] = None,
-    sampler: Annotated[str | None, typer.Option(help="front, tpe, nsga2 or random [front]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="tpe, nsga2 or random [tpe]")] = None,
     seed: Seed = None,
     workers: Annotated[int | None, typer.Option(help="Trials at a time [as fit]")] = None,
     device: Device = None,
@@ -120,6 +123,10 @@ def search_command(
     max_gmacs: Annotated[float | None, typer.Option(help="Budget window, GMACs an image")] = None,
     latency: Annotated[str | None, typer.Option(help="front: time the front; off [front]")] = None,
     latency_batch: LatencyBatch = None,
+    latency_runtime: LatencyRuntime = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Limit of each trial, at that batch in that runtime")
+    ] = None,
     train_epochs: Annotated[
         int | None, typer.Option(help="Of each trial whose method is trained [0: left out]")
     ] = None,
@@ -594,6 +601,7 @@ def measure_command(
     images: Images = None,
     seed: Seed = None,
     latency_batch: LatencyBatch = None,
+    latency_runtime: LatencyRuntime = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object")] = False,
     store: Store = None,
     cache: Cache = None,
@@ -610,7 +618,7 @@ def measure_command(
 
     given = {k: v for k, v in locals().items() if v is not None}
     keys = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",
-            "latency_batch", "cache")  # fmt: skip
+            "latency_batch", "latency_runtime", "cache")  # fmt: skip
     asked, job, state = _measured(recipe, study, trial, trained, store)
     config = SearchConfig.of({**{k: v for k, v in job.items() if k in keys},
                               **{k: given[k] for k in keys if k in given}})  # fmt: skip
@@ -1041,6 +1049,38 @@ def _verified(found: Verification) -> None:
     typer.echo(found.table())
     if not found.verified:
         raise typer.Exit(1)
+
+
+@app.command("bench")
+def bench_command(
+    bundle: Annotated[Path, typer.Argument(help="Folder that export wrote")],
+    runtimes: Annotated[
+        str, typer.Option(help="onnxruntime, torch.export, torch.compile: a,b,…")
+    ] = "onnxruntime,torch.export",
+    batches: Annotated[str, typer.Option(help="Images a call: a,b,…")] = "1,32",
+    rounds: Annotated[int, typer.Option(help="Of paired timing")] = 30,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="One object a line")] = False,
+) -> None:
+    """Time a bundle's programs in turn with the dense model's, exported the same way, here.
+
+    \b
+    vitpareto bench bundle/
+    vitpareto bench bundle/ --runtimes onnxruntime --batches 1,8,64
+    """
+    from dashboards.tables import bench_rows, bench_table, json_lines
+    from search.bench import bench
+    from search.run import resolve_device
+
+    sizes = [int(n) for n in _numbers(batches, "--batches")]
+    found = bench(
+        bundle, runtimes=_words(runtimes), batches=sizes, device=resolve_device(device),
+        rounds=rounds,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json_lines(bench_rows(found)), nl=False)
+    else:
+        _show([bench_table(found, str(bundle))], [])
 
 
 @app.command("sync")

@@ -14,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from methods import Recipe
+from search.bench import Timed
 from search.certificates import flipped, order_changes
 from search.pareto import ACCURACIES, Front, front_of, knee_of, reference_of, reference_point
 from search.results import OBJECTIVES, Latency, TrialResult
@@ -206,6 +207,49 @@ def trial_table(results: Sequence[TrialResult], title: str) -> Table:
             str(r.trial), r.state, _shown(r.values.get("top1"), ".2f"),
             _shown(r.values.get("gmacs"), ".4g"), str(r.images or ""),
             _shown(r.seconds or None, ".1f"), str(Recipe.from_dict(r.recipe)), r.reason,
+        )  # fmt: skip
+    return table
+
+
+def bench_rows(found: Sequence[Timed]) -> list[dict[str, Any]]:
+    """One plain dict a runtime and batch: ms a batch, images/s, ratios over the dense model."""
+    return [
+        {
+            "runtime": t.runtime,
+            "batch": t.batch,
+            "latency_ms": t.latency.p50_ms,
+            "latency_p95_ms": t.latency.p95_ms,
+            "dense_latency_ms": t.latency.dense_p50_ms,
+            "images_per_s": 1e3 * t.batch / t.latency.p50_ms,
+            "speedup": t.latency.speedup,
+            "speedup_low": t.latency.speedup_low,
+            "speedup_high": t.latency.speedup_high,
+            "macs_ratio": t.macs_ratio,
+            "speedup_over_macs_ratio": t.efficiency,
+            "target": t.latency.target,
+        }
+        for t in found
+    ]
+
+
+def bench_table(found: Sequence[Timed], title: str) -> Table:
+    """For a terminal; intervals are 95 %."""
+    target = found[0].latency.target
+    where = ", ".join(f"{k} {v}" for k, v in target.items() if k in ("device", "dtype", "threads"))
+    table = Table(
+        title=f"{title} beside the dense model, exported alike; {where}",
+        title_justify="left", show_edge=False, pad_edge=False,
+    )  # fmt: skip
+    for name in ("runtime", "batch", "ms", "dense ms", "images/s", "speed-up", "95 %",
+                 "MACs ratio", "speed-up / MACs ratio"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "runtime" else "right", no_wrap=True)
+    for t in found:
+        own = t.latency
+        table.add_row(
+            t.runtime, str(t.batch), f"{own.p50_ms:.3g}", f"{own.dense_p50_ms:.3g}",
+            f"{1e3 * t.batch / own.p50_ms:.4g}", f"{own.speedup:.2f}",
+            _span(own.speedup_low, own.speedup_high, ".2f"), f"{t.macs_ratio:.2f}",
+            f"{t.efficiency:.2f}",
         )  # fmt: skip
     return table
 

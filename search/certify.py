@@ -89,7 +89,7 @@ def certify_front(
         return {}
     say(f"certifying {len(todo)} trials on {len(held_out)} held-out images")
     # costs are known: only the images are others
-    task = replace(task, search=held_out, latency_batch=None)
+    task = replace(task, search=held_out, times_trials=False)
     failed = _run(task, todo, recovered, cpus, gpus)
     for trial, why in sorted(failed.items()):
         say(f"trial {trial} is not certified: {why}")

@@ -21,9 +21,10 @@ from search.evaluate import DTYPES
 from search.named_data import NAMES
 from search.prepare import needs
 from search.results import OBJECTIVES
+from search.runtimes import RUNTIMES
+from search.samplers import SAMPLERS
 from search.storage import check_url
 
-SAMPLERS = ("front", "tpe", "nsga2", "random")
 DEFAULT_TRIALS, MOST_TRIALS = 100, 1_000_000
 SEARCHABLE_OBJECTIVES = ("top1", "top5", "gmacs", "params_m", "latency_ms", "peak_mb")
 
@@ -49,7 +50,7 @@ class SearchConfig:
     patience: int | None = None
     methods: tuple[str, ...] = ()
     objectives: tuple[str, ...] = ("top1", "gmacs")
-    sampler: str = "front"
+    sampler: str = "tpe"
     seed: int = 0
     workers: int | None = None
     device: str = "auto"
@@ -64,6 +65,8 @@ class SearchConfig:
     certify: str = "front"
     latency: str = "front"
     latency_batch: int = 1
+    latency_runtime: str = "eager"
+    max_latency_ms: float | None = None
     train_epochs: int = 0
     prepare_epochs: int = 0
     lr: float = 1e-4
@@ -208,6 +211,13 @@ class SearchConfig:
         return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
     @property
+    def times_trials(self) -> bool:
+        """Whether every trial's latency is measured, alone on its device: as an objective, or to
+        keep within a limit.
+        """
+        return "latency_ms" in self.objectives or self.max_latency_ms is not None
+
+    @property
     def study_methods(self) -> tuple[str, ...]:
         """What is searched: as asked, or everything but what needs training and has no epochs of
         it. Not dense.
@@ -241,7 +251,7 @@ _PLAIN: tuple[Parameter, ...] = (
     Choice("race", choices=("on", "off"), default="on"),
     Float("race_error", low=0.0, high=0.5, default=0.05, open_low=True),
     Choice("certify", choices=("front", "off"), default="front"),
-    Choice("sampler", choices=SAMPLERS, default="front"),
+    Choice("sampler", choices=SAMPLERS, default="tpe"),
     Int("seed", low=0, high=2**31 - 1, default=0),
     Int("workers", low=1, high=100_000, default=_UNSET),
     Choice("dtype", choices=tuple(DTYPES), default="float32"),
@@ -252,6 +262,8 @@ _PLAIN: tuple[Parameter, ...] = (
     Float("max_gmacs", low=0.0, high=1e9, default=_UNSET),
     Choice("latency", choices=("front", "off"), default="front"),
     Int("latency_batch", low=1, high=65536, default=1),
+    Choice("latency_runtime", choices=RUNTIMES, default="eager"),
+    Float("max_latency_ms", low=0.0, high=1e9, default=_UNSET, open_low=True),
     Choice("snap", choices=("off", "steps"), default="off"),
     Int("train_epochs", low=0, high=100_000, default=0),
     Int("prepare_epochs", low=0, high=100_000, default=0),

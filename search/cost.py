@@ -196,10 +196,15 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def latency(
-    candidate: nn.Module, dense: nn.Module, images: Tensor, rounds: int = 30, warmup: int = 5
+    candidate: Callable[[Tensor], Any],
+    dense: Callable[[Tensor], Any],
+    images: Tensor,
+    rounds: int = 30,
+    warmup: int = 5,
+    runtime: str = "eager",
 ) -> Latency:
-    """Candidate and dense in turn on the batch `images`, `inference_mode` (decision 6): as they
-    come, eager, or compiled by `torch.compile` (then both are to be).
+    """Candidate and dense in turn on the batch `images`, `inference_mode` (decision 6), as they
+    come; runtime: what runs both, for the target (`runtimes.prepared` makes them so).
 
     Each round times both, the order alternating, so that a drift of the machine hits both; the
     speed-up is the median of the rounds' ratios dense / candidate, with its 95 % interval.
@@ -231,15 +236,15 @@ def latency(
         speedup_low=low,
         speedup_high=high,
         rounds=rounds,
-        target=target_of(images, hasattr(candidate, "_orig_mod")),
+        target=target_of(images, runtime),
     )
 
 
-def target_of(images: Tensor, compiled: bool = False) -> dict[str, Any]:
+def target_of(images: Tensor, runtime: str = "eager") -> dict[str, Any]:
     """What a latency holds for: device, runtime, dtype, batch and, on a CPU, threads."""
     target: dict[str, Any] = {
         "device": device_name(images.device),
-        "runtime": "compiled" if compiled else "eager",
+        "runtime": runtime,
         "dtype": str(images.dtype).removeprefix("torch."),
         "batch": images.shape[0],
     }

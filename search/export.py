@@ -11,15 +11,13 @@ import json
 import math
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import onnx
 import safetensors.torch
 import torch
 from PIL import Image
@@ -41,6 +39,7 @@ from search.pareto import (
     objectives_named,
     reference_of,
 )
+from search.programs import Deployed, write_programs
 from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
 from search.store import StudyFolder
 from search.verify import (
@@ -138,25 +137,6 @@ def _shown(results: Sequence[TrialResult]) -> str:
         f"gmacs {r.values['gmacs']:.4g} G"
         for r in results[:3]
     )
-
-
-class Deployed(nn.Module):
-    """What is exported: images [B, 3, H, W] -> logits [B, K] of the data's classes in float32,
-    score [B] (the softmax's largest) and class [B] (int64).
-    """
-
-    def __init__(self, model: nn.Module, head_indices: tuple[int, ...] | None):
-        super().__init__()
-        self.model = model
-        index = None if head_indices is None else torch.tensor(head_indices)
-        self.register_buffer("head_indices", index, persistent=False)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = self.model(images).float()
-        if self.head_indices is not None:
-            logits = logits.index_select(1, cast(Tensor, self.head_indices))
-        score, label = logits.softmax(dim=1).max(dim=1)
-        return logits, score, label
 
 
 @dataclass(frozen=True)
@@ -277,34 +257,6 @@ def _write(
     # through JSON first, so that the seal is over what will be read back
     said = json.loads(json.dumps(said))
     _write_json(bundle / RESULT, {**said, "seal": seal(said)})
-
-
-def write_programs(deployed: Deployed, images: Tensor, bundle: Path) -> dict[str, float]:
-    """model.pt2 and model.onnx for any batch size; images: some [M >= 2, 3, H, W] to trace with.
-
-    Returns the seconds each took. The ONNX program is made from the torch.export program.
-    """
-    begin = time.monotonic()
-    # two images: torch.export takes a batch of one for a constant
-    example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
-    with torch.no_grad():
-        program = torch.export.export(
-            deployed.eval(), (example,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}}
-        )
-        torch.export.save(program, bundle / "model.pt2")
-        middle = time.monotonic()
-        made = torch.onnx.export(
-            program,
-            dynamo=True,
-            verbose=False,
-            input_names=["images"],
-            output_names=["logits", "score", "class"],
-        )
-    assert made is not None
-    made.save(str(bundle / "model.onnx"))
-    onnx.checker.check_model(str(bundle / "model.onnx"))
-    end = time.monotonic()
-    return {"pt2": round(middle - begin, 2), "onnx": round(end - middle, 2)}
 
 
 @torch.no_grad()

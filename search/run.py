@@ -29,7 +29,7 @@ from methods.parameters import Float
 from search.candidates import Training
 from search.certify import certify_front
 from search.config import IDENTITY, TRAINING_IDENTITY, SearchConfig
-from search.cost import device_name, latency, recipe_macs, target_of
+from search.cost import device_name, recipe_macs, target_of
 from search.datasets import Data, Preprocess, check_head, open_data
 from search.errors import UserError
 from search.evaluate import DTYPES
@@ -42,6 +42,7 @@ from search.prepare import needs
 from search.profile import Profile
 from search.racing import Race, rungs
 from search.results import OBJECTIVES, Latency, TrialResult
+from search.runtimes import check_runtime
 from search.searcher import FrontSearcher, Tally
 from search.shapes import ShapeFinder
 from search.snapshots import targets_of
@@ -97,6 +98,10 @@ class Prepared:
             kept["profile"] = None if self.profile is None else self.profile.digest
         if config["snap"] != "off":
             kept["snap"] = config["snap"]
+        if config["latency_runtime"] != "eager":
+            kept["latency_runtime"] = config["latency_runtime"]
+        if config.get("max_latency_ms") is not None:
+            kept["max_latency_ms"] = config["max_latency_ms"]
         if config["race"] != "off":
             kept["race_error"] = config["race_error"]
         return {
@@ -182,6 +187,8 @@ def prepare(
         progress=decode,
     )
     head = check_head(num_classes(model), data)
+    if config.latency != "off" or config.times_trials:
+        check_runtime(config.latency_runtime, device, config.dtype)
     chosen, left_out = _with_images(config, data)
     space = Space.of(chosen, config.space, config.fixed)
     profile = _profile(config, model, space, device)
@@ -361,7 +368,10 @@ def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
         batch=config.batch,
         threads=threads,
         window=(config.min_gmacs, config.max_gmacs),
-        latency_batch=config.latency_batch if "latency_ms" in config.objectives else None,
+        timed_batch=config.latency_batch,
+        times_trials=config.times_trials,
+        runtime=config.latency_runtime,
+        max_latency_ms=config.max_latency_ms,
         provenance=prepared.provenance,
         training=_training(prepared),
         peak_first="peak_mb" in config.objectives,
@@ -414,7 +424,6 @@ def time_front(
 ) -> dict[int, Latency]:
     """Latency of every front member beside the dense model, alone on the device (decision 6)."""
     known = folder.latencies()
-    config_batch = int(folder.job().get("latency_batch", 1))
     front = front_of(folder.results(), [OBJECTIVES[o] for o in objectives])
     todo = [
         (r.trial, r.resolved or r.recipe)
@@ -425,21 +434,15 @@ def time_front(
         alone = ray.remote(_time_recipes).options(
             num_cpus=cpus, num_gpus=1 if task.device.startswith("cuda") and gpus else 0
         )
-        found = ray.get(alone.remote(replace(task, threads=None), todo, config_batch))
+        found = ray.get(alone.remote(replace(task, threads=None), todo))
         known = {**known, **found}
         folder.write_latencies(known)
     return known
 
 
-def _time_recipes(
-    task: Task, recipes: list[tuple[int, dict[str, Any]]], batch: int
-) -> dict[int, Latency]:
+def _time_recipes(task: Task, recipes: list[tuple[int, dict[str, Any]]]) -> dict[int, Latency]:
     place = Workplace.open(task)
-    images = place.images(batch)
-    return {
-        trial: latency(place.build(Recipe.from_dict(recipe)), place.dense, images)
-        for trial, recipe in recipes
-    }
+    return {trial: place.timed(place.build(Recipe.from_dict(recipe))) for trial, recipe in recipes}
 
 
 def measure(
@@ -474,5 +477,5 @@ def measure(
         dense = run_trial(place, 0, Recipe())
         result = run_trial(place, 1, recipe)
         resolved = Recipe.from_dict(result.resolved)
-        timed = latency(place.build(resolved), place.dense, place.images(config.latency_batch))
+        timed = place.timed(place.build(resolved))
     return result, dense, timed

@@ -145,7 +145,7 @@ class FrontSearcher(Searcher):
         self._refill(results)
         past = self.study.get_trials(deepcopy=False)
         # a restarted sampler must not repeat its draws
-        self.study.sampler = make_sampler(sampler, seed + len(past), self._on_front)
+        self.study.sampler = make_sampler(sampler, seed + len(past))
         self.running: dict[str, _Running] = {}
         self.by_key: dict[str, TrialResult] = {}
         self.outside: dict[str, float] = {}
@@ -221,13 +221,6 @@ class FrontSearcher(Searcher):
         )  # fmt: skip
         self.folder.write(result)
         self._remember(result)
-
-    def _on_front(self) -> list[FrozenTrial]:
-        """What Optuna knows of the front's members."""
-        if self.front is None:
-            return []
-        trials = self.study.get_trials(deepcopy=False)
-        return [trials[m.trial] for m in self.front.members()]
 
     # -- Ray's side ----------------------------------------------------------------------------
 
@@ -336,7 +329,7 @@ class FrontSearcher(Searcher):
     def _tell_outside(self, trial: optuna.Trial, key: str, violation: float) -> None:
         self.outside[key] = violation
         self.tally.outside += 1
-        trial.set_constraint("budget window", violation)
+        trial.set_constraint("budgets", violation)
         # PRUNED: it was never measured, so it has no values; TPE reads the violation
         self.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
 
@@ -384,7 +377,7 @@ class FrontSearcher(Searcher):
             self._report(durable)
             return
         if result is not None and result.get("outside"):
-            violation = window_violation(result["gmacs"], self.window)
+            violation = float(result["violation"])
             for trial in (asked.trial, *asked.waiting):
                 self._tell_outside(trial, asked.key, violation)
             self._report(None)

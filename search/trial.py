@@ -28,9 +28,10 @@ from search.datasets import Preprocess, Split
 from search.evaluate import DTYPES, Correctness, batches_of, evaluate, fitting
 from search.models import MappedModel
 from search.results import Latency, TrialResult, pack_bits, wilson_interval
+from search.runtimes import Run, prepared
 from search.store import StaleWorker, StudyFolder
 
-OUTSIDE = "outside the budget window"
+OUTSIDE = "outside the budgets"
 #: where a trial's own training keeps what it resumes from
 STATE = "state.pt"
 #: how the result of one that was measured before begins its reason
@@ -55,8 +56,12 @@ class Task:
     batch: int
     threads: int | None
     window: tuple[float | None, float | None]
-    latency_batch: int | None
+    timed_batch: int
+    times_trials: bool
     provenance: dict[str, Any]
+    runtime: str = "eager"
+    #: the dearest latency that counts as inside, where there is such a limit
+    max_latency_ms: float | None = None
     training: Training | None = None
     #: numbers of search images after which racing looks; () measures all in one go
     rungs: tuple[int, ...] = ()
@@ -89,6 +94,16 @@ class Workplace:
             dtype=DTYPES[self.task.dtype] if dtype is None else dtype,
         )
         return (images for images, _ in batches)
+
+    @functools.cached_property
+    def dense_run(self) -> Run:
+        """The dense model in the runtime of the task's latencies."""
+        return prepared(self.dense, self.images(self.task.timed_batch), self.task.runtime)
+
+    def timed(self, model: nn.Module) -> Latency:
+        """A candidate beside the dense model, in the task's runtime and at its batch."""
+        images, runtime = self.images(self.task.timed_batch), self.task.runtime
+        return latency(prepared(model, images, runtime), self.dense_run, images, runtime=runtime)
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -126,6 +141,16 @@ class Workplace:
         raw, _ = self.task.search.batch(0, min(count, len(self.task.search)))
         images = self.task.preprocess.normalise(raw.to(self.task.device), DTYPES[self.task.dtype])
         return images[torch.arange(count, device=images.device) % len(images)]
+
+
+def outside_by(result: TrialResult, task: Task) -> float:
+    """How far outside a measured candidate is: in GMACs, or where its MACs are inside, by what part
+    of the limit its latency is above that; <= 0 inside.
+    """
+    macs = window_violation(result.values["gmacs"], task.window) if "gmacs" in result.values else 0
+    if macs > 0 or task.max_latency_ms is None:
+        return macs
+    return result.values.get("latency_ms", 0.0) / task.max_latency_ms - 1
 
 
 def window_violation(gmacs: float, window: tuple[float | None, float | None]) -> float:
@@ -247,10 +272,17 @@ def measuring(
         # padding is part of the cost: the batches are those of a trial without rungs
         rungs = tuple(-(-n // task.batch) * task.batch for n in rungs)
     timed: Latency | None = None
-    if task.latency_batch is not None:
-        timed = latency(model, place.dense, place.images(task.latency_batch))
+    if task.times_trials:
+        timed = place.timed(model)
         values["latency_ms"] = drift_free_ms(timed, task.study.result(0))
-        values["images_per_s"] = 1e3 * task.latency_batch / values["latency_ms"]
+        values["images_per_s"] = 1e3 * task.timed_batch / values["latency_ms"]
+        limit = task.max_latency_ms
+        if limit is not None and values["latency_ms"] > limit and resolved != Recipe():
+            yield TrialResult(
+                trial, "failed", resolved.to_dict(), key, values, resolved.to_dict(),
+                reason=OUTSIDE,
+            )  # fmt: skip
+            return
 
     def peak(batch: int) -> float:
         return peak_mb(model, place.images(min(batch, whole)))
@@ -366,8 +398,8 @@ class RecipeTrial(tune.Trainable):
             "done": True,
             "trial_number": trial,
             "outside": result.reason == OUTSIDE,
+            "violation": outside_by(result, self.place.task),
             "top1": result.values.get("top1", 0.0),
-            "gmacs": result.values.get("gmacs", 0.0),
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

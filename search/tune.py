@@ -51,7 +51,7 @@ class Crew:
         else:
             workers = config.workers or min(cpus, 8)
             crew = cls(workers, max(1, cpus // workers), 0.0)
-        if "latency_ms" in config.objectives:
+        if config.times_trials:
             # a latency is measured alone on its device, never beside another worker
             return cls(1, cpus, 1.0 if device.startswith("cuda") else 0.0)
         return crew

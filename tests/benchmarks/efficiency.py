@@ -109,7 +109,7 @@ class Run:
 Arm = Callable[[Lab, Run], None]
 
 
-def ours(race: bool = True, tell: str = TELL_RACED, sampler: str = "front") -> Arm:
+def ours(race: bool = True, tell: str = TELL_RACED) -> Arm:
     """The searcher itself, as it is; only the worker is replayed."""
 
     def arm(lab: Lab, run: Run) -> None:
@@ -118,7 +118,7 @@ def ours(race: bool = True, tell: str = TELL_RACED, sampler: str = "front") -> A
             folder.create()
             judge = Judge(Race(lab.images, 0.05, lab.trials), AXES, {}) if race else None
             searcher = FrontSearcher(
-                folder, lab.space, objectives=NAMES, sampler=sampler, seed=lab.seed,
+                folder, lab.space, objectives=NAMES, sampler="tpe", seed=lab.seed,
                 trials=lab.trials, reshape=lab.reshape, judge=judge, tell_raced=tell,
                 storage=optuna.storages.InMemoryStorage(),
             )  # fmt: skip
@@ -299,7 +299,6 @@ PLAIN = "plain Optuna TPE"
 ARMS: dict[str, Arm] = {
     "ours": ours(),
     "ours, stopped ones told as estimates": ours(tell="estimate"),
-    "ours, TPE alone": ours(sampler="tpe"),
     "ours without racing": ours(race=False),
     "plain Ray OptunaSearch": ray_optuna,
     PLAIN: plain(_tpe),

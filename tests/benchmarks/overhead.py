@@ -205,8 +205,8 @@ def main() -> None:
     )
     with local_cluster(2):
         rows = [
-            study_of(2, 60, 2.0, "front", race=False),
-            study_of(2, 60, 2.0, "front", race=True),
+            study_of(2, 60, 2.0, "tpe", race=False),
+            study_of(2, 60, 2.0, "tpe", race=True),
         ]
     show("2 workers, trials of 2 s; in full, then raced", rows)
     grown = []

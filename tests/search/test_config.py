@@ -59,7 +59,7 @@ def refused(given: dict[str, Any]) -> str:
         ({"objectives": []}, "job.objectives is []: top1"),
         ({"objectives": ["top1", "top5"]}, "a cost is missing"),
         ({"sampler": "tpee"}, "job.sampler is 'tpee': did you mean 'tpe'?"),
-        ({"sampler": 3}, "job.sampler is 3: accepted is one of 'front', 'tpe', 'nsga2', 'random'"),
+        ({"sampler": 3}, "job.sampler is 3: accepted is one of 'tpe', 'nsga2', 'random'"),
         ({"dtype": "bfloat61"}, "job.dtype is 'bfloat61': did you mean 'bfloat16'?"),
         ({"latency": "frnt"}, "job.latency is 'frnt': did you mean 'front'?"),
         ({"latency": True}, "job.latency is True: accepted is one of 'front', 'off'"),

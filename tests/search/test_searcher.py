@@ -14,10 +14,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 import methods
 from methods import ModelShape, Recipe
-from search.config import SAMPLERS
 from search.cost import recipe_macs
 from search.pareto import front_of
 from search.results import OBJECTIVES, TrialResult, pack_bits
+from search.samplers import SAMPLERS
 from search.searcher import FrontSearcher, Tally, open_storage, running_trials
 from search.shapes import ShapeFinder
 from search.space import Space
@@ -47,7 +47,7 @@ class Bench:
     def searcher(self, trials: int = 20, **changed) -> FrontSearcher:
         given = {
             "objectives": ("top1", "gmacs"),
-            "sampler": "front",
+            "sampler": "tpe",
             "seed": 0,
             "trials": trials,
             "space": {},

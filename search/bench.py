@@ -1,0 +1,123 @@
+"""The programs of a bundle timed beside the dense model's, exported the same way: what ships is
+what is timed, on the machine at hand.
+
+The dense model has fresh weights of the bundle's architecture: its time does not depend on them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from methods import BadInput, Recipe
+from methods.parameters import nearest
+from search import embedded
+from search.cost import latency
+from search.errors import UserError
+from search.programs import Deployed, write_programs
+from search.results import Latency
+from search.runtimes import Run, check_runtime, onnx_session
+from search.verify import Measured, check_files, normalised
+
+#: what runs model.onnx, what runs model.pt2, and that compiled
+RUNTIMES = ("onnxruntime", "torch.export", "torch.compile")
+BATCHES = (1, 32)
+ROUNDS = 30
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One runtime at one batch. macs_ratio: dense's MACs over the bundle's."""
+
+    runtime: str
+    batch: int
+    latency: Latency
+    macs_ratio: float
+
+    @property
+    def efficiency(self) -> float:
+        """The measured speed-up as a part of what the MACs promise."""
+        return self.latency.speedup / self.macs_ratio
+
+
+def bench(
+    bundle: Path,
+    *,
+    runtimes: Sequence[str] = RUNTIMES[:2],
+    batches: Sequence[int] = BATCHES,
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    heard: Callable[[Timed], None] = lambda _: None,
+) -> list[Timed]:
+    """Time them in turn with the dense model's, `rounds` rounds each; `heard` gets each at once.
+
+    UserError: no bundle, a runtime that is none or cannot run here; EditedBundle as in `verify`.
+    """
+    for runtime in runtimes:
+        if runtime not in RUNTIMES:
+            raise UserError(f"runtime is {runtime!r}{nearest(runtime, RUNTIMES)}")
+        if runtime == "onnxruntime":
+            check_runtime(runtime, device, "float32")
+    if any(b < 1 for b in batches) or not batches:
+        raise UserError(f"batches are {list(batches)}: accepted are numbers of 1 or more")
+    result = check_files(bundle)
+    ratio = result["dense"]["gmacs"] / result["cost"]["gmacs"]
+    preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
+    images = normalised(Measured.load(bundle / "verify.npz").images, preprocess)
+    out = []
+    with tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as scratch:
+        head = result["head_indices"]
+        dense = Deployed(dense_model(result), None if head is None else tuple(head))
+        write_programs(dense, images, Path(scratch))
+        for runtime in runtimes:
+            ours, theirs = (loaded(Path(p), runtime, device) for p in (bundle, scratch))
+            for size in batches:
+                batch = images[torch.arange(size) % len(images)].to(device)
+                timed = latency(ours, theirs, batch, rounds=rounds, runtime=runtime)
+                out.append(Timed(runtime, size, timed, ratio))
+                heard(out[-1])
+    return out
+
+
+def dense_model(result: dict[str, Any]) -> nn.Module:
+    """The dense model of a bundle's result.json, unpruned, with fresh weights. UserError where it
+    cannot be built here.
+    """
+    if result["model"] == embedded.NAME:
+        dense: nn.Module = embedded.build(pretrained=False)
+    else:
+        name, outputs = result.get("architecture", result["model"]), result["head_indices"]
+        options = dict(result.get("model_args", {}))
+        if outputs is None:
+            options["num_classes"] = len(result["labels"])
+        try:
+            dense = timm.create_model(name, **options)
+        except Exception as error:  # a model of a hub that cannot be reached, or of another timm
+            raise UserError(f"{name}, the dense model, cannot be built here: {error}") from error
+    try:
+        return Recipe().build(dense.eval())
+    except BadInput as error:
+        raise UserError(str(error)) from error
+
+
+def loaded(place: Path, runtime: str, device: str) -> Run:
+    """A folder's program as a call on a batch."""
+    if runtime == "onnxruntime":
+        return onnx_session(place / "model.onnx", device.startswith("cuda"))
+    module = torch.export.load(place / "model.pt2").module().to(device)
+    if runtime == "torch.compile":
+        compiled: Run = torch.compile(module, dynamic=False)
+        return compiled
+
+    def run(images: Tensor) -> Any:
+        return module(images)
+
+    return run

@@ -1,0 +1,76 @@
+"""A model as programs that run without this project: torch.export, and ONNX made from that.
+
+The graph gives logits, the best class and its score, for any batch size, float32 on the CPU.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import cast
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+#: what the graph takes and gives, in this order
+INPUT, OUTPUTS = "images", ("logits", "score", "class")
+
+
+class Deployed(nn.Module):
+    """What is exported: images [B, 3, H, W] -> logits [B, K] of the data's classes in float32,
+    score [B] (the softmax's largest) and class [B] (int64).
+    """
+
+    def __init__(self, model: nn.Module, head_indices: tuple[int, ...] | None):
+        super().__init__()
+        self.model = model
+        index = None if head_indices is None else torch.tensor(head_indices)
+        self.register_buffer("head_indices", index, persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = self.model(images).float()
+        if self.head_indices is not None:
+            logits = logits.index_select(1, cast(Tensor, self.head_indices))
+        score, label = logits.softmax(dim=1).max(dim=1)
+        return logits, score, label
+
+
+def traced(deployed: Deployed, images: Tensor, batch: int | None = None) -> ExportedProgram:
+    """The torch.export program. images: some [M >= 1, 3, H, W] to trace with. batch: the only size
+    that it takes; None: any.
+    """
+    # two images: torch.export takes a batch of one for a constant
+    several = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    if batch is not None:
+        several = images[:1].repeat(batch, 1, 1, 1)
+        shapes = {"images": {}}
+    with torch.no_grad():
+        return torch.export.export(deployed.eval(), (several,), dynamic_shapes=shapes)
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    """The program as ONNX, checked by ONNX's own checker."""
+    with torch.no_grad():
+        made = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(OUTPUTS)
+        )
+    assert made is not None
+    made.save(str(path))
+    onnx.checker.check_model(str(path))
+
+
+def write_programs(deployed: Deployed, images: Tensor, bundle: Path) -> dict[str, float]:
+    """model.pt2 and model.onnx for any batch size; images: some [M >= 1, 3, H, W] to trace with.
+
+    Returns the seconds each took.
+    """
+    begin = time.monotonic()
+    program = traced(deployed, images)
+    torch.export.save(program, bundle / "model.pt2")
+    middle = time.monotonic()
+    write_onnx(program, bundle / "model.onnx")
+    end = time.monotonic()
+    return {"pt2": round(middle - begin, 2), "onnx": round(end - middle, 2)}
