@@ -884,12 +884,21 @@ def export_command(
     recovered: Annotated[
         bool, typer.Option("--recovered", help="Of the recovered trials (see recover)")
     ] = False,
+    into_registry: Annotated[
+        bool, typer.Option("--register", help="And into MLflow's registry: vitpareto-NAME")
+    ] = False,
+    alias: Annotated[
+        list[str] | None,
+        typer.Option(help="champion, knee or fastest, any number [those that it is]"),
+    ] = None,
+    tracking_uri: TrackingUri = None,
     store: Store = None,
     cache: Cache = None,
 ) -> None:
     """Write a trial as a verified bundle: ONNX, torch.export, recipe, weights.
 
     \b
+    vitpareto export deit-s --knee --register --out bundle/
     vitpareto export deit-s --max-gmacs 3.2 --out bundle/
     vitpareto export deit-s --recovered --trial 12 --out bundle/
     """
@@ -897,6 +906,7 @@ def export_command(
     from search.errors import UserError
     from search.export import choose_trial, export
     from search.pareto import objectives_named
+    from search.register import check_aliases, register
 
     folder = _find(store, name)
     results = measured(folder, recovered)
@@ -916,8 +926,22 @@ def export_command(
         knee=knee,
         trial=trial,
     )
+    if alias and not into_registry:
+        raise UserError("--alias names a registered version: give --register too")
+    check_aliases(alias or ())
     _say(f"trial {result.trial} ({result.method}): exporting and verifying")
     typer.echo(str(export(folder, result, out, cache=cache)))
+    if into_registry:
+        made = register(
+            folder, result, out, aliases=alias or (), recovered=recovered,
+            uri=tracking_uri or folder.job().get("tracking_uri"),
+        )  # fmt: skip
+        names = ", ".join(made.aliases) or "no alias"
+        typer.echo(f"registered: {made.name} version {made.version} ({names}) at {made.uri}")
+        typer.echo(
+            f"serve: MLFLOW_TRACKING_URI={made.uri} mlflow models serve -m {made.address} "
+            "--env-manager local"
+        )
 
 
 @app.command("recover")

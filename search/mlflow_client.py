@@ -90,8 +90,8 @@ def _file_of(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0])
 
 
-def _client(uri: str) -> MlflowClient:
-    """MLflow is imported here: that takes seconds, and the search's thread need not wait."""
+def quiet() -> None:
+    """What MLflow reads when it is imported: give up soon, send nobody anything, say little."""
     for name, value in {
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(TIMEOUT_S),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(RETRIES),
@@ -101,6 +101,11 @@ def _client(uri: str) -> MlflowClient:
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def _client(uri: str) -> MlflowClient:
+    """MLflow is imported here: that takes seconds, and the search's thread need not wait."""
+    quiet()
     import mlflow.store.db.utils  # sets a level of its own
     from mlflow.tracking import MlflowClient
 

@@ -167,6 +167,11 @@ def _connect(folder: StudyFolder, uri: str, study_id: str) -> Mirror:
     return Mirror(mlflow_client.open_client(uri), folder.name, study_id, artifacts, own)
 
 
+def connect(folder: StudyFolder, uri: str) -> Mirror:
+    """The study's runs on a server. Raises whatever MLflow raises."""
+    return _connect(folder, uri, _Mark.read(folder).id)
+
+
 def _study_run(
     folder: StudyFolder,
     results: Sequence[TrialResult],
