@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import logging
 import os
 import sqlite3
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 TIMEOUT_S, RETRIES = 5, 1
 #: seconds that SQLite waits for another process that writes
 BUSY_S = 5.0
+
+log = logging.getLogger("vitpareto")
 
 
 def database(store: Path) -> Path:
@@ -52,9 +57,12 @@ def artifacts(store: Path) -> Path:
 
 
 def ensure_database(store: Path) -> None:
-    """Build STORE/mlflow.db if it is not there, whole or not at all; OSError where it cannot be."""
+    """Build STORE/mlflow.db if it is not there, whole or not at all; OSError where it cannot. One
+    of an older MLflow is migrated, and stays as it was beside it; UserError where one is newer.
+    """
     path = database(store)
     if path.exists():
+        _migrate(store)
         return
     store.mkdir(parents=True, exist_ok=True)
     with open(store / "mlflow.lock", "a", encoding="utf-8") as lock:
@@ -67,6 +75,67 @@ def ensure_database(store: Path) -> None:
         # any question builds the tables
         _client(_address(partial)).search_experiments()
         partial.rename(path)
+
+
+def _migrate(store: Path) -> None:
+    """Bring an older MLflow's database up to this one's: aside, then put in its place whole."""
+    path = database(store)
+    found, newest, known = _revision(path), *_revisions()
+    if found is None or found == newest:
+        return  # what cannot be read, MLflow has something to say about
+    if found not in known:
+        raise UserError(
+            f"{path} was written by a newer MLflow (its schema is {found}, this one knows up to "
+            f"{newest}): install that one, or move the file away and vitpareto sync each study"
+        )
+    with open(store / "mlflow.lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _revision(path) != found:
+            return  # another process was faster
+        kept = path.with_name(f"mlflow.db.{found}.bak")
+        partial = store.absolute() / f".mlflow.db.{uuid.uuid4().hex}"
+        for copy in (kept, partial):
+            with (
+                contextlib.closing(sqlite3.connect(path, timeout=BUSY_S)) as old,
+                contextlib.closing(sqlite3.connect(copy)) as new,
+            ):
+                old.backup(new)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "mlflow", "db", "upgrade", _address(partial)],
+            capture_output=True, text=True, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        )  # fmt: skip
+        if done.returncode != 0 or _revision(partial) != newest:
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"{path} is of an older MLflow (schema {found}) and could not be migrated: "
+                f"{done.stderr.strip()[-400:]}"
+            )
+        partial.rename(path)
+    log.warning(
+        "%s was of an older MLflow and has been migrated; as it was: %s", path.name, kept.name
+    )
+
+
+def _revision(path: Path) -> str | None:
+    """The schema that a database has; None where it says nothing of it."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_S)) as connection:
+            row = connection.execute("SELECT version_num FROM alembic_version").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if row is None else str(row[0])
+
+
+def _revisions() -> tuple[str, frozenset[str]]:
+    """The newest schema of the MLflow installed here, and all that it knows."""
+    from alembic.script import ScriptDirectory
+
+    spec = importlib.util.find_spec("mlflow")
+    assert spec is not None and spec.submodule_search_locations
+    place = Path(spec.submodule_search_locations[0]) / "store" / "db_migrations"
+    script = ScriptDirectory(str(place))
+    (newest,) = script.get_heads()
+    return newest, frozenset(one.revision for one in script.walk_revisions())
 
 
 def open_client(uri: str) -> MlflowClient:
