@@ -884,6 +884,9 @@ def export_command(
     recovered: Annotated[
         bool, typer.Option("--recovered", help="Of the recovered trials (see recover)")
     ] = False,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="And in int8, measured beside the dense model in int8")
+    ] = False,
     into_registry: Annotated[
         bool, typer.Option("--register", help="And into MLflow's registry: vitpareto-NAME")
     ] = False,
@@ -930,7 +933,7 @@ def export_command(
         raise UserError("--alias names a registered version: give --register too")
     check_aliases(alias or ())
     _say(f"trial {result.trial} ({result.method}): exporting and verifying")
-    typer.echo(str(export(folder, result, out, cache=cache)))
+    typer.echo(str(export(folder, result, out, cache=cache, int8=int8, say=typer.echo)))
     if into_registry:
         made = register(
             folder, result, out, aliases=alias or (), recovered=recovered,

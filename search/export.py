@@ -11,11 +11,12 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.torch
@@ -30,6 +31,7 @@ from search.bundle_readme import readme, resize_rule
 from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
+from search.evaluate import batches_of
 from search.models import architecture, check_trained, fingerprint, load_model, num_classes
 from search.pareto import (
     NothingUnderBudget,
@@ -39,7 +41,7 @@ from search.pareto import (
     objectives_named,
     reference_of,
 )
-from search.programs import Deployed, write_programs
+from search.programs import Deployed, traced, write_onnx, write_programs
 from search.results import OBJECTIVES, Objective, TrialResult, unpack_bits
 from search.store import StudyFolder
 from search.verify import (
@@ -53,6 +55,9 @@ from search.verify import (
     seal,
     sha256,
 )
+
+if TYPE_CHECKING:
+    from search.int8 import Int8
 
 SCHEMA = 1
 #: Search images a bundle carries, the first of their fixed order.
@@ -141,12 +146,16 @@ def _shown(results: Sequence[TrialResult]) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial's model rebuilt on the CPU in float32, with the images it was measured on."""
+    """A trial's model rebuilt on the CPU in float32, with the images it was measured on and the
+    dense model that it was made of.
+    """
 
     model: nn.Module
+    dense: nn.Module
     recipe: Recipe
     preprocess: Preprocess
     search: Split
+    calibration: Split
     classes: tuple[str, ...]
     head_indices: tuple[int, ...] | None
 
@@ -185,8 +194,8 @@ class Candidate:
             )
         head = check_head(num_classes(dense), data)
         return cls(
-            recipe.build(dense, weights=weights).eval(), recipe, preprocess, data.split("search"),
-            data.classes, head,
+            recipe.build(dense, weights=weights).eval(), Recipe().build(dense).eval(), recipe,
+            preprocess, data.split("search"), data.split("calibration"), data.classes, head,
         )  # fmt: skip
 
 
@@ -197,8 +206,12 @@ def export(
     *,
     cache: str | None = None,
     images: int = IMAGES,
+    int8: bool = False,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the bundle of a finished trial to `out`, verified, and return it.
+
+    int8: with the program in int8 as well (`search.int8`), measured; `say` gets what came of it.
 
     cache: the decoded images' folder (None: as the study's job says). images: how many search
     images it carries. Everything is written beside `out` and renamed: `out` is whole or not there.
@@ -214,7 +227,7 @@ def export(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.filename}: {error.strerror}") from error
     try:
-        _write(partial, folder, result, candidate, images)
+        _write(partial, folder, result, candidate, images, int8, say)
         if os.path.lexists(out):
             raise UserError(f"{out} has come to exist meanwhile: nothing is overwritten")
         partial.rename(out)
@@ -224,7 +237,13 @@ def export(
 
 
 def _write(
-    bundle: Path, folder: StudyFolder, result: TrialResult, candidate: Candidate, count: int
+    bundle: Path,
+    folder: StudyFolder,
+    result: TrialResult,
+    candidate: Candidate,
+    count: int,
+    int8: bool,
+    say: Callable[[str], None],
 ) -> None:
     model, head = candidate.model, candidate.head_indices
     preprocess = _preprocess(candidate.preprocess)
@@ -250,6 +269,10 @@ def _write(
         )
     _write_json(bundle / "verification.json", checked.plain())
     said["verification"] = _summary(checked)
+    if int8:
+        found = _int8(bundle, candidate)
+        said["int8"] = found.plain()
+        say(found.said())
     said["files"] = {
         path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(bundle.iterdir())
@@ -257,6 +280,22 @@ def _write(
     # through JSON first, so that the seal is over what will be read back
     said = json.loads(json.dumps(said))
     _write_json(bundle / RESULT, {**said, "seal": seal(said)})
+
+
+def _int8(bundle: Path, candidate: Candidate) -> Int8:
+    """The bundle's program in int8, measured beside the dense model's."""
+    from search.int8 import FILE, measure_int8
+
+    with tempfile.TemporaryDirectory(prefix="vitpareto-dense-") as scratch:
+        dense = Path(scratch) / "dense.onnx"
+        images = next(iter(batches_of(
+            candidate.search, candidate.preprocess, batch=2, device="cpu", dtype=torch.float32
+        )))[0]  # fmt: skip
+        write_onnx(traced(Deployed(candidate.dense, candidate.head_indices), images), dense)
+        return measure_int8(
+            bundle / "model.onnx", dense, bundle / FILE, candidate.search, candidate.calibration,
+            candidate.preprocess,
+        )  # fmt: skip
 
 
 @torch.no_grad()
