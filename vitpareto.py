@@ -887,6 +887,12 @@ def export_command(
     int8: Annotated[
         bool, typer.Option("--int8", help="And in int8, measured beside the dense model in int8")
     ] = False,
+    aoti: Annotated[
+        bool, typer.Option("--aoti", help="And as an AOTInductor package (needs a C++ compiler)")
+    ] = False,
+    static_batch: Annotated[
+        int | None, typer.Option(help="And as ONNX of this batch alone, with trtexec's line")
+    ] = None,
     into_registry: Annotated[
         bool, typer.Option("--register", help="And into MLflow's registry: vitpareto-NAME")
     ] = False,
@@ -933,16 +939,23 @@ def export_command(
         raise UserError("--alias names a registered version: give --register too")
     check_aliases(alias or ())
     _say(f"trial {result.trial} ({result.method}): exporting and verifying")
-    typer.echo(str(export(folder, result, out, cache=cache, int8=int8, say=typer.echo)))
+    if static_batch is not None and static_batch < 1:
+        raise UserError(f"--static-batch is {static_batch}: accepted is 1 or more")
+    made = export(
+        folder, result, out, cache=cache, int8=int8, aoti=aoti, static=static_batch, say=typer.echo
+    )
+    typer.echo(str(made))
     if into_registry:
-        made = register(
+        version = register(
             folder, result, out, aliases=alias or (), recovered=recovered,
             uri=tracking_uri or folder.job().get("tracking_uri"),
         )  # fmt: skip
-        names = ", ".join(made.aliases) or "no alias"
-        typer.echo(f"registered: {made.name} version {made.version} ({names}) at {made.uri}")
+        names = ", ".join(version.aliases) or "no alias"
         typer.echo(
-            f"serve: MLFLOW_TRACKING_URI={made.uri} mlflow models serve -m {made.address} "
+            f"registered: {version.name} version {version.version} ({names}) at {version.uri}"
+        )
+        typer.echo(
+            f"serve: MLFLOW_TRACKING_URI={version.uri} mlflow models serve -m {version.address} "
             "--env-manager local"
         )
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
 from search.evaluate import batches_of
 from search.models import architecture, check_trained, fingerprint, load_model, num_classes
+from search.packages import Package, write_aoti, write_static
 from search.pareto import (
     NothingUnderBudget,
     choose,
@@ -199,6 +200,15 @@ class Candidate:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a bundle holds besides its two programs."""
+
+    int8: bool = False
+    aoti: bool = False
+    static: int | None = None
+
+
 def export(
     folder: StudyFolder,
     result: TrialResult,
@@ -207,11 +217,15 @@ def export(
     cache: str | None = None,
     images: int = IMAGES,
     int8: bool = False,
+    aoti: bool = False,
+    static: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Write the bundle of a finished trial to `out`, verified, and return it.
 
-    int8: with the program in int8 as well (`search.int8`), measured; `say` gets what came of it.
+    int8: with the program in int8 as well (`search.int8`), measured; aoti, static: with an
+    AOTInductor package, with ONNX of that batch alone (`search.packages`); `say` gets what came of
+    each.
 
     cache: the decoded images' folder (None: as the study's job says). images: how many search
     images it carries. Everything is written beside `out` and renamed: `out` is whole or not there.
@@ -227,7 +241,7 @@ def export(
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.filename}: {error.strerror}") from error
     try:
-        _write(partial, folder, result, candidate, images, int8, say)
+        _write(partial, folder, result, candidate, images, Extras(int8, aoti, static), say)
         if os.path.lexists(out):
             raise UserError(f"{out} has come to exist meanwhile: nothing is overwritten")
         partial.rename(out)
@@ -242,7 +256,7 @@ def _write(
     result: TrialResult,
     candidate: Candidate,
     count: int,
-    int8: bool,
+    extras: Extras,
     say: Callable[[str], None],
 ) -> None:
     model, head = candidate.model, candidate.head_indices
@@ -269,10 +283,15 @@ def _write(
         )
     _write_json(bundle / "verification.json", checked.plain())
     said["verification"] = _summary(checked)
-    if int8:
+    if extras.int8:
         found = _int8(bundle, candidate)
         said["int8"] = found.plain()
         say(found.said())
+    said["packages"] = []
+    for package in _packages(bundle, Deployed(model, head), measured, preprocess, extras):
+        said["packages"].append(package.plain())
+        say(package.said())
+        say(f"  {package.runs}")
     said["files"] = {
         path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(bundle.iterdir())
@@ -280,6 +299,16 @@ def _write(
     # through JSON first, so that the seal is over what will be read back
     said = json.loads(json.dumps(said))
     _write_json(bundle / RESULT, {**said, "seal": seal(said)})
+
+
+def _packages(
+    bundle: Path, deployed: Deployed, measured: Measured, preprocess: dict[str, Any], extras: Extras
+) -> Iterator[Package]:
+    images = normalised(measured.images, preprocess)
+    if extras.aoti:
+        yield write_aoti(deployed, images, measured, bundle)
+    if extras.static is not None:
+        yield write_static(deployed, images, measured, bundle, extras.static)
 
 
 def _int8(bundle: Path, candidate: Candidate) -> Int8:

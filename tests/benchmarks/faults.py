@@ -1,6 +1,6 @@
 """How much a study loses when it is killed again and again: nothing, or a table that says what.
 
-    python -m tests.benchmarks.faults [--kills 30] [--trials 60] [--seed 0]
+    python -m tests.benchmarks.faults [--kills 30] [--trials 600] [--seed 0]
 
 kill -9 of the driver at random moments of one study, tracked in MLflow, and of random workers while
 another runs. After each, what lies on disk and in MLflow is compared with what was there before
@@ -22,7 +22,7 @@ from tests.search.faults import Broken
 def drivers(scratch: Path, cache: Path, kills: int, trials: int, seed: int) -> Broken:
     """From the first second of a start, before Ray is up, to the middle of its trials."""
     (scratch / "drivers").mkdir()
-    moments = faults.moments(seed, kills, 1.0, 45.0)
+    moments = faults.moments(seed, kills, 1.0, 30.0)
     return faults.kill_drivers(scratch / "drivers", cache, trials, moments)
 
 
@@ -46,7 +46,7 @@ def workers(scratch: Path, cache: Path, kills: int, trials: int, seed: int) -> B
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--trials", type=int, default=60)
+    parser.add_argument("--trials", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     print(
