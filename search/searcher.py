@@ -36,6 +36,9 @@ from search.trial import RUNG, SAME, window_violation
 BARREN_ASKS = 100
 #: times a trial is started again after its worker or driver died
 RETRIES = 3
+#: the same, of those that a driver left behind: its end is seldom a trial's doing
+INTERRUPTED = "interrupted"
+INTERRUPTIONS = 20
 #: by how much the hypervolume has to grow to count as grown
 GROWTH = 1e-3
 #: what Optuna is told of a trial that was stopped: its "estimate", or that it was "pruned"
@@ -187,7 +190,7 @@ class FrontSearcher(Searcher):
             if durable is not None:
                 self._tell(frozen.number, durable)
             else:
-                self._again(frozen, "interrupted")
+                self._again(frozen, INTERRUPTED)
         if not self.study.user_attrs.get("started"):
             self.study.enqueue_trial({}, user_attrs={"reference": True})
             for name, params in self.space.preset_params():
@@ -196,15 +199,19 @@ class FrontSearcher(Searcher):
 
     def _again(self, frozen: FrozenTrial, why: str) -> None:
         """Tell FAIL with the reason, and put the same parameters at the queue's end, at most
-        RETRIES times over; then the trial is a failed result."""
-        retries = int(frozen.user_attrs.get("retries", 0))
-        if frozen.user_attrs.get("reference") and retries < RETRIES:
+        RETRIES (INTERRUPTIONS) times over; then the trial is a failed result."""
+        ours = why == INTERRUPTED
+        counted, most = ("interruptions", INTERRUPTIONS) if ours else ("retries", RETRIES)
+        counts = {k: int(frozen.user_attrs.get(k, 0)) for k in ("retries", "interruptions")}
+        counts[counted] += 1
+        once_more = counts[counted] <= most
+        if frozen.user_attrs.get("reference") and once_more:
             # the dense model stays trial 0: the same Optuna trial is handed out once more
             self.reference_again = optuna.Trial(self.study, frozen._trial_id)
-            self.reference_again.set_user_attr("retries", retries + 1)
+            self.reference_again.set_user_attr(counted, counts[counted])
             return
-        if retries < RETRIES:
-            attrs = {"retry_of": frozen.number, "retries": retries + 1}
+        if once_more:
+            attrs: dict[str, Any] = {"retry_of": frozen.number, **counts}
             if "preset" in frozen.user_attrs:
                 attrs["preset"] = frozen.user_attrs["preset"]
             # before it is failed: a kill in between runs it twice over at worst, and the second
@@ -212,12 +219,12 @@ class FrontSearcher(Searcher):
             self.study.enqueue_trial(frozen.params, user_attrs=attrs)
         self.study._storage.set_trial_user_attr(frozen._trial_id, "reason", why)
         self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
-        if retries < RETRIES:
+        if once_more:
             return
         recipe = frozen.user_attrs.get("recipe", {})
         result = TrialResult(
             frozen.number, "failed", recipe, str(frozen.user_attrs.get("key", "")),
-            reason=f"{why}, {retries + 1} times",
+            reason=f"{why}, {counts[counted]} times",
         )  # fmt: skip
         self.folder.write(result)
         self._remember(result)

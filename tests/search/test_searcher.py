@@ -18,7 +18,7 @@ from search.cost import recipe_macs
 from search.pareto import front_of
 from search.results import OBJECTIVES, TrialResult, pack_bits
 from search.samplers import SAMPLERS
-from search.searcher import FrontSearcher, Tally, open_storage, running_trials
+from search.searcher import INTERRUPTIONS, FrontSearcher, Tally, open_storage, running_trials
 from search.shapes import ShapeFinder
 from search.space import Space
 from search.store import StudyFolder
@@ -207,7 +207,7 @@ def test_a_calibrated_recipe_is_asked_for_when_its_bounds_meet_the_window(bench:
     config = searcher.suggest("b")
     assert _method(config) == "rajni"
     # the worker calibrated it, found it outside, and measured nothing
-    searcher.on_trial_complete("b", {"outside": True, "gmacs": 0.9 * dense})
+    searcher.on_trial_complete("b", {"outside": True, "violation": 0.2 * dense})
     trial = searcher.study.trials[config["trial"]]
     assert trial.state == TrialState.PRUNED
     assert sum(trial.constraints.values()) == pytest.approx(0.2 * dense)
@@ -288,6 +288,21 @@ def test_a_restart_tells_what_is_on_disk_and_runs_the_rest_again(bench: Bench) -
     keys = [r.key for r in bench.folder.results()]
     assert len(keys) == len(set(keys)) == 12
     assert not [t for t in second.study.trials if t.state == TrialState.RUNNING]
+
+
+def test_a_trial_outlives_many_drivers_but_not_any_number_of_them(bench: Bench) -> None:
+    """A driver's end is seldom a trial's doing: it counts apart, and more of them are allowed."""
+    first = bench.searcher(names=("random",))
+    bench.work(first, "r", first.suggest("r"))
+    key = first.suggest("t")["key"]
+    for restart in range(INTERRUPTIONS):
+        again = bench.searcher(names=("random",))
+        # the presets are ahead of it in the queue
+        asked = (again.suggest(f"t{restart}.{i}") for i in range(10))
+        assert any(config["key"] == key for config in asked), restart
+    bench.searcher(names=("random",))
+    failed = {r.key: r.reason for r in bench.folder.results() if r.state == "failed"}
+    assert failed[key] == f"interrupted, {INTERRUPTIONS + 1} times"
 
 
 def test_a_dense_reference_that_was_interrupted_runs_again_as_the_reference(bench: Bench) -> None:
