@@ -205,8 +205,10 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     from clusters.local import local_cluster
     from search import run
     from search.config import SearchConfig, read_job
+    from search.metrics import Metrics
     from search.store import StudyFolder
     from search.tracking import Tracker
+    from search.tune import Crew
 
     given = read_job(job, sets, options)
     config = SearchConfig.of(given)
@@ -232,6 +234,9 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
         if config.tracking_uri != "none":
             tracker = stack.enter_context(Tracker(folder, config.tracking_uri, say=_say))
             hooks.append(tracker.hear)
+        crew = Crew.of(config, prepared.device, room.cpus, room.gpus)
+        owed = (lambda: tracker.owed) if tracker is not None else (lambda: 0)
+        hooks.append(Metrics(config.name, crew.workers, owed).hear)
         # like Ctrl-C, as a batch system ends a job: Ray's own answer is to abort
         handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
         stack.callback(signal.signal, signal.SIGTERM, handler)

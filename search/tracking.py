@@ -476,6 +476,11 @@ class Tracker:
             self._todo.append(entry)
         self._wake.set()
 
+    @property
+    def owed(self) -> int:
+        """Entries that the server has not got yet."""
+        return len(self._todo)
+
     # -- the end ----------------------------------------------------------------------------
 
     def finish(

@@ -182,8 +182,12 @@ def test_ui_serves_the_study_until_it_is_ended(store: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as served:
         try:
             assert served.stdout is not None
-            page = served.stdout.readline().strip()
-            assert page.startswith("http://127.0.0.1:") and "/runs/" in page
+            said = dict(served.stdout.readline().strip().split(": ", 1) for _ in range(3))
+            assert list(said) == ["front", "explorer", "study"]
+            assert all(address.startswith("http://127.0.0.1:") for address in said.values())
+            assert "viewStateShareKey" in said["front"] and "explorer.html" in said["explorer"]
+            page = said["study"]
+            assert "/runs/" in page
             with urllib.request.urlopen(page, timeout=30) as answer:
                 assert b"<title>MLflow" in answer.read()
         finally:

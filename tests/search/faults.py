@@ -47,11 +47,13 @@ def results(store: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (store / NAME / "trials").glob("[0-9]*.json")}
 
 
-def until(true: Callable[[], Any], what: str, within: float = 180) -> None:
+def until(true: Callable[[], Any], what: str, within: float = 180) -> Any:
+    """What `true` gives, once it is true."""
     deadline = time.monotonic() + within
-    while not true():
+    while not (found := true()):
         assert time.monotonic() < deadline, f"not within {within} s: {what}"
         time.sleep(0.05)
+    return found
 
 
 def kill(process: subprocess.Popen[bytes]) -> list[psutil.Process]:

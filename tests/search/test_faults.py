@@ -101,8 +101,8 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
     with two_nodes() as (cluster, node):
 
         def breaking() -> None:
-            until(lambda: len(results(tmp_path)) >= 2 and workers(), "two trials")
-            os.kill(workers()[0], signal.SIGKILL)
+            running = until(lambda: len(results(tmp_path)) >= 2 and workers(), "two trials")
+            os.kill(running[0], signal.SIGKILL)
             killed.append("worker")
             until(lambda: len(results(tmp_path)) >= 5, "five trials")
             seen.update(results(tmp_path))
