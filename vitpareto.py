@@ -942,7 +942,12 @@ def export_command(
     )
     if alias and not into_registry:
         raise UserError("--alias names a registered version: give --register too")
-    check_aliases(alias or ())
+    check_aliases(folder, result, alias or (), recovered)
+    if max_latency_ms is not None:
+        timed = result.timed or folder.latencies().get(result.trial)
+        if timed is not None:  # a latency holds for its target alone
+            where = ", ".join(f"{k} {v}" for k, v in timed.target.items())
+            _say(f"within {max_latency_ms:g} ms on the target that was measured: {where}")
     _say(f"trial {result.trial} ({result.method}): exporting and verifying")
     if static_batch is not None and static_batch < 1:
         raise UserError(f"--static-batch is {static_batch}: accepted is 1 or more")

@@ -99,6 +99,18 @@ Both take an image file as their argument; without one, `example.png`, the first
 """
 
 
+def more_programs(int8: str, packages: list[dict[str, Any]]) -> str:
+    """What a README says of programs besides the two; "" where there are none.
+
+    int8: what measuring it found, one line, or "". packages: `packages.Package.plain` of each.
+    """
+    rows = [f"| `model.int8.onnx` | {int8}; it is run as `model.onnx` is |"] if int8 else []
+    for one in packages:
+        word = "verified" if one["verified"] else "not verified"
+        rows.append(f"| `{one['file']}` | {word}: {one['why']}; `{one['runs']}` |")
+    return "\n".join(["", "| more programs | |", "|---|---|", *rows, ""]) if rows else ""
+
+
 def resize_rule(preprocess: dict[str, Any]) -> str:
     """Which of `_SIZE` is timm's evaluation resize for this crop mode and size."""
     if preprocess["crop_mode"] in ("squash", "border"):

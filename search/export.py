@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import methods
 from methods import Recipe
 from methods.vit import Trace
-from search.bundle_readme import readme, resize_rule
+from search.bundle_readme import more_programs, readme, resize_rule
 from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
@@ -287,11 +287,14 @@ def _write(
         found = _int8(bundle, candidate)
         said["int8"] = found.plain()
         say(found.said())
+    fast = found.said() if extras.int8 else ""
     said["packages"] = []
     for package in _packages(bundle, Deployed(model, head), measured, preprocess, extras):
         said["packages"].append(package.plain())
         say(package.said())
         say(f"  {package.runs}")
+    with open(bundle / "README.md", "a", encoding="utf-8") as text:
+        text.write(more_programs(fast, said["packages"]))
     said["files"] = {
         path.name: {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(bundle.iterdir())

@@ -60,13 +60,6 @@ def model_name(study: str) -> str:
     return f"vitpareto-{study}"
 
 
-def check_aliases(asked: Sequence[str]) -> None:
-    """UserError for one that is none, with the nearest."""
-    for alias in asked:
-        if alias not in ALIASES:
-            raise UserError(f"alias {alias!r}{nearest(alias, ALIASES)}")
-
-
 def aliases_of(folder: StudyFolder, result: TrialResult, recovered: bool) -> tuple[str, ...]:
     """Which of `knee` and `fastest` this trial is, of the study's front (or the recovered one)."""
     objectives = folder.job()["objectives"]
@@ -75,6 +68,19 @@ def aliases_of(folder: StudyFolder, result: TrialResult, recovered: bool) -> tup
     fast = fastest(front_of(results, objectives_named(objectives)))
     found = {"knee": knee, "fastest": fast}
     return tuple(k for k, r in found.items() if r is not None and r.trial == result.trial)
+
+
+def check_aliases(
+    folder: StudyFolder, result: TrialResult, asked: Sequence[str], recovered: bool
+) -> None:
+    """UserError for an alias that is none, with the nearest, or that the trial is not."""
+    for alias in asked:
+        if alias not in ALIASES:
+            raise UserError(f"alias {alias!r}{nearest(alias, ALIASES)}")
+    is_it = ("champion", *aliases_of(folder, result, recovered))
+    for alias in asked:
+        if alias not in is_it:
+            raise UserError(f"trial {result.trial} is not the {alias} of {folder.name}'s front")
 
 
 def fastest(front: Sequence[TrialResult]) -> TrialResult | None:
@@ -101,11 +107,7 @@ def register(
     where the model has none yet. UserError: an alias that the trial is not, a server that cannot be
     reached, no server.
     """
-    check_aliases(aliases)
-    is_it = aliases_of(folder, result, recovered)
-    for alias in aliases:
-        if alias != "champion" and alias not in is_it:
-            raise UserError(f"trial {result.trial} is not the {alias} of {folder.name}'s front")
+    check_aliases(folder, result, aliases, recovered)
     said = check_files(bundle)
     if uri == "none":
         raise UserError("the job's tracking_uri is none: name a server with --tracking-uri")
@@ -128,7 +130,10 @@ def register(
             name, source, run_id, tags=_tags(folder, result, said, recovered)
         )
         known = client.get_registered_model(name).aliases
-        given = tuple(aliases) or (*(() if "champion" in known else ("champion",)), *is_it)
+        given = tuple(aliases) or (
+            *(() if "champion" in known else ("champion",)),
+            *aliases_of(folder, result, recovered),
+        )
         for alias in given:
             client.set_registered_model_alias(name, alias, made.version)
     except UserError:

@@ -241,6 +241,8 @@ def test_packages_say_whether_they_were_run(extended: tuple[Path, list[str]]) ->
     shape = onnx.load(bundle / "model.b2.onnx").graph.input[0].type.tensor_type.shape
     assert [d.dim_value for d in shape.dim] == [2, 3, 64, 64]
     assert "model.b2.onnx: verified" in "\n".join(said)
+    text = (bundle / "README.md").read_text()
+    assert "| `model.int8.onnx` | int8 " in text and "| `model.b2.onnx` | verified: run" in text
     assert verify(bundle).verified
 
 
