@@ -18,8 +18,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import timm
-import torch
 from plotly.offline import get_plotlyjs
 
 import methods
@@ -35,7 +33,7 @@ from search.pareto import ACCURACIES, front_of, knee_of, objectives_named, refer
 from search.results import OBJECTIVES, TrialResult
 from search.show import Asked, look
 from search.store import StudyFolder
-from search.verdict import only_controls, verdict
+from search.verdict import only_controls, recipe_line, verdict
 
 #: the accuracy on held-out images, beside the objectives' names
 HELD_OUT = "certified_top1"
@@ -48,7 +46,6 @@ _COSTS = ("gmacs", "latency_ms", "params_m", "peak_mb")
 SHOWN, MOST = 3, 24
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
-
 log = logging.getLogger("vitpareto")
 
 
@@ -57,7 +54,7 @@ def token_pictures(folder: StudyFolder, cache: Path) -> dict[int, Path]:
     study's folder, drawn once. Of a large front some, evenly. A trial whose model or images are not
     at hand any more has none, which is said once.
     """
-    front = front_of(folder.measured(), objectives_named(_objectives(folder)))
+    front = front_of(folder.measured(), objectives_named(folder.objectives))
     members = [r for r in front if not r.is_reference]
     if len(members) > MOST:
         members = [members[round(i * (len(members) - 1) / (MOST - 1))] for i in range(MOST)]
@@ -70,6 +67,7 @@ def token_pictures(folder: StudyFolder, cache: Path) -> dict[int, Path]:
             except (UserError, BadInput) as error:
                 log.warning("no picture of what trials keep: %s", error)
                 return drawn
+            path.parent.mkdir(exist_ok=True)
             write_atomic(path, patches_png(seen))
         drawn[member.trial] = path
     return drawn
@@ -95,7 +93,7 @@ def explorer(
     looks = styles_of(
         {t["method"] for t in trials} | {p["method"] for s in studies for p in s["published"]}
     )
-    axes = _objectives(folders[0])
+    axes = folders[0].objectives
     first = next((o for o in axes if o not in ACCURACIES), "gmacs")
     costs = sorted((c for c in _COSTS if c in known), key=lambda c: c != first)
     data = {
@@ -137,10 +135,6 @@ def write_explorer(
     return path
 
 
-def _objectives(folder: StudyFolder) -> tuple[str, ...]:
-    return tuple(folder.job().get("objectives") or ("top1", "gmacs"))
-
-
 def _comparable(folders: Sequence[StudyFolder]) -> str:
     """Whether numbers of these studies may be read side by side."""
     told = []
@@ -159,12 +153,12 @@ def _comparable(folders: Sequence[StudyFolder]) -> str:
 
 def _study(folder: StudyFolder, pictures: Mapping[int, Path], at: int) -> dict[str, Any]:
     results = [r for r in measured(folder) if r.state in ("finished", "raced_out")]
-    axes = objectives_named(_objectives(folder))
+    axes = objectives_named(folder.objectives)
     dense = reference_of(results)
     front = front_of(results, axes)
     knee = knee_of(front, axes, dense)
     latencies, job = folder.latencies(), folder.job()
-    said = verdict(results, _objectives(folder))
+    said = verdict(results, folder.objectives)
     early = sum(r.state == "raced_out" for r in results)
     trials = []
     for r in results:
@@ -192,7 +186,7 @@ def _study(folder: StudyFolder, pictures: Mapping[int, Path], at: int) -> dict[s
                 "method": r.method,
                 "control": only_controls(r.recipe),
                 "dense": r.is_reference,
-                "recipe": _line(r),
+                "recipe": recipe_line(r),
                 "yaml": _yaml(r),
                 "values": values,
                 "low": r.top1_low,
@@ -225,13 +219,6 @@ def _study(folder: StudyFolder, pictures: Mapping[int, Path], at: int) -> dict[s
     }  # fmt: skip
 
 
-def _line(result: TrialResult) -> str:
-    try:
-        return str(Recipe.from_dict(result.recipe))
-    except BadInput:  # written by a version with other methods
-        return result.method
-
-
 def _yaml(result: TrialResult) -> str:
     """The recipe that rebuilds the candidate, with what was calibrated."""
     try:
@@ -246,8 +233,7 @@ def _published(model: str) -> list[dict[str, Any]]:
     rows = [r for r in rows if not r.model_options and r.recipe is not None]
     if not rows:
         return []
-    with torch.device("meta"):
-        shape = methods.model_shape(timm.create_model(rows[0].model).eval())
+    shape = methods.model_shape(published.source_model(rows[0]).eval())
     out = []
     for row in rows:
         recipe = row.recipe

@@ -16,7 +16,14 @@ from rich.table import Table
 from methods import Recipe
 from search.bench import Timed
 from search.certificates import flipped, order_changes
-from search.pareto import ACCURACIES, Front, front_of, knee_of, reference_of, reference_point
+from search.pareto import (
+    ACCURACIES,
+    front_of,
+    hypervolume,
+    knee_of,
+    reference_of,
+    reference_point,
+)
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.store import StudyFolder
 
@@ -271,10 +278,9 @@ def studies_table(folders: Sequence[StudyFolder]) -> Table:
         front, dense = front_of(results, axes), reference_of(results)
         knee, volume = knee_of(front, axes, dense), ""
         if dense is not None:
-            found = Front(axes, reference_point({o.name: dense.values[o.name] for o in axes}, axes))
-            for r in front:
-                found.add(r.trial, r.values)
-            volume = f"{found.hypervolume():.4g}"
+            points = [[r.values[o.name] for o in axes] for r in front]
+            reference = reference_point(dense.values, axes)
+            volume = f"{hypervolume(points, reference, [o.sign for o in axes]):.4g}"
         cost = next((o for o in axes if o.name not in ACCURACIES), None)
         table.add_row(
             folder.name, str(job["model"]), str(job["data"]),

@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from methods import BadInput, Recipe
 from methods.parameters import nearest
-from search import embedded
 from search.cost import latency
 from search.errors import UserError
 from search.programs import Deployed, write_programs
 from search.results import Latency
-from search.runtimes import Run, check_runtime, onnx_session
-from search.verify import Measured, check_files, normalised
+from search.runtimes import Run, check_runtime, compiled, onnx_session
+from search.verify import Measured, check_files, fresh_dense, normalised
 
 #: what runs model.onnx, what runs model.pt2, and that compiled
 RUNTIMES = ("onnxruntime", "torch.export", "torch.compile")
@@ -91,21 +89,15 @@ def dense_model(result: dict[str, Any]) -> nn.Module:
     """The dense model of a bundle's result.json, unpruned, with fresh weights. UserError where it
     cannot be built here.
     """
-    if result["model"] == embedded.NAME:
-        dense: nn.Module = embedded.build(pretrained=False)
-    else:
-        name, outputs = result.get("architecture", result["model"]), result["head_indices"]
-        options = dict(result.get("model_args", {}))
-        if outputs is None:
-            options["num_classes"] = len(result["labels"])
-        try:
-            dense = timm.create_model(name, **options)
-        except Exception as error:  # a model of a hub that cannot be reached, or of another timm
-            raise UserError(f"{name}, the dense model, cannot be built here: {error}") from error
+    outputs = len(result["labels"]) if result["head_indices"] is None else None
     try:
-        return Recipe().build(dense.eval())
-    except BadInput as error:
-        raise UserError(str(error)) from error
+        return Recipe().build(fresh_dense(result, outputs))
+    except BadInput:
+        raise
+    except Exception as error:  # a model of a hub that cannot be reached, or of another timm
+        raise UserError(
+            f"{result['model']}, the dense model, cannot be built here: {error}"
+        ) from error
 
 
 def loaded(place: Path, runtime: str, device: str) -> Run:
@@ -113,11 +105,4 @@ def loaded(place: Path, runtime: str, device: str) -> Run:
     if runtime == "onnxruntime":
         return onnx_session(place / "model.onnx", device.startswith("cuda"))
     module = torch.export.load(place / "model.pt2").module().to(device)
-    if runtime == "torch.compile":
-        compiled: Run = torch.compile(module, dynamic=False)
-        return compiled
-
-    def run(images: Tensor) -> Any:
-        return module(images)
-
-    return run
+    return compiled(module) if runtime == "torch.compile" else module

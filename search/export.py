@@ -31,7 +31,6 @@ from search.bundle_readme import more_programs, readme, resize_rule
 from search.config import SearchConfig
 from search.datasets import Preprocess, Split, check_head, open_data
 from search.errors import UserError
-from search.evaluate import batches_of
 from search.models import architecture, check_trained, fingerprint, load_model, num_classes
 from search.packages import Package, write_aoti, write_static
 from search.pareto import (
@@ -147,8 +146,8 @@ def _shown(results: Sequence[TrialResult]) -> str:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A trial's model rebuilt on the CPU in float32, with the images it was measured on and the
-    dense model that it was made of.
+    """A trial's model rebuilt on the CPU in float32, with the images it was measured on; `dense` is
+    the model that it was made of, as timm has it.
     """
 
     model: nn.Module
@@ -195,8 +194,8 @@ class Candidate:
             )
         head = check_head(num_classes(dense), data)
         return cls(
-            recipe.build(dense, weights=weights).eval(), Recipe().build(dense).eval(), recipe,
-            preprocess, data.split("search"), data.split("calibration"), data.classes, head,
+            recipe.build(dense, weights=weights).eval(), dense, recipe, preprocess,
+            data.split("search"), data.split("calibration"), data.classes, head,
         )  # fmt: skip
 
 
@@ -270,7 +269,8 @@ def _write(
     Image.fromarray(measured.images[0]).save(bundle / "example.png")
     _write_json(bundle / "preprocess.json", preprocess)
     _write_json(bundle / "labels.json", list(candidate.classes))
-    seconds = write_programs(Deployed(model, head), normalised(measured.images, preprocess), bundle)
+    deployed, images = Deployed(model, head), normalised(measured.images, preprocess)
+    seconds = write_programs(deployed, images, bundle)
     said = _result(folder, result, candidate, agree, seconds)
     (bundle / "README.md").write_text(
         readme(said["model"], str(candidate.recipe), _facts(said), preprocess, len(said["labels"])),
@@ -283,13 +283,13 @@ def _write(
         )
     _write_json(bundle / "verification.json", checked.plain())
     said["verification"] = _summary(checked)
+    fast = ""
     if extras.int8:
-        found = _int8(bundle, candidate)
-        said["int8"] = found.plain()
-        say(found.said())
-    fast = found.said() if extras.int8 else ""
+        found = _int8(bundle, candidate, images)
+        said["int8"], fast = found.plain(), found.said()
+        say(fast)
     said["packages"] = []
-    for package in _packages(bundle, Deployed(model, head), measured, preprocess, extras):
+    for package in _packages(bundle, deployed, images, measured, extras):
         said["packages"].append(package.plain())
         say(package.said())
         say(f"  {package.runs}")
@@ -305,25 +305,22 @@ def _write(
 
 
 def _packages(
-    bundle: Path, deployed: Deployed, measured: Measured, preprocess: dict[str, Any], extras: Extras
+    bundle: Path, deployed: Deployed, images: Tensor, measured: Measured, extras: Extras
 ) -> Iterator[Package]:
-    images = normalised(measured.images, preprocess)
     if extras.aoti:
         yield write_aoti(deployed, images, measured, bundle)
     if extras.static is not None:
         yield write_static(deployed, images, measured, bundle, extras.static)
 
 
-def _int8(bundle: Path, candidate: Candidate) -> Int8:
-    """The bundle's program in int8, measured beside the dense model's."""
+def _int8(bundle: Path, candidate: Candidate, images: Tensor) -> Int8:
+    """The bundle's program in int8, measured beside the dense model's; images: to trace with."""
     from search.int8 import FILE, measure_int8
 
     with tempfile.TemporaryDirectory(prefix="vitpareto-dense-") as scratch:
         dense = Path(scratch) / "dense.onnx"
-        images = next(iter(batches_of(
-            candidate.search, candidate.preprocess, batch=2, device="cpu", dtype=torch.float32
-        )))[0]  # fmt: skip
-        write_onnx(traced(Deployed(candidate.dense, candidate.head_indices), images), dense)
+        model = Recipe().build(candidate.dense).eval()
+        write_onnx(traced(Deployed(model, candidate.head_indices), images), dense)
         return measure_int8(
             bundle / "model.onnx", dense, bundle / FILE, candidate.search, candidate.calibration,
             candidate.preprocess,

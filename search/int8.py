@@ -8,6 +8,7 @@ model's in int8 beside them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 from onnxruntime.quantization.shape_inference import quant_pre_process
+from torch import Tensor
 
 from search.certificates import ERROR, flips
 from search.cost import latency
@@ -131,15 +133,15 @@ def quantised(program: Path, out: Path, images: Iterable[NDArray[np.float32]]) -
     onnx.checker.check_model(str(out))
 
 
-class _quietly:
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
     """onnxruntime's tools log to the root: advice on what is done here already."""
-
-    def __enter__(self) -> None:
-        self.before = logging.root.level
-        logging.root.setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        logging.root.setLevel(self.before)
+    before = logging.root.level
+    logging.root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.root.setLevel(before)
 
 
 def measure_int8(
@@ -148,18 +150,12 @@ def measure_int8(
     """Write `out`, the int8 form of `program`, and measure it beside float32 and the `dense`
     program's int8 form, on all search images.
     """
-
-    def images(split: Split, most: int | None = None) -> Iterator[NDArray[np.float32]]:
-        for batch, _ in batches_of(
-            split, preprocess, batch=BATCH, device="cpu", dtype=torch.float32, stop=most
-        ):
-            yield batch.numpy()
-
     most = min(CALIBRATION, len(calibration))
     with tempfile.TemporaryDirectory(prefix="vitpareto-int8-") as scratch:
         dense8 = Path(scratch) / "dense.onnx"
         for source, target in ((program, out), (dense, dense8)):
-            quantised(source, target, images(calibration, most))
+            calibrating = (x.numpy() for x, _ in _batches(calibration, preprocess, most))
+            quantised(source, target, calibrating)
         runs = {
             name: onnx_session(path)
             for name, path in (("int8", out), ("float", program), ("dense", dense8))
@@ -170,9 +166,7 @@ def measure_int8(
         lost, gained = flips(own, before)
         low, high = paired_difference(gained, lost, count, ERROR)
         timed, over = {}, {}
-        like, _ = next(iter(batches_of(
-            search, preprocess, batch=BATCH, device="cpu", dtype=torch.float32
-        )))  # fmt: skip
+        like, _ = next(_batches(search, preprocess))
         for batch in BATCHES:
             some = like[torch.arange(batch) % len(like)]
             timed[batch] = latency(runs["int8"], runs["dense"], some, runtime="onnxruntime int8")
@@ -195,12 +189,17 @@ def measure_int8(
     )
 
 
+def _batches(
+    split: Split, preprocess: Preprocess, most: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images as the programs take them, with their labels; at most so many."""
+    return batches_of(split, preprocess, batch=BATCH, device="cpu", dtype=torch.float32, stop=most)
+
+
 def _right(run: Run, split: Split, preprocess: Preprocess) -> NDArray[np.bool_]:
     """Which images a program gets right."""
     found = []
-    for batch, labels in batches_of(
-        split, preprocess, batch=BATCH, device="cpu", dtype=torch.float32
-    ):
+    for batch, labels in _batches(split, preprocess):
         logits = run(batch)[0]
         found.append(logits.argmax(axis=1) == labels.numpy())
     return np.concatenate(found)

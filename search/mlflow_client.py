@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import importlib.util
 import logging
 import os
@@ -15,6 +16,7 @@ import sqlite3
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,16 +67,28 @@ def ensure_database(store: Path) -> None:
         _migrate(store)
         return
     store.mkdir(parents=True, exist_ok=True)
-    with open(store / "mlflow.lock", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _aside(store) as partial:
         if path.exists():
             return
-        for left in store.glob(".mlflow.db.*"):  # by a process that was killed here
-            left.unlink(missing_ok=True)
-        partial = store.absolute() / f".mlflow.db.{uuid.uuid4().hex}"
         # any question builds the tables
         _client(_address(partial)).search_experiments()
         partial.rename(path)
+
+
+@contextlib.contextmanager
+def _aside(store: Path) -> Iterator[Path]:
+    """A name to make a database under, one process at a time: nothing is left of it that was not
+    renamed, also not by a process that was killed here.
+    """
+    with open(store / "mlflow.lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in store.glob(".mlflow.db.*"):
+            left.unlink(missing_ok=True)
+        partial = store.absolute() / f".mlflow.db.{uuid.uuid4().hex}"
+        try:
+            yield partial
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _migrate(store: Path) -> None:
@@ -88,12 +102,10 @@ def _migrate(store: Path) -> None:
             f"{path} was written by a newer MLflow (its schema is {found}, this one knows up to "
             f"{newest}): install that one, or move the file away and vitpareto sync each study"
         )
-    with open(store / "mlflow.lock", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _aside(store) as partial:
         if _revision(path) != found:
             return  # another process was faster
         kept = path.with_name(f"mlflow.db.{found}.bak")
-        partial = store.absolute() / f".mlflow.db.{uuid.uuid4().hex}"
         for copy in (kept, partial):
             with (
                 contextlib.closing(sqlite3.connect(path, timeout=BUSY_S)) as old,
@@ -105,7 +117,6 @@ def _migrate(store: Path) -> None:
             capture_output=True, text=True, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
         )  # fmt: skip
         if done.returncode != 0 or _revision(partial) != newest:
-            partial.unlink(missing_ok=True)
             raise UserError(
                 f"{path} is of an older MLflow (schema {found}) and could not be migrated: "
                 f"{done.stderr.strip()[-400:]}"
@@ -126,6 +137,7 @@ def _revision(path: Path) -> str | None:
     return None if row is None else str(row[0])
 
 
+@functools.cache
 def _revisions() -> tuple[str, frozenset[str]]:
     """The newest schema of the MLflow installed here, and all that it knows."""
     from alembic.script import ScriptDirectory

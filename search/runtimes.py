@@ -49,13 +49,13 @@ def prepared(model: nn.Module, images: Tensor, runtime: str) -> Run:
     dtype = str(images.dtype).removeprefix("torch.")
     check_runtime(runtime, str(images.device), dtype)
     if runtime == "compiled":
-        return _compiled(model)
+        return compiled(model)
     if runtime == "cudagraph":
         return _graph(model, images)
     if runtime == "onnxruntime":
         with tempfile.TemporaryDirectory(prefix="vitpareto-onnx-") as scratch:
             path = Path(scratch) / "model.onnx"
-            # on a copy's device: the program is the CPU's, the provider moves it
+            # a program is made on the CPU; the model then goes back to where it was
             deployed = Deployed(model, None).to("cpu")
             write_onnx(traced(deployed, images.detach().to("cpu")), path)
             model.to(images.device)
@@ -74,7 +74,7 @@ def onnx_session(path: Path, cuda: bool = False, threads: int | None = None) -> 
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.log_severity_level = 3
     # two sessions are timed in turn, and the threads of the one that waits would spin on the cores
-    # of the one that runs: at batch 1 that is half of its time
+    # of the one that runs: at batch 1 a third of its time went there
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(
         path, options, providers=["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
@@ -94,7 +94,8 @@ def _providers() -> list[str]:
     return found
 
 
-def _compiled(model: nn.Module) -> Run:
+def compiled(model: nn.Module) -> Run:
+    """The model compiled by torch in its first calls, for batches of their size."""
     # one size alone is timed: nothing is to be guarded for others
     made: Run = torch.compile(model, dynamic=False)
     return made

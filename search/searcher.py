@@ -34,7 +34,7 @@ from search.trial import RUNG, SAME, window_violation
 
 #: asks in a row that bring nothing new before the space counts as exhausted
 BARREN_ASKS = 100
-#: times a trial is started again after its worker or driver died
+#: times a trial is started again after its worker died
 RETRIES = 3
 #: the same, of those that a driver left behind: its end is seldom a trial's doing
 INTERRUPTED = "interrupted"

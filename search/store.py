@@ -97,10 +97,8 @@ class StudyFolder:
         return Artifacts(self.folder / "weights")
 
     def picture(self, trial: int) -> Path:
-        """Where the token picture of a trial lies, once it is drawn; its folder is there."""
-        place = self.folder / "pictures"
-        place.mkdir(exist_ok=True)
-        return place / f"{trial:06d}.png"
+        """Where the token picture of a trial lies, once it is drawn."""
+        return self.folder / "pictures" / f"{trial:06d}.png"
 
     def training(self, key: str) -> Path:
         """Where a candidate's training keeps what it needs to resume, by `Recipe.key` as asked."""
@@ -169,6 +167,11 @@ class StudyFolder:
     def job(self) -> dict[str, Any]:
         path = self.folder / "job.yaml"
         return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What the study searches by."""
+        return tuple(self.job().get("objectives") or ("top1", "gmacs"))
 
     def write_job(self, job: dict[str, Any]) -> None:
         write_atomic(self.folder / "job.yaml", yaml.safe_dump(job, sort_keys=False))

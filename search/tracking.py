@@ -155,9 +155,9 @@ def _sending(folder: StudyFolder, wait_s: float = 0.0) -> Iterator[None]:
 # ------------------------------------------------------------------------------ study -> server
 
 
-def _connect(folder: StudyFolder, uri: str, study_id: str) -> Mirror:
-    """Raises whatever MLflow raises."""
-    store = folder.folder.parent
+def connect(folder: StudyFolder, uri: str) -> Mirror:
+    """The study's runs on a server. Raises whatever MLflow raises."""
+    store, study_id = folder.folder.parent, _Mark.read(folder).id
     own = uri == mlflow_client.store_uri(store)
     if own:
         mlflow_client.ensure_database(store)
@@ -165,11 +165,6 @@ def _connect(folder: StudyFolder, uri: str, study_id: str) -> Mirror:
     local = not uri.startswith(("http://", "https://", "databricks"))
     artifacts = mlflow_client.artifacts(store).as_uri() if local else None
     return Mirror(mlflow_client.open_client(uri), folder.name, study_id, artifacts, own)
-
-
-def connect(folder: StudyFolder, uri: str) -> Mirror:
-    """The study's runs on a server. Raises whatever MLflow raises."""
-    return _connect(folder, uri, _Mark.read(folder).id)
 
 
 def _study_run(
@@ -190,7 +185,7 @@ def _study_run(
     for key in ("model", "data"):
         if key in job:
             params.setdefault(key, str(job[key]))
-    front = front_of(results, objectives_named(_objectives(folder)))
+    front = front_of(results, objectives_named(folder.objectives))
     state = {"FINISHED": "finished", "RUNNING": "running"}.get(status, "stopped")
     tags = {
         "study": folder.name,
@@ -219,7 +214,7 @@ def _study_run(
 
 
 def _verdict(folder: StudyFolder, results: Sequence[TrialResult]) -> str:
-    said = verdict(results, _objectives(folder))
+    said = verdict(results, folder.objectives)
     return "" if said is None else str(said)
 
 
@@ -229,7 +224,7 @@ def study_note(folder: StudyFolder, front: Sequence[TrialResult], judged: str = 
 
     judged: the verdict; "" while there is none, or the search goes on.
     """
-    wanted = {*_objectives(folder), "top1", "gmacs", "latency_ms"}  # more is in the runs
+    wanted = {*folder.objectives, "top1", "gmacs", "latency_ms"}  # more is in the runs
     shown = [
         o
         for o in OBJECTIVES.values()
@@ -267,10 +262,6 @@ def _recipe_line(result: TrialResult) -> str:
     return str(Recipe.from_dict(result.recipe)).replace("|", "\\|")
 
 
-def _objectives(folder: StudyFolder) -> tuple[str, ...]:
-    return tuple(folder.job().get("objectives") or ("top1", "gmacs"))
-
-
 def _reconcile(
     mirror: Mirror,
     folder: StudyFolder,
@@ -284,7 +275,7 @@ def _reconcile(
     page None: files and table on the server stay as they are.
     """
     results = measured(folder)
-    objectives = _objectives(folder)
+    objectives = folder.objectives
     status = "RUNNING" if running else "FINISHED" if ended else "KILLED"
     mirror.put_views(objectives)
     counts: Counter[str] = Counter()
@@ -358,7 +349,7 @@ def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) 
             # a search that was not tracked says nothing of its end: its trials do
             measured = f"{done} trials measured" if wanted and done >= wanted else ""
             ended = mark.ended if mark.trials == done else measured
-            mirror = _connect(folder, where, mark.id)
+            mirror = connect(folder, where)
             # nobody else sends now, so nobody would end a run that said RUNNING, searched or not
             report = _reconcile(mirror, folder, ended="" if folder.running else ended, page=page)
             _settle_outbox(folder, shown_uri(where))
@@ -615,7 +606,7 @@ class Tracker:
         with self._guard:
             if not self._ending:
                 _set_ended(self.folder, "")
-        mirror = _connect(self.folder, self.uri, _Mark.read(self.folder).id)
+        mirror = connect(self.folder, self.uri)
         self._mirror = mirror
         self._curve.clear()
         _reconcile(mirror, self.folder, running=True)
@@ -643,7 +634,7 @@ class Tracker:
         told = mirror.on_front()
         left = told - front
         if left:
-            ranks = ranks_of(self.folder.results(), _objectives(self.folder))
+            ranks = ranks_of(self.folder.results(), self.folder.objectives)
             for trial in sorted(left):
                 # ranks are of now, the front is of then: what left it cannot come back
                 mirror.retag(trial, front=False, rank=max(1, ranks.get(trial, 1)))

@@ -75,8 +75,8 @@ class Verdict:
         if method is None or control is None:
             return f"{at} {self.otherwise}"
         gain, margin = _rounded(self.gain), f"± {_outwards(self.margin):.2f} points"
-        best = f"trial {method.trial}, {_recipe(method)}"
-        named = "the dense model" if control.is_reference else _recipe(control)
+        best = f"trial {method.trial}, {recipe_line(method)}"
+        named = "the dense model" if control.is_reference else recipe_line(control)
         rival = f"{named} (trial {control.trial}, {_cost(self.cost, control)})"
         field = f"the best of {self.rivals} controls" if self.rivals > 1 else "the only control"
         how = f"95 %, paired, on {self.images} held-out images"
@@ -122,7 +122,7 @@ def verdict(
         lacking = "method" if method is None else "control"
         said = f"there is no verdict: no {lacking} that was measured in full costs so little"
         if (nearest := _cheapest(others if method is None else rivals, cost)) is not None:
-            said += f"; the cheapest, {_recipe(nearest)}, costs {_cost(cost, nearest)}"
+            said += f"; the cheapest, {recipe_line(nearest)}, costs {_cost(cost, nearest)}"
         return Verdict(cost, budget, where, method, control, otherwise=said)
     field = sum(_loss(cost, r) <= cost.sign * budget for r in rivals)
     return _compared(Verdict(cost, budget, where, method, control, rivals=field))
@@ -212,7 +212,8 @@ def _kind(control: TrialResult) -> str:
     return "the smaller input, " if structure["method"] == "resize" else "the smaller model, "
 
 
-def _recipe(result: TrialResult) -> str:
+def recipe_line(result: TrialResult) -> str:
+    """A trial's recipe in one line."""
     try:
         return str(Recipe.from_dict(result.recipe))
     except BadInput:  # written by a version with other methods

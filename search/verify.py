@@ -277,14 +277,21 @@ def rebuild(bundle: Path, result: dict[str, Any]) -> nn.Module:
     architecture, in eager mode, on the CPU.
     """
     weights = safetensors.torch.load_file(bundle / "weights.safetensors")
-    if result["model"] == embedded.NAME:
-        dense: nn.Module = embedded.build(pretrained=False)
-    else:
-        name = result.get("architecture", result["model"])
-        options = {**result.get("model_args", {}), "num_classes": len(weights["head.weight"])}
-        dense = timm.create_model(name, **options)
+    dense = fresh_dense(result, len(weights["head.weight"]))
     recipe = Recipe.from_yaml((bundle / "recipe.yaml").read_text(encoding="utf-8"))
-    return recipe.build(dense.eval(), weights=weights).eval()
+    return recipe.build(dense, weights=weights).eval()
+
+
+def fresh_dense(result: dict[str, Any], outputs: int | None = None) -> nn.Module:
+    """The dense model that result.json names, with fresh weights; outputs: of its head, where they
+    are not those of its architecture. Raises whatever timm raises.
+    """
+    if result["model"] == embedded.NAME:
+        return embedded.build(pretrained=False).eval()
+    options = dict(result.get("model_args", {}))
+    if outputs is not None:
+        options["num_classes"] = outputs
+    return timm.create_model(result.get("architecture", result["model"]), **options).eval()
 
 
 def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> torch.Tensor:

@@ -60,7 +60,7 @@ const SYMBOLS = { o: "circle", s: "square", "^": "triangle-up", D: "diamond", v:
 const GLYPHS = { o: "●", s: "■", "^": "▲", D: "◆", v: "▼", P: "✚", "<": "◀", X: "✖", ">": "▶", h: "⬢" };
 const HOLLOW = { o: "○", s: "□", "^": "△", D: "◇", v: "▽" };
 
-const lookOf = (t) => (SEVERAL ? { ...D.styles[t.method], colour: t.study.colour, control: D.styles[t.method].control }
+const lookOf = (t) => (SEVERAL ? { ...D.styles[t.method], colour: t.study.colour }
                                : D.styles[t.method]);
 function hover(t) {
   const lines = [`<b>trial ${t.n}${SEVERAL ? " of " + t.study.name : ""}</b>${t.knee ? ", knee" : ""}`, wrap(t.recipe)];
