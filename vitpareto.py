@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from clusters.jobs import Head
     from methods import Recipe
     from search.results import TrialResult
     from search.run import Prepared
@@ -67,6 +68,10 @@ Trained = Annotated[
     Path | None, typer.Option(help="The weights that the recipe names: .safetensors or .pth")
 ]
 
+Address = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT of a Ray head, or auto on its nodes [a Ray of this machine]"),
+]
 TrackingUri = Annotated[
     str | None,
     typer.Option(help="MLflow server; store: SQLite there; none [MLFLOW_TRACKING_URI, or store]"),
@@ -148,8 +153,13 @@ def search_command(
     storage: Annotated[
         str | None, typer.Option(help="Database for Optuna's trials [the study's folder]")
     ] = None,
+    latency_on: Annotated[
+        str | None, typer.Option(help="accelerator:H200, or a node's resource [where trials run]")
+    ] = None,
     store: Store = None,
     cache: Cache = None,
+    address: Address = None,
+    packed: Annotated[bool, typer.Option("--packed", hidden=True)] = False,
 ) -> None:
     """Search the accuracy-vs-cost front of a model, or continue a search.
 
@@ -158,8 +168,10 @@ def search_command(
     vitpareto search job.yaml --set trials=400 --set space.topk.keep_rate=[0.5,0.9]
     vitpareto search --name deit-s --trials 400
     """
-    options = {k: v for k, v in locals().items() if k not in ("job", "set_") and v is not None}
-    _search(job, set_ or [], options)
+    options = {k: v for k, v in locals().items() if v is not None}
+    for apart in ("job", "set_", "address", "packed"):
+        options.pop(apart, None)
+    _search(job, set_ or [], options, address, packed)
 
 
 @app.command("demo")
@@ -201,8 +213,15 @@ def demo_command(
     typer.echo(f"the study in MLflow: vitpareto ui demo{where}")
 
 
-def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
-    from clusters.local import local_cluster
+def _search(
+    job: Path | None,
+    sets: list[str],
+    options: dict[str, Any],
+    address: str | None = None,
+    packed: bool = False,
+) -> None:
+    """packed: the job was submitted, and its files lie beside it (`clusters.jobs.pack`)."""
+    from clusters.local import joined_cluster, local_cluster
     from search import run
     from search.config import SearchConfig, read_job
     from search.metrics import Metrics
@@ -213,28 +232,38 @@ def _search(job: Path | None, sets: list[str], options: dict[str, Any]) -> None:
     given = read_job(job, sets, options)
     config = SearchConfig.of(given)
     folder = StudyFolder(Path(config.store) / config.name)
+    if packed and job is not None:
+        from clusters.jobs import settle
+
+        given = settle(given, job.parent, folder.folder)
+        config = SearchConfig.of(given)
     if folder.exists:
         # what is not asked for anew stays as the study was started
         before = {k: v for k, v in folder.job().items() if k not in ("store", "cache")}
         config = SearchConfig.of({**before, **given})
     begin = time.monotonic()
     _say(f"study {config.name}: {config.model} on {config.data}, {config.until}")
-    prepared = run.prepare(config, decode=_decoding)
-    _say(
-        f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
-        f"{len(prepared.data.classes)} classes; methods: {', '.join(prepared.space.methods)}"
-    )
-    for why, names in _by_reason(prepared.left_out).items():
-        _say(f"left out: {', '.join(names)} ({why})")
     with contextlib.ExitStack() as stack:
-        room = stack.enter_context(local_cluster(config.workers))
+        room = None
+        if address is not None:
+            room = stack.enter_context(joined_cluster(address))
+            _say(f"nodes: {'; '.join(map(str, room.nodes))}")
+        prepared = run.prepare(config, decode=_decoding, nodes=room.nodes if room else ())
+        _say(
+            f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
+            f"{len(prepared.data.classes)} classes; methods: {', '.join(prepared.space.methods)}"
+        )
+        for why, names in _by_reason(prepared.left_out).items():
+            _say(f"left out: {', '.join(names)} ({why})")
+        if room is None:  # what is wrong with the job is said before a Ray is started
+            room = stack.enter_context(local_cluster(config.workers))
         progress = Progress()
         hooks: list[run.Hook] = [progress.hear]
         tracker = None
         if config.tracking_uri != "none":
             tracker = stack.enter_context(Tracker(folder, config.tracking_uri, say=_say))
             hooks.append(tracker.hear)
-        crew = Crew.of(config, prepared.device, room.cpus, room.gpus)
+        crew = Crew.of(config, prepared.device, room.cpus, room.gpus, room.nodes)
         owed = (lambda: tracker.owed) if tracker is not None else (lambda: 0)
         hooks.append(Metrics(config.name, crew.workers, owed).hear)
         # like Ctrl-C, as a batch system ends a job: Ray's own answer is to abort
@@ -1187,6 +1216,175 @@ def ui_command(
             typer.echo(served.url)
         sys.stdout.flush()
         signal.pause()
+
+
+JobAddress = Annotated[
+    str,
+    typer.Option(help="The head's dashboard", envvar="RAY_API_SERVER_ADDRESS", show_default=True),
+]
+HEAD = "http://127.0.0.1:8265"
+
+
+@app.command("submit")
+def submit_command(
+    job: Annotated[Path, typer.Argument(help="Job file (YAML), as `search` takes it")],
+    address: JobAddress = HEAD,
+    follow: Annotated[bool, typer.Option("--follow", help="Show the log until it ends")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE for any job key, e.g. trials=400")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="An existing study is continued")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="A folder that all nodes mount, or s3://…, gs://…")
+    ] = None,
+) -> None:
+    """Run a job on a Ray cluster: the same job file, packed with what the workers need.
+
+    \b
+    vitpareto submit job.yaml --address http://head:8265 --store s3://bucket/studies --follow
+    """
+    from clusters.jobs import Head
+    from search.config import read_job
+
+    given = read_job(job, set_ or [], {"name": name, "store": store})
+    head = Head(address)
+    made = head.submit(given)
+    typer.echo(made)
+    if not follow:
+        _say(f"its log: vitpareto logs {made} --follow; to end it: vitpareto stop {made}")
+        return
+    _follow(head, made)
+
+
+def _follow(head: Head, job: str) -> None:
+    """A job's log until it ends; its own exit: 0 where it succeeded."""
+    from clusters.jobs import described
+
+    try:
+        for text in head.follow(job):
+            typer.echo(text, nl=False)
+    except KeyboardInterrupt:
+        _say(f"{job} goes on; to end it: vitpareto stop {job}")
+        raise typer.Exit(0) from None
+    ended = head.find(job)
+    if ended.status != "SUCCEEDED":
+        _say(f"{job}: {ended.status.lower()}: {described(ended)}")
+        raise typer.Exit(1)
+
+
+@app.command("jobs")
+def jobs_command(address: JobAddress = HEAD) -> None:
+    """The searches that were submitted to a cluster, the latest first.
+
+    \b
+    vitpareto jobs --address http://head:8265
+    """
+    from rich.table import Table
+
+    from clusters.jobs import Head, described
+
+    found = Head(address).jobs()
+    if not found:
+        typer.echo(f"no search was submitted to {address} yet")
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("job", "study", "begun", "status", ""):
+        table.add_column(column, overflow="fold")
+    for one in found:
+        begun = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(one.begun_ms / 1e3))
+        table.add_row(one.id, one.study, begun, one.status.lower(), described(one))
+    _console().print(table)
+
+
+@app.command("logs")
+def logs_command(
+    job: Annotated[str, typer.Argument(help="As `submit` printed it")],
+    address: JobAddress = HEAD,
+    follow: Annotated[bool, typer.Option("--follow", help="Until it ends")] = False,
+) -> None:
+    """What a submitted search has said.
+
+    \b
+    vitpareto logs deit-s-1a2b3c4d --follow --address http://head:8265
+    """
+    from clusters.jobs import Head
+
+    head = Head(address)
+    if follow:
+        _follow(head, job)
+    else:
+        typer.echo(head.logs(job), nl=False)
+
+
+@app.command("stop")
+def stop_command(
+    job: Annotated[str, typer.Argument(help="As `submit` printed it")],
+    address: JobAddress = HEAD,
+) -> None:
+    """End a submitted search; what is finished is kept, and submitting it again continues.
+
+    \b
+    vitpareto stop deit-s-1a2b3c4d --address http://head:8265
+    """
+    from clusters.jobs import Head
+
+    before = Head(address).stop(job)
+    if before.over:
+        typer.echo(f"{job} was over already: {before.status.lower()}")
+    else:
+        typer.echo(f"{job} is being stopped; submitting the same job again continues it")
+
+
+cluster_app = typer.Typer(
+    name="cluster", help="Try a cluster's run on this machine.", no_args_is_help=True,
+    rich_markup_mode=None,
+)  # fmt: skip
+app.add_typer(cluster_app)
+
+
+@cluster_app.callback()
+def cluster_common() -> None:
+    """Keeps `local` a word of its own while it is the only one."""
+
+
+@cluster_app.command("local")
+def cluster_local_command(
+    nodes: Annotated[int, typer.Option(help="The head included")] = 3,
+    cpus: Annotated[int, typer.Option(help="Of each node")] = 1,
+    port: Annotated[int, typer.Option(help="Of the dashboard and of jobs; 0: a free one")] = 8265,
+    resource: Annotated[
+        str | None, typer.Option(help="One that node 1 alone has, to try --latency-on with")
+    ] = None,
+) -> None:
+    """A Ray cluster of several nodes on this machine, on loopback and with a token, until Ctrl-C.
+
+    \b
+    vitpareto cluster local --nodes 3
+    """
+    from clusters.nodes import several_nodes
+
+    ends = signal.getsignal(signal.SIGTERM)
+    try:
+        with several_nodes(nodes, cpus, port, resource) as there:
+            # after Ray, which sets its own: it drains for half a minute
+            signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+            for i, process in enumerate(there.processes):
+                _say(f"node {i}{' (head)' if i == 0 else ''}: {cpus} CPUs, process {process}")
+            typer.echo("in another terminal:")
+            typer.echo(f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={there.token}")
+            typer.echo(f"  vitpareto submit job.yaml --address {there.dashboard}")
+            typer.echo(f"  vitpareto search job.yaml --address {there.address}")
+            typer.echo(f"the dashboard: {there.dashboard}; Ctrl-C ends it all")
+            sys.stdout.flush()
+            told: set[int] = set()
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    time.sleep(0.5)
+                    for i in sorted({*there.ended()} - told):
+                        told.add(i)
+                        _say(f"node {i} ended")
+    finally:
+        signal.signal(signal.SIGTERM, ends)
 
 
 @app.command("methods")

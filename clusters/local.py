@@ -1,6 +1,6 @@
-"""This machine as a Ray cluster: started for one search and stopped after it, on loopback only.
+"""The Ray that a search runs on: this machine as a cluster of its own, or one that is there.
 
-Knows how Ray is started and stopped; what runs on it is `search.run`'s business.
+Knows how Ray is started, joined and left; what runs on it is `search.run`'s business.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,15 +27,24 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
+from search.errors import UserError
+from search.nodes import Node, alive
+
+#: seconds in which a head has to answer
+ANSWER_S = 10.0
+
 log = logging.getLogger("vitpareto")
 
 
 @dataclass(frozen=True)
 class Room:
-    """What a cluster offers, in whole CPUs and GPUs."""
+    """What a cluster offers, in whole CPUs and GPUs. nodes: of one that was there; none: it is this
+    machine's own.
+    """
 
     cpus: int
     gpus: int
+    nodes: tuple[Node, ...] = ()
 
 
 @contextlib.contextmanager
@@ -68,3 +78,78 @@ def local_cluster(workers: int | None = None) -> Iterator[Room]:
     finally:
         if not joined:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def joined_cluster(address: str) -> Iterator[Room]:
+    """The Ray at HOST:PORT, or the one that this process is part of (`auto`); left when the block
+    ends, with everything that runs there.
+
+    UserError, saying what would help: nobody answers, the token is another, Ray or Python differ.
+    """
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address} is where jobs are submitted (vitpareto submit --address {address}); a "
+            "search joins a cluster from one of its nodes, with --address auto"
+        )
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    host, _, port = address.rpartition(":")
+    if address != "auto":
+        try:
+            with socket.create_connection((host, int(port)), timeout=ANSWER_S):
+                pass
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"no Ray answers at {address} ({error}): accepted is HOST:PORT of a head, or auto "
+                "on one of its nodes"
+            ) from error
+    try:
+        with warnings.catch_warnings(), _silent_stderr():
+            warnings.simplefilter("ignore", ResourceWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"the Ray at {address} cannot be joined: {_reason(error)}") from error
+    try:
+        resources = ray.cluster_resources()
+        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+        yield Room(cpus, gpus, tuple(alive()))
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """What Ray's own threads write there goes nowhere: they repeat what is wrong every second."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray means, and what would help."""
+    said: list[str] = []
+    at: BaseException | None = error
+    while at is not None:
+        said.append(str(at))
+        at = at.__cause__ or at.__context__
+    text = " ".join(said)
+    if "uthentication" in text or "auth token" in text:
+        return (
+            "its token is another one, or none is given: set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's"
+        )
+    if "Version mismatch" in text:
+        return " ".join(text.split()) + ": give driver and nodes one image"
+    return " ".join(text.split())[:400]

@@ -67,6 +67,7 @@ class SearchConfig:
     latency_batch: int = 1
     latency_runtime: str = "eager"
     max_latency_ms: float | None = None
+    latency_on: str | None = None
     train_epochs: int = 0
     prepare_epochs: int = 0
     lr: float = 1e-4
@@ -109,6 +110,7 @@ class SearchConfig:
                 "storage",
                 "profile",
                 "time",
+                "latency_on",
             )
             if k in values
         }

@@ -254,6 +254,8 @@ def target_of(images: Tensor, runtime: str = "eager") -> dict[str, Any]:
 
 
 def device_name(device: torch.device | str) -> str:
-    """The GPU's name, or "cpu"."""
+    """The GPU's name, or "cpu"; "cuda" where this process has no GPU to name."""
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return device.type

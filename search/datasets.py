@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class Data:
             workers=self._workers,
             progress=self._progress,
         )
+
+    def only(self, *names: str) -> Data:
+        """The same with these splits alone: a training split's list is long, and travels."""
+        return replace(self, _listed={n: v for n, v in self._listed.items() if n in names})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_progress": None}  # a console's callback stays in its process
@@ -200,6 +204,10 @@ class _Files:
 
     def stamp(self) -> str:
         return self._stamp
+
+    def __getstate__(self) -> dict[str, Any]:
+        # not the stamp: another node's files have one of their own
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @cached_property
     def _stamp(self) -> str:

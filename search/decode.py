@@ -259,6 +259,12 @@ def _open(name: str, folder: Path) -> Split | None:
     return Split(name, folder, index["fingerprint"], corrupt)
 
 
+def is_whole(split: Split) -> bool:
+    """Whether this node has the split's images where it says, and they are those."""
+    found = _open(split.name, split.folder)
+    return found is not None and found.fingerprint == split.fingerprint
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock goes with its holder, however that ends."""

@@ -23,6 +23,7 @@ from methods import Recipe, Untrained
 from search.certify import certify_front
 from search.config import SearchConfig
 from search.errors import UserError
+from search.nodes import alive, check_nodes
 from search.pareto import front_of, objectives_named
 from search.results import TrialResult
 from search.run import DecodeProgress, Prepared, make_task, prepare, training_of
@@ -100,13 +101,17 @@ class Recovery:
         are done, for those that failed.
         """
         config = self.prepared.config
-        crew = Crew.of(config, self.prepared.device, cpus, gpus)
+        crew = Crew.of(config, self.prepared.device, cpus, gpus, alive())
         failed = {}
         with self.folder.locked():
             task = make_task(self.prepared, "", threads=None if crew.gpus else crew.cpus)
             task = replace(task, device=torch.device(task.device).type)
             if self.todo:
                 task = replace(task, training=training_of(self.prepared, self.settings))
+            data = self.prepared.data.only("search", "calibration", "held-out", "train")
+            check_nodes(task, data, say)
+            task = replace(task, data=data)
+            if self.todo:
                 remote = ray.remote(_recover).options(
                     num_cpus=crew.cpus, num_gpus=crew.gpus, max_retries=0
                 )

@@ -13,7 +13,7 @@ import logging
 import platform
 import tempfile
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,21 @@ from methods.parameters import Float
 from search.candidates import Training
 from search.certify import certify_front
 from search.config import IDENTITY, TRAINING_IDENTITY, SearchConfig
-from search.cost import device_name, recipe_macs, target_of
+from search.cost import device_name, recipe_macs
 from search.datasets import Data, Preprocess, check_head, open_data
 from search.errors import UserError
-from search.evaluate import DTYPES
 from search.judge import Judge
 from search.layouts import read_checkpoint
 from search.models import MappedModel, check_trained, fingerprint, load_model, num_classes
+from search.nodes import (
+    Node,
+    alive,
+    check_nodes,
+    check_target,
+    cluster_device,
+    largest,
+    target_there,
+)
 from search.pareto import front_of
 from search.preparations import prepare_shared, snapshots_of
 from search.prepare import needs
@@ -49,6 +57,7 @@ from search.snapshots import targets_of
 from search.space import Space
 from search.storage import close, open_storage
 from search.store import StudyFolder
+from search.timer import timing_on
 from search.train import Settings
 from search.trial import Task, Workplace, run_trial, window_violation
 from search.tune import Crew, run_tune
@@ -102,6 +111,8 @@ class Prepared:
             kept["latency_runtime"] = config["latency_runtime"]
         if config.get("max_latency_ms") is not None:
             kept["max_latency_ms"] = config["max_latency_ms"]
+        if config.get("latency_on") is not None:
+            kept["latency_on"] = config["latency_on"]
         if config["race"] != "off":
             kept["race_error"] = config["race_error"]
         return {
@@ -159,15 +170,21 @@ def resolve_device(asked: str) -> str:
 
 
 def prepare(
-    config: SearchConfig, decode: DecodeProgress | None = None, recipe: Recipe | None = None
+    config: SearchConfig,
+    decode: DecodeProgress | None = None,
+    recipe: Recipe | None = None,
+    nodes: Sequence[Node] = (),
 ) -> Prepared:
     """Look at every part of the job, decode its images and make its folder, before anything is
     started. BadInput for the first thing that is wrong. recipe: one that is to be measured, looked
-    at before any image is.
+    at before any image is. nodes: of the cluster that trials will run on, where it is not this
+    machine's own Ray.
     """
     folder = StudyFolder(Path(config.store) / config.name)
     Space.of(config.study_methods, config.space, config.fixed)  # before a model is loaded
-    device = resolve_device(config.device)
+    device = cluster_device(config.device, nodes) if nodes else resolve_device(config.device)
+    if nodes and config.latency_on is not None:
+        check_target(config.latency_on, nodes)
     model = load_model(config.model, Path(config.weights) if config.weights else None)
     shape, reshape = methods.model_shape(model), ShapeFinder(model)
     parts = None
@@ -187,7 +204,7 @@ def prepare(
         progress=decode,
     )
     head = check_head(num_classes(model), data)
-    if config.latency != "off" or config.times_trials:
+    if (config.latency != "off" or config.times_trials) and not nodes:
         check_runtime(config.latency_runtime, device, config.dtype)
     chosen, left_out = _with_images(config, data)
     space = Space.of(chosen, config.space, config.fixed)
@@ -236,8 +253,7 @@ def _profile(config: SearchConfig, model: nn.Module, space: Space, device: str) 
             "searched: add it to methods, with prepare_epochs, or give snap: steps"
         )
     profile = Profile.load(Path(config.profile))
-    like = torch.empty(config.latency_batch, dtype=DTYPES[config.dtype], device=device)
-    profile.check(target_of(like), model)
+    profile.check(target_there(config.latency_batch, config.dtype, device), model)
     return profile
 
 
@@ -290,8 +306,8 @@ def search(
     driver holds the study, its settings differ, or the store cannot be written.
     """
     config, folder = prepared.config, prepared.folder
-    crew = Crew.of(config, prepared.device, cpus, gpus)
-    with folder.locked():
+    crew = Crew.of(config, prepared.device, cpus, gpus, alive())
+    with folder.locked(), contextlib.ExitStack() as stack:
         if not folder.exists:  # a study without its job could not be continued by name alone
             folder.write_job(config.plain())
         folder.settle(prepared.identity)
@@ -301,6 +317,14 @@ def search(
         task = make_task(prepared, epoch, threads=None if crew.gpus else crew.cpus)
         # Ray shows a worker its own GPUs alone, counted from 0
         task = replace(task, device=torch.device(task.device).type)
+        names = ("search", "calibration", "held-out", *(["train"] if prepared.trained else []))
+        check_nodes(task, prepared.data.only(*names), say)
+        task = replace(task, data=prepared.data.only(*names))
+        timer = None
+        if config.latency_on is not None:
+            timer = stack.enter_context(timing_on(config.latency_on, task, say))
+        if config.times_trials:
+            task = replace(task, timer=timer)
         judge = judge_of(prepared)
         if judge is not None:
             images = len(prepared.data.split("search"))
@@ -333,7 +357,7 @@ def search(
         finally:
             close(storage)
         if config.latency == "front" and searcher.tally.ended:
-            time_front(folder, task, config.objectives, cpus, gpus)
+            time_front(folder, task, config.objectives, timer)
         if config.certify == "front" and searcher.tally.ended:
             certify_front(
                 folder, task, prepared.data, config.objectives,
@@ -420,9 +444,12 @@ def _targets(space: Space) -> tuple[float, ...]:
 
 
 def time_front(
-    folder: StudyFolder, task: Task, objectives: tuple[str, ...], cpus: int, gpus: int
+    folder: StudyFolder, task: Task, objectives: tuple[str, ...], timer: Any = None
 ) -> dict[int, Latency]:
-    """Latency of every front member beside the dense model, alone on the device (decision 6)."""
+    """Latency of every front member beside the dense model, alone on the device (decision 6).
+
+    timer: the actor of the job's `latency_on`; None: a whole node of those that measured.
+    """
     known = folder.latencies()
     front = front_of(folder.results(), [OBJECTIVES[o] for o in objectives])
     todo = [
@@ -431,10 +458,13 @@ def time_front(
         if r.trial not in known and r.latency is None
     ]
     if todo:
-        alone = ray.remote(_time_recipes).options(
-            num_cpus=cpus, num_gpus=1 if task.device.startswith("cuda") and gpus else 0
-        )
-        found = ray.get(alone.remote(replace(task, threads=None), todo))
+        if timer is not None:
+            found = ray.get(timer.timed_all.remote(todo))
+        else:
+            cuda = task.device.startswith("cuda")
+            cpus = largest([n for n in alive() if n.gpus or not cuda])
+            alone = ray.remote(_time_recipes).options(num_cpus=cpus, num_gpus=1 if cuda else 0)
+            found = ray.get(alone.remote(replace(task, threads=None, timer=None), todo))
         known = {**known, **found}
         folder.write_latencies(known)
     return known

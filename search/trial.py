@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from ray import tune
 from torch import nn
@@ -23,10 +24,11 @@ from torch import nn
 import methods
 from methods import ModelShape, Recipe
 from search.candidates import Made, Trainer, Training
-from search.cost import latency, parameters, peak_mb, recipe_macs, schedule_macs
-from search.datasets import Preprocess, Split
+from search.cost import device_name, latency, parameters, peak_mb, recipe_macs, schedule_macs
+from search.datasets import Data, Preprocess, Split
 from search.evaluate import DTYPES, Correctness, batches_of, evaluate, fitting
 from search.models import MappedModel
+from search.nodes import task_here
 from search.results import Latency, TrialResult, pack_bits, wilson_interval
 from search.runtimes import Run, prepared
 from search.store import StaleWorker, StudyFolder
@@ -67,6 +69,16 @@ class Task:
     rungs: tuple[int, ...] = ()
     #: peak memory is an objective, so that racing has to know it
     peak_first: bool = False
+    #: the images before they are decoded, for nodes that see no folder of the driver's
+    data: Data | None = None
+    #: the actor that measures latencies, where they hold for another device than the trial's
+    timer: Any = None
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """What a worker maps."""
+        trained = () if self.training is None else (self.training.split,)
+        return (self.search, self.calibration, *trained)
 
 
 @dataclass
@@ -79,8 +91,11 @@ class Workplace:
 
     @classmethod
     def open(cls, task: Task) -> Workplace:
+        """Raises UserError where this node's images are not the study's."""
         if task.threads is not None:
             torch.set_num_threads(task.threads)
+        made_on = {**task.provenance, "device": device_name(task.device)}
+        task = replace(task_here(task), provenance=made_on)
         dense = task.model.load(task.device, DTYPES[task.dtype])
         return cls(task, dense, methods.model_shape(dense))
 
@@ -101,7 +116,13 @@ class Workplace:
         return prepared(self.dense, self.images(self.task.timed_batch), self.task.runtime)
 
     def timed(self, model: nn.Module) -> Latency:
-        """A candidate beside the dense model, in the task's runtime and at its batch."""
+        """A candidate beside the dense model, in the task's runtime and at its batch; on the
+        target's device, where the job names one.
+        """
+        if self.task.timer is not None:
+            recipe: Recipe = model.recipe  # type: ignore[assignment]
+            found: Latency = ray.get(self.task.timer.timed.remote(recipe.to_dict()))
+            return found
         images, runtime = self.images(self.task.timed_batch), self.task.runtime
         return latency(prepared(model, images, runtime), self.dense_run, images, runtime=runtime)
 
@@ -300,7 +321,10 @@ def measuring(
         values["top1"] = 100 * float(np.mean(now.top1))
         values["top5"] = 100 * float(np.mean(now.top5))
         if stop < whole:
-            made = record if batch == task.batch else {**record, "batch": batch}
+            # a stopped trial's result is written by the driver, which may have another device
+            made = {"device": task.provenance["device"], **record}
+            if batch != task.batch:
+                made["batch"] = batch
             yield Rung(key, resolved.to_dict(), dict(values), now.top1, now.macs_each, bounds, made)
     assert seen is not None
     if not task.peak_first:

@@ -10,8 +10,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.tune.schedulers import FIFOScheduler
 
 from search.config import SearchConfig
 from search.errors import UserError
+from search.nodes import Node, check_target, largest
 from search.searcher import FrontSearcher
 from search.trial import RUNG, RecipeTrial, Task
 
@@ -40,21 +41,39 @@ class Crew:
     gpus: float
 
     @classmethod
-    def of(cls, config: SearchConfig, device: str, cpus: int, gpus: int) -> Crew:
-        """cpus, gpus: what the cluster has. UserError where the job asks for more."""
+    def of(
+        cls, config: SearchConfig, device: str, cpus: int, gpus: int, nodes: Sequence[Node] = ()
+    ) -> Crew:
+        """cpus, gpus: what the cluster has. nodes: what each of its nodes has; none: it is one.
+        UserError where the job asks for more.
+        """
+        able = [n for n in nodes if n.gpus or not device.startswith("cuda")]
+        if config.latency_on is not None and nodes:
+            slot = check_target(config.latency_on, nodes)
+            cpus, gpus = cpus - int(slot["CPU"]), gpus - int(slot.get("GPU", 0))
+            if cpus < 1 or (device.startswith("cuda") and gpus < 1):
+                raise UserError(
+                    f"latency_on is {config.latency_on!r}, whose slot is all that the cluster has: "
+                    "add a node for the trials, or leave latency_on out"
+                )
         if device.startswith("cuda"):
             share = config.gpus_per_trial or 1.0
             if share > gpus:
-                raise UserError(f"a trial asks for {share:g} GPUs: the cluster has {gpus}")
+                there = "; ".join(str(n) for n in nodes)
+                raise UserError(
+                    f"a trial asks for {share:g} GPUs: the cluster has {gpus}"
+                    + (f" for trials ({there})" if there else "")
+                )
             workers = config.workers or max(1, int(gpus / share))
             crew = cls(workers, max(1, cpus // (2 * workers)), share)
         else:
-            workers = config.workers or min(cpus, 8)
+            # more than eight on one machine get in each other's way
+            workers = config.workers or min(cpus, 8 * max(1, len(able)))
             crew = cls(workers, max(1, cpus // workers), 0.0)
-        if config.times_trials:
+        if config.times_trials and config.latency_on is None:
             # a latency is measured alone on its device, never beside another worker
-            return cls(1, cpus, 1.0 if device.startswith("cuda") else 0.0)
-        return crew
+            crew = cls(1, cpus, 1.0 if device.startswith("cuda") else 0.0)
+        return replace(crew, cpus=min(crew.cpus, max(1, largest(able)))) if able else crew
 
     def fit(self, resources: Mapping[str, float]) -> int:
         """Trials that there is room for at a time, on all of a cluster's resources."""

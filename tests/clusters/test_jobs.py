@@ -1,0 +1,91 @@
+"""What is packed for a cluster, and where its files lie afterwards."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from clusters import jobs
+from clusters.jobs import CODE, INPUTS, Job, described, pack, settle
+from search.errors import UserError
+
+
+def given(tmp_path: Path) -> dict[str, Any]:
+    """A job that names files of this machine."""
+    model = tmp_path / "vit"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
+    (tmp_path / "w.safetensors").write_bytes(b"w" * 1000)
+    return {
+        "name": "k",
+        "model": f"local-dir:{model}",
+        "weights": str(tmp_path / "w.safetensors"),
+        "store": "/shared/studies",
+        "data": "/shared/imagenet",
+    }
+
+
+def test_a_package_runs_by_itself(tmp_path: Path) -> None:
+    """Code, job and files: nothing of this project has to be installed where it runs."""
+    package = tmp_path / "package"
+    package.mkdir()
+    config = pack(given(tmp_path), package)
+    assert config.name == "k"
+    packed = yaml.safe_load((package / "job.yaml").read_text())
+    assert packed["data"] == "/shared/imagenet", "what is on the cluster stays as it was said"
+    weights, model = Path(packed["weights"]), Path(packed["model"].removeprefix("local-dir:"))
+    assert weights.parts[0] == model.parts[0] == INPUTS
+    assert (package / weights).read_bytes() == b"w" * 1000
+    assert (package / model / "config.json").is_file()
+    done = subprocess.run(
+        [sys.executable, "-c", "import vitpareto, methods, search, clusters, dashboards\n"
+         "print(*(m.__file__ for m in (vitpareto, methods, search, clusters, dashboards)))"],
+        cwd=package, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(Path(f).is_relative_to(package) for f in done.stdout.split()), done.stdout
+    assert len(done.stdout.split()) == len(CODE)
+    assert (package / "search" / "weights" / "digits_vit.safetensors").is_file()
+
+
+def test_packed_files_outlive_the_package_under_one_name(tmp_path: Path) -> None:
+    """The same job submitted again names the same paths: a study is continued, not refused."""
+    job, study = given(tmp_path), tmp_path / "studies" / "k"
+    settled = []
+    for name in ("first", "second"):
+        package = tmp_path / name
+        package.mkdir()
+        pack(job, package)
+        packed = yaml.safe_load((package / "job.yaml").read_text())
+        settled.append(settle(packed, package, study))
+    assert settled[0] == settled[1]
+    for key in ("weights", "model"):
+        path = Path(settled[0][key].removeprefix("local-dir:"))
+        assert path.is_relative_to(study) and path.exists()
+    assert not list((study / INPUTS).glob(".*")), "nothing half-copied"
+
+
+def test_a_job_that_cannot_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = given(tmp_path)
+    (tmp_path / "package").mkdir()
+    for store in (None, "studies"):
+        with pytest.raises(UserError, match="must outlive the cluster; give --store"):
+            pack({**job, "store": store}, tmp_path / "package")
+    with pytest.raises(UserError, match="job has no key 'trails'.*trials"):
+        pack({**job, "trails": 3}, tmp_path / "package")
+    (tmp_path / "w.safetensors").write_bytes(b"w" * 7_000_000)
+    monkeypatch.setattr(jobs, "LIMIT_MB", 5)
+    with pytest.raises(UserError, match=r"Ray takes less than 5; its largest file is w\.safetens"):
+        pack(job, tmp_path / "package")
+
+
+def test_why_a_job_failed_is_one_line() -> None:
+    log = "Job entrypoint command failed with exit code 2, last logs:\nstudy k\nerror: no GPU\n"
+    assert described(Job("k-1", "k", "FAILED", log, 0)) == "error: no GPU"
+    assert described(Job("k-1", "k", "RUNNING", "Job is currently running.", 0)) == ""

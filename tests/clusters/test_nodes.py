@@ -1,0 +1,302 @@
+"""A search on a real cluster of three nodes: submitted, stopped, continued, a node killed; and what
+is refused before anything is measured.
+
+The nodes' workers run in folders of their own, so a path below /proc/self/cwd is another place on
+each: that is how one machine has stores and images that nodes do not share.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+
+from search.store import StudyFolder
+from tests.search.faults import NAME, look, results, until
+
+JOB = {"name": NAME, "trials": 24, "images": 200, "certify": "off", "latency": "off", "race": "off"}
+#: another folder in each process: that in which it runs
+OWN = Path("/proc/self/cwd")
+
+pytestmark = pytest.mark.skipif(not OWN.is_dir(), reason="needs /proc, for folders of a node's own")
+
+
+@dataclass
+class Running:
+    """A cluster as `vitpareto cluster local` printed it."""
+
+    process: subprocess.Popen[str]
+    log: Path
+    address: str
+    dashboard: str
+    token: Path
+    raylets: list[int]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
+
+    def folder(self, node: int) -> Path:
+        """Where the node's workers run."""
+        return self.token.parent / str(node)
+
+    def run(
+        self, *arguments: object, cwd: Path, environment: dict[str, str] | None = None
+    ) -> tuple[int, str]:
+        """A command as a user gives it, from a folder: its exit, and all that it printed."""
+        done = subprocess.run(
+            [sys.executable, "-m", "vitpareto", *map(str, arguments)],
+            cwd=cwd, env=environment or self.environment, text=True, timeout=200,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    place = tmp_path_factory.mktemp("cluster")
+    log = place / "log"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vitpareto", "cluster", "local", "--nodes", "3", "--port", "0",
+             "--resource", "stopwatch"],
+            env=environment, stdout=out, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+    try:
+        until(
+            lambda: "Ctrl-C ends it" in log.read_text() or process.poll() is not None, "three nodes"
+        )
+        said = log.read_text()
+        assert process.poll() is None, said
+        yield Running(
+            process,
+            log,
+            re.search(r"search job.yaml --address (\S+)", said)[1],  # type: ignore[index]
+            re.search(r"submit job.yaml --address (\S+)", said)[1],  # type: ignore[index]
+            Path(re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", said)[1]),  # type: ignore[index]
+            [int(pid) for pid in re.findall(r"process (\d+)", said)],
+        )
+    finally:
+        family = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=60) == 0, log.read_text()
+            _, alive = psutil.wait_procs(family, timeout=30)
+            assert not alive, f"left behind: {alive}"
+        finally:
+            process.kill()
+
+
+def answer(url: str, token: str | None = None) -> int:
+    """The status of a GET."""
+    asked = urllib.request.Request(url)
+    if token is not None:
+        asked.add_header("Authorization", f"Bearer {token}")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(asked, timeout=20) as got:
+            return int(got.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_it_listens_on_loopback_and_asks_for_the_token(cluster: Running) -> None:
+    jobs = f"{cluster.dashboard}/api/jobs/"
+    assert answer(jobs) == 401
+    assert answer(jobs, "0" * 64) in (401, 403)
+    assert answer(jobs, cluster.token.read_text()) == 200
+    assert cluster.token.stat().st_mode & 0o077 == 0, "for its owner alone"
+    parent = psutil.Process(cluster.process.pid)
+    listening = {
+        c.laddr.ip
+        for process in (parent, *parent.children(recursive=True))
+        for c in process.net_connections("tcp")
+        if c.status == psutil.CONN_LISTEN
+    }
+    assert listening and listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
+
+
+def test_what_cannot_work_is_refused_at_the_start(cluster: Running, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    search = ("search", "job.yaml", "--address", cluster.address)
+    code, said = cluster.run(*search, "--store", OWN / "apart", cwd=tmp_path)
+    assert code == 2 and "is not the same folder on every node" in said, said
+    assert "--store s3://" in said and "--store /shared" in said, "the fix"
+    code, said = cluster.run(*search, "--store", tmp_path / "s", "--device", "cuda", cwd=tmp_path)
+    assert code == 2 and "no node of the cluster has a GPU. There are 127.0.0.1: 1 CPUs" in said
+    code, said = cluster.run(
+        *search, "--store", tmp_path / "s", "--latency-on", "stopclock", cwd=tmp_path
+    )
+    assert code == 2 and "no node has it: there is stopwatch" in said, said
+    code, said = cluster.run(
+        "search", "job.yaml", "--address", cluster.dashboard, "--store", "s", cwd=tmp_path
+    )
+    assert code == 2 and f"vitpareto submit --address {cluster.dashboard}" in said
+    code, said = cluster.run(
+        "search", "job.yaml", "--address", "127.0.0.1:9", "--store", "s", cwd=tmp_path
+    )
+    assert code == 2 and "no Ray answers at 127.0.0.1:9" in said
+    assert not (tmp_path / "s" / NAME / "trials").is_dir() or not results(tmp_path / "s")
+
+
+def test_a_head_that_does_not_answer_another_token_another_ray(
+    cluster: Running, tmp_path: Path
+) -> None:
+    wrong = {**cluster.environment, "RAY_AUTH_TOKEN": "1" * 64}
+    wrong.pop("RAY_AUTH_TOKEN_PATH")
+    jobs = ("jobs", "--address")
+    code, said = cluster.run(*jobs, cluster.dashboard, cwd=tmp_path, environment=wrong)
+    assert code == 2 and "does not take this token" in said and "RAY_AUTH_TOKEN_PATH" in said
+    code, said = cluster.run(
+        "search", "--address", cluster.address, "--store", "s", cwd=tmp_path, environment=wrong
+    )
+    assert code == 2 and "its token is another one" in said and len(said) < 600, said
+    code, said = cluster.run(*jobs, "http://127.0.0.1:9", cwd=tmp_path)
+    assert code == 2 and "no Ray answers at http://127.0.0.1:9" in said
+    code, said = cluster.run(*jobs, "head:8265", cwd=tmp_path)
+    assert code == 2 and "http://head:8265" in said
+    code, said = cluster.run("logs", "kk", "--address", cluster.dashboard, cwd=tmp_path)
+    assert code == 2 and "there is no job 'kk'" in said
+    for call in (
+        f"from clusters.jobs import Head; Head('{cluster.dashboard}')",
+        f"with clusters.local.joined_cluster('{cluster.address}'): pass",
+    ):
+        code = f"import clusters.local, ray; ray.__version__ = '2.31.0'\n{call}"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=cluster.environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert "UserError" in done.stderr and "2.31.0" in done.stderr, done.stderr
+        assert "image" in done.stderr, "the fix"
+
+
+def images(folder: Path, seed: int) -> None:
+    """Two classes of a few small pictures."""
+    draws = np.random.default_rng(seed)
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = draws.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i:02d}.png")
+
+
+def test_a_node_with_other_images_is_refused(cluster: Running, tmp_path: Path) -> None:
+    for place, seed in ((tmp_path, 0), *((cluster.folder(i), int(i == 1)) for i in range(3))):
+        images(place / "data", seed)
+    code, said = cluster.run(
+        "search", "--model", "vit_tiny_patch16_224", "--data", OWN / "data",
+        "--address", cluster.address, "--store", tmp_path / "s", "--cache", OWN / "own",
+        "--weights", weights(tmp_path), "--trials", "3", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 2 and "cannot take part: the images of /proc/self/cwd/data" in said, said
+    assert "are not those of the study" in said
+    assert not results_in(tmp_path / "s")
+
+
+def weights(place: Path) -> Path:
+    """For a model of two classes."""
+    import safetensors.torch
+    import timm
+
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=2)
+    safetensors.torch.save_file(model.state_dict(), place / "w.safetensors")
+    return place / "w.safetensors"
+
+
+def results_in(store: Path) -> list[Path]:
+    return list(store.glob("*/trials/[0-9]*.json"))
+
+
+@pytest.mark.timeout(400)
+def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Path) -> None:
+    """Trials share the other two nodes; latencies come from the one that has the resource."""
+    job = {**JOB, "trials": 6, "objectives": ["top1", "latency_ms"], "latency_on": "stopwatch"}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    code, said = cluster.run(
+        "search", "job.yaml", "--address", cluster.address, "--store", tmp_path / "s",
+        "--cache", OWN / "own", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, said
+    assert "latencies are measured on cpu, in a slot of stopwatch by itself" in said
+    found = StudyFolder(tmp_path / "s" / NAME).results()
+    assert len(found) == 6 and all(r.state == "finished" for r in found)
+    for result in found:
+        assert result.timed is not None and result.values["latency_ms"] > 0
+        assert result.timed.target["device"] == "cpu"
+    # a slot is the whole node: nothing else was given room on it
+    assert (cluster.folder(1) / "own").is_dir()
+
+
+@pytest.mark.timeout(500)
+def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
+    cluster: Running, tmp_path: Path
+) -> None:
+    """Stop, submit again, kill a node: nothing finished is lost or measured twice, and each node
+    decoded the images once, for itself.
+    """
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    store = tmp_path / "store"
+    submit = (
+        "submit", "job.yaml", "--address", cluster.dashboard, "--store", store,
+        "--set", f"cache={OWN / 'cache'}",
+    )  # fmt: skip
+    code, said = cluster.run(*submit[:-4], cwd=tmp_path)
+    assert code == 2 and "must outlive the cluster" in said
+    code, said = cluster.run(*submit, cwd=tmp_path)
+    assert code == 0, said
+    job = said.splitlines()[0]
+    assert job.startswith(f"{NAME}-")
+
+    def log() -> str:
+        return cluster.run("logs", job, "--address", cluster.dashboard, cwd=tmp_path)[1]
+
+    until(lambda: len(results(store)) >= 5, "five trials", within=120)
+    code, said = cluster.run("stop", job, "--address", cluster.dashboard, cwd=tmp_path)
+    assert code == 0 and "continues it" in said
+    until(
+        lambda: "stopped" in cluster.run("jobs", "--address", cluster.dashboard, cwd=tmp_path)[1],
+        "the job is stopped",
+    )
+    assert "3 nodes: looking for the study" in log()
+    seen = results(store)
+    assert 5 <= len(seen) < JOB["trials"], log()  # type: ignore[operator]
+
+    code, said = cluster.run(*submit, cwd=tmp_path)
+    job = said.splitlines()[0]
+    until(lambda: len(results(store)) >= len(seen) + 4, "four more", within=120)
+    os.kill(cluster.raylets[2], signal.SIGKILL)
+    killed_at = len(results(store))
+    code, said = cluster.run("logs", job, "--follow", "--address", cluster.dashboard, cwd=tmp_path)
+    assert code == 0, said
+    assert f"{JOB['trials']} trials measured" in said
+    assert killed_at < JOB["trials"], "the node died in the middle"  # type: ignore[operator]
+    found = look(store, "node", 1, seen, mlflow=False)
+    assert found.whole and found.trials == JOB["trials"], found
+    until(lambda: "node 2 ended" in cluster.log.read_text(), "it is said that a node ended")
+    code, said = cluster.run("jobs", "--address", cluster.dashboard, cwd=tmp_path)
+    assert said.count("succeeded") == 1 and said.count("stopped") == 1, said
+    # each node has search and calibration images of its own, once: the same
+    decoded = [
+        sorted(p.parent.name for p in cluster.folder(i).glob(
+            "session_2*/runtime_resources/working_dir_files/*/cache/decoded/*/index.json"
+        ))
+        for i in range(3)
+    ]  # fmt: skip
+    assert set(decoded[1]) == set(decoded[2]) <= set(decoded[0]) and len(set(decoded[1])) == 2
+    time.sleep(0.1)
