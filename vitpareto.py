@@ -1011,6 +1011,7 @@ def recover_command(
     workers: Annotated[int | None, typer.Option(help="Trainings at a time [as fit]")] = None,
     store: Store = None,
     cache: Cache = None,
+    address: Address = None,
 ) -> None:
     """Fine-tune the front's recipes, the dense model as their teacher: a second, recovered front.
 
@@ -1018,15 +1019,10 @@ def recover_command(
     vitpareto recover deit-s --epochs 5
     vitpareto recover deit-s --epochs 5 --trial 12 --trial 40
     """
-    from clusters.local import local_cluster
+    from clusters.local import joined_cluster, local_cluster
     from search.recover import Recovery
 
     folder = _find(store, name)
-    recovery = Recovery.of(
-        folder, epochs=epochs, trials=trial or (), lr=lr, batch=train_batch, workers=workers,
-        cache=cache, decode=_decoding,
-    )  # fmt: skip
-    _say(f"{len(recovery.todo)} trials to recover")
 
     def heard(before: TrialResult, after: TrialResult) -> None:
         _say(
@@ -1035,7 +1031,15 @@ def recover_command(
         )
 
     try:
-        with local_cluster(workers) as room:
+        with contextlib.ExitStack() as stack:
+            joined = stack.enter_context(joined_cluster(address)) if address else None
+            recovery = Recovery.of(
+                folder, epochs=epochs, trials=trial or (), lr=lr, batch=train_batch,
+                workers=workers, cache=cache, decode=_decoding,
+                nodes=joined.nodes if joined else (),
+            )  # fmt: skip
+            _say(f"{len(recovery.todo)} trials to recover")
+            room = joined or stack.enter_context(local_cluster(workers))
             recovery.run(cpus=room.cpus, gpus=room.gpus, heard=heard, say=_say)
     finally:
         if folder.recovered():

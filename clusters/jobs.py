@@ -33,6 +33,12 @@ CODE = ("methods", "search", "clusters", "dashboards", "vitpareto")
 INPUTS, JOB = "inputs", "job.yaml"
 #: Ray's limit of a package; its own name for it is GCS_STORAGE_MAX_SIZE
 LIMIT_MB = 512
+#: Ray's loggers that tell every step of an upload and of a log's end
+QUIET = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
 #: job keys that may name files of this machine
 FILES = ("weights", "profile")
 
@@ -165,11 +171,11 @@ class Head:
                 "http://head:8265"
             )
         self.address = address
-        logging.getLogger("ray.dashboard").setLevel(logging.WARNING)
-        logging.getLogger("ray._private.runtime_env").setLevel(logging.WARNING)
         try:
             self.client = JobSubmissionClient(address)
             there = str(self._version())
+            for name in QUIET:  # set anew by the client when it is made
+                logging.getLogger(name).setLevel(logging.WARNING)
         except AuthenticationError as error:
             raise UserError(
                 f"{address} does not take this token ({str(error).splitlines()[0]}): set "

@@ -84,6 +84,7 @@ def several_nodes(
         try:
             # workers run where their raylet was started: each node in a folder of its own
             os.chdir(folder := _folder(place, 0))
+            os.environ["VITPARETO_CACHE"] = str(folder / "cache")
             head = {
                 "include_dashboard": True,
                 "dashboard_host": LOOPBACK,
@@ -96,6 +97,7 @@ def several_nodes(
                 raylets.append(_raylet(cluster.head_node))
                 for i in range(1, nodes):
                     os.chdir(folder := _folder(place, i))
+                    os.environ["VITPARETO_CACHE"] = str(folder / "cache")
                     own: dict[str, Any] = {
                         "dashboard_agent_listen_port": _free(),
                         "temp_dir": str(folder),

@@ -92,6 +92,14 @@ class Data:
         """The same with these splits alone: a training split's list is long, and travels."""
         return replace(self, _listed={n: v for n, v in self._listed.items() if n in names})
 
+    def cached_in(self, cache: Path) -> Data:
+        """The same, decoded into another folder."""
+        return replace(self, _cache=cache.expanduser().absolute())
+
+    def decoded(self, name: str) -> Path:
+        """Where the cache has a decoded split of this name (`Split.folder`)."""
+        return self._cache / "decoded" / name
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_progress": None}  # a console's callback stays in its process
 
@@ -170,7 +178,11 @@ def check_head(num_classes: int, data: Data) -> tuple[int, ...] | None:
 
 
 def default_cache() -> Path:
-    """The platform's cache folder for this program; `XDG_CACHE_HOME` is respected everywhere."""
+    """VITPARETO_CACHE, or the platform's cache folder for this program; `XDG_CACHE_HOME` is
+    respected everywhere.
+    """
+    if os.environ.get("VITPARETO_CACHE"):
+        return Path(os.environ["VITPARETO_CACHE"]).expanduser().absolute()
     if os.environ.get("XDG_CACHE_HOME"):
         return Path(os.environ["XDG_CACHE_HOME"]) / "vitpareto"
     if sys.platform == "darwin":

@@ -9,6 +9,7 @@ results missing or measured on other images; a node that joins later looks for i
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -229,13 +230,17 @@ def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -
     return _Seen("", device_name(task.device))
 
 
-def split_here(split: Split, data: Data | None) -> Split:
-    """The split as this node has it decoded: what the driver decoded where that folder is seen
-    here too, otherwise the same images decoded here, once a node.
+def split_here(split: Split, data: Data) -> Split:
+    """The split as this node has it decoded, once a node: in the folder that its environment names
+    (VITPARETO_CACHE), else where the driver has it, which may be seen from here.
 
     UserError where the images are not the same here.
     """
-    if data is None or is_whole(split):
+    cache = os.environ.get("VITPARETO_CACHE")
+    if cache:
+        data = data.cached_in(Path(cache))
+        split = replace(split, folder=data.decoded(split.folder.name))
+    if is_whole(split):
         return split
     own = data.split(split.name)
     if own.fingerprint != split.fingerprint:

@@ -23,10 +23,10 @@ from methods import Recipe, Untrained
 from search.certify import certify_front
 from search.config import SearchConfig
 from search.errors import UserError
-from search.nodes import alive, check_nodes
+from search.nodes import Node, alive
 from search.pareto import front_of, objectives_named
 from search.results import TrialResult
-from search.run import DecodeProgress, Prepared, make_task, prepare, training_of
+from search.run import DecodeProgress, Prepared, looked_at, make_task, prepare, training_of
 from search.store import StudyFolder
 from search.train import Settings
 from search.trial import STATE, Task, Workplace, measure_built
@@ -62,11 +62,12 @@ class Recovery:
         workers: int | None = None,
         cache: str | None = None,
         decode: DecodeProgress | None = None,
+        nodes: Sequence[Node] = (),
     ) -> Recovery:
         """trials: their numbers; none: the front's. lr, batch: as the recovery that was begun had
-        them, or as the job says; workers: as the job says. UserError: nothing to recover, a trial
-        that is not finished, no training images, settings other than those of a recovery that was
-        begun.
+        them, or as the job says; workers: as the job says; nodes: `prepare`'s. UserError: nothing
+        to recover, a trial that is not finished, no training images, settings other than those of a
+        recovery that was begun.
         """
         job = {**folder.job(), "store": str(folder.folder.parent), "cache": cache or None}
         config = SearchConfig.of(job if workers is None else {**job, "workers": workers})
@@ -78,7 +79,7 @@ class Recovery:
             batch=begun.get("batch", config.train_batch) if batch is None else batch,
             seed=config.seed,
         )
-        prepared = prepare(config, decode)
+        prepared = prepare(config, decode, nodes=nodes)
         folder.settle_recovery(
             {**settings.plain(), "train_fingerprint": prepared.data.split("train").fingerprint}
         )
@@ -108,9 +109,7 @@ class Recovery:
             task = replace(task, device=torch.device(task.device).type)
             if self.todo:
                 task = replace(task, training=training_of(self.prepared, self.settings))
-            data = self.prepared.data.only("search", "calibration", "held-out", "train")
-            check_nodes(task, data, say)
-            task = replace(task, data=data)
+            task = looked_at(self.prepared, task, say)
             if self.todo:
                 remote = ray.remote(_recover).options(
                     num_cpus=crew.cpus, num_gpus=crew.gpus, max_retries=0

@@ -90,6 +90,8 @@ class Prepared:
     profile: Profile | None = None
     #: the complete state dict of the recipe's method, where the job's weights file holds it
     parts: Mapping[str, Tensor] | None = None
+    #: of the cluster that is joined; none: trials run on this machine's own Ray
+    nodes: tuple[Node, ...] = ()
 
     @functools.cached_property
     def model_fingerprint(self) -> str:
@@ -214,7 +216,7 @@ def prepare(
         space = replace(space, snap=profile.snap)
     prepared = Prepared(
         config, folder, model, shape, preprocess, data, head, device, space, reshape,
-        left_out, profile, parts,
+        left_out, profile, parts, tuple(nodes),
     )  # fmt: skip
     _check_window(prepared)
     splits = ["search", "calibration", *(["train"] if prepared.trained else [])]
@@ -317,9 +319,7 @@ def search(
         task = make_task(prepared, epoch, threads=None if crew.gpus else crew.cpus)
         # Ray shows a worker its own GPUs alone, counted from 0
         task = replace(task, device=torch.device(task.device).type)
-        names = ("search", "calibration", "held-out", *(["train"] if prepared.trained else []))
-        check_nodes(task, prepared.data.only(*names), say)
-        task = replace(task, data=prepared.data.only(*names))
+        task = looked_at(prepared, task, say)
         timer = None
         if config.latency_on is not None:
             timer = stack.enter_context(timing_on(config.latency_on, task, say))
@@ -364,6 +364,18 @@ def search(
                 cpus=crew.cpus, gpus=crew.gpus, say=say,
             )  # fmt: skip
     return folder, searcher.tally
+
+
+def looked_at(prepared: Prepared, task: Task, say: Callable[[str], None]) -> Task:
+    """The task, with what other nodes than the driver's need; UserError where one of them cannot
+    take part (`check_nodes`).
+    """
+    if not prepared.nodes:
+        return task
+    train = () if task.training is None else ("train",)
+    data = prepared.data.only("search", "calibration", "held-out", *train)
+    check_nodes(task, data, say)
+    return replace(task, data=data)
 
 
 def judge_of(prepared: Prepared) -> Judge | None:

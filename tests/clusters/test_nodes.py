@@ -7,12 +7,12 @@ each: that is how one machine has stores and images that nodes do not share.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -201,7 +201,7 @@ def test_a_node_with_other_images_is_refused(cluster: Running, tmp_path: Path) -
         images(place / "data", seed)
     code, said = cluster.run(
         "search", "--model", "vit_tiny_patch16_224", "--data", OWN / "data",
-        "--address", cluster.address, "--store", tmp_path / "s", "--cache", OWN / "own",
+        "--address", cluster.address, "--store", tmp_path / "s",
         "--weights", weights(tmp_path), "--trials", "3", cwd=tmp_path,
     )  # fmt: skip
     assert code == 2 and "cannot take part: the images of /proc/self/cwd/data" in said, said
@@ -230,7 +230,7 @@ def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Pa
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
     code, said = cluster.run(
         "search", "job.yaml", "--address", cluster.address, "--store", tmp_path / "s",
-        "--cache", OWN / "own", cwd=tmp_path,
+        cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, said
     assert "latencies are measured on cpu, in a slot of stopwatch by itself" in said
@@ -240,7 +240,7 @@ def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Pa
         assert result.timed is not None and result.values["latency_ms"] > 0
         assert result.timed.target["device"] == "cpu"
     # a slot is the whole node: nothing else was given room on it
-    assert (cluster.folder(1) / "own").is_dir()
+    assert (cluster.folder(1) / "cache" / "decoded").is_dir()
 
 
 @pytest.mark.timeout(500)
@@ -254,9 +254,8 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     store = tmp_path / "store"
     submit = (
         "submit", "job.yaml", "--address", cluster.dashboard, "--store", store,
-        "--set", f"cache={OWN / 'cache'}",
     )  # fmt: skip
-    code, said = cluster.run(*submit[:-4], cwd=tmp_path)
+    code, said = cluster.run(*submit[:-2], cwd=tmp_path)
     assert code == 2 and "must outlive the cluster" in said
     code, said = cluster.run(*submit, cwd=tmp_path)
     assert code == 0, said
@@ -292,11 +291,11 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     code, said = cluster.run("jobs", "--address", cluster.dashboard, cwd=tmp_path)
     assert said.count("succeeded") == 1 and said.count("stopped") == 1, said
     # each node has search and calibration images of its own, once: the same
-    decoded = [
-        sorted(p.parent.name for p in cluster.folder(i).glob(
-            "session_2*/runtime_resources/working_dir_files/*/cache/decoded/*/index.json"
-        ))
-        for i in range(3)
-    ]  # fmt: skip
-    assert set(decoded[1]) == set(decoded[2]) <= set(decoded[0]) and len(set(decoded[1])) == 2
-    time.sleep(0.1)
+    decoded = []
+    for i in range(3):
+        there = [
+            json.loads(p.read_text()) for p in cluster.folder(i).glob("cache/decoded/*/index.json")
+        ]
+        decoded.append({(d["split"], d["fingerprint"]) for d in there if d["images"] == 200})
+    assert {split for split, _ in decoded[0]} == {"search", "calibration"} and len(decoded[0]) == 2
+    assert decoded[0] == decoded[1] == decoded[2]
