@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -231,7 +232,7 @@ def _search(
 
     given = read_job(job, sets, options)
     config = SearchConfig.of(given)
-    folder = StudyFolder(Path(config.store) / config.name)
+    folder = StudyFolder.open(config.store, config.name)
     if packed and job is not None:
         from clusters.jobs import settle
 
@@ -276,6 +277,7 @@ def _search(
         _print_end(prepared, folder, page, tally, progress, seconds)
         if tracker is not None:
             tracker.finish(page.artifacts, page.table, ended=tally.ended)
+        folder.publish()
     if not tally.ended:
         raise typer.Exit(130)  # interrupted: a script must be able to tell
 
@@ -907,7 +909,7 @@ def _seeing(what: str, done: int, total: int) -> None:
 @app.command("export")
 def export_command(
     name: Annotated[str, typer.Argument(help="The study")],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist")],
+    out: Annotated[str, typer.Option(help="Folder to write, or s3://…, gs://…; must not exist")],
     max_gmacs: Annotated[float | None, typer.Option(help="Best top-1 within it")] = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Best top-1 within it")] = None,
     min_top1: Annotated[
@@ -950,6 +952,7 @@ def export_command(
     from search.export import choose_trial, export
     from search.pareto import objectives_named
     from search.register import check_aliases, register
+    from search.remote import check_empty, is_remote, upload
 
     folder = _find(store, name)
     results = measured(folder, recovered)
@@ -980,13 +983,22 @@ def export_command(
     _say(f"trial {result.trial} ({result.method}): exporting and verifying")
     if static_batch is not None and static_batch < 1:
         raise UserError(f"--static-batch is {static_batch}: accepted is 1 or more")
-    made = export(
-        folder, result, out, cache=cache, int8=int8, aoti=aoti, static=static_batch, say=typer.echo
-    )
-    typer.echo(str(made))
-    if into_registry:
+    with contextlib.ExitStack() as stack:
+        place = Path(out)
+        if is_remote(out):
+            check_empty(out)
+            place = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bundle"
+        export(
+            folder, result, place, cache=cache, int8=int8, aoti=aoti, static=static_batch,
+            say=typer.echo,
+        )  # fmt: skip
+        if is_remote(out):
+            upload(place, out)
+        typer.echo(out)
+        if not into_registry:
+            return
         version = register(
-            folder, result, out, aliases=alias or (), recovered=recovered,
+            folder, result, place, aliases=alias or (), recovered=recovered,
             uri=tracking_uri or folder.job().get("tracking_uri"),
         )  # fmt: skip
         names = ", ".join(version.aliases) or "no alias"

@@ -250,7 +250,8 @@ class Head:
                 except StopAsyncIteration:
                     return
         finally:
-            loop.run_until_complete(loop.shutdown_asyncgens())
+            with contextlib.suppress(RuntimeError):  # whoever reads may have gone
+                loop.run_until_complete(loop.shutdown_asyncgens())
             loop.close()
 
     def stop(self, id: str) -> Job:

@@ -17,7 +17,7 @@ import safetensors.torch
 from torch import Tensor
 
 from methods.recipe import weights_digest
-from search.durable import replacing, wait_for_room, write_atomic
+from search.durable import replacing, there, wait_for_room, write_atomic
 from search.errors import UserError
 
 SUFFIX = ".safetensors"
@@ -46,7 +46,7 @@ class Artifacts:
         return self.folder / f"{digest}{SUFFIX}"
 
     def has(self, digest: str) -> bool:
-        return self.path(digest).is_file()
+        return there(self.path(digest))
 
     def save(self, state: Mapping[str, Tensor]) -> str:
         """Make a state dict durable; its digest. One that is there already is left as it is."""
@@ -63,6 +63,7 @@ class Artifacts:
         if self.has(digest):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        there(other.path(digest))
 
         def link() -> None:
             with replacing(self.path(digest)) as partial:
@@ -81,7 +82,7 @@ class Artifacts:
         UserError where they are not there or cannot be read, naming the file.
         """
         path = self.path(digest)
-        if not path.is_file():
+        if not there(path):
             raise self._missing(digest)
         try:
             return safetensors.torch.load_file(path)

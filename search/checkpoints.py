@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from search.durable import write_atomic
+from search.durable import latest, write_atomic
 from search.errors import UserError
 from search.training import Epoch, State
 
@@ -56,7 +56,7 @@ class Checkpoint:
         Raises UserError, naming the file and what is wrong: cut short, another kind of file, a
         training with other settings (which), or of another model.
         """
-        if not self.path.exists():
+        if not latest(self.path):
             return None
         held = self._read()
         self._check_settings(json.loads(held["settings"]))

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,7 +21,7 @@ from PIL import Image
 from timm.data import ImageNetInfo
 from timm.utils.misc import natural_key
 
-from search.decode import Preprocess, Progress, Split, decode_split
+from search.decode import Preprocess, Progress, Split, decode_split, default_cache
 from search.errors import UserError
 from search.named_data import (
     NAMES,
@@ -32,6 +31,7 @@ from search.named_data import (
     list_digits,
     list_fashionmnist,
 )
+from search.remote import download, is_remote
 from search.splits import EVALUATION, Listed, divide, stratified_order
 
 __all__ = ["Data", "Preprocess", "Split", "check_head", "default_cache", "open_data"]
@@ -92,9 +92,21 @@ class Data:
         """The same with these splits alone: a training split's list is long, and travels."""
         return replace(self, _listed={n: v for n, v in self._listed.items() if n in names})
 
-    def cached_in(self, cache: Path) -> Data:
-        """The same, decoded into another folder."""
-        return replace(self, _cache=cache.expanduser().absolute())
+    def at(self, cache: Path | None = None) -> Data:
+        """The same on this node, in a cache of its own if one is given: images from object storage
+        are fetched where they are not there.
+        """
+        cache = self._cache if cache is None else cache.expanduser().absolute()
+        listed = self._listed
+        if is_remote(self.spec):
+            before = self._cache / "objects"
+            folder = download(self.spec, cache)
+            listed = {
+                name: replace(files, root=folder / files.root.relative_to(before / folder.name))
+                for name, files in listed.items()
+                if isinstance(files, _Files)
+            }
+        return replace(self, _cache=cache, _listed=listed)
 
     def decoded(self, name: str) -> Path:
         """Where the cache has a decoded split of this name (`Split.folder`)."""
@@ -118,10 +130,10 @@ def open_data(
 
     `spec` is "digits" (embedded), "cifar10" or "cifar10:ROOT" (downloaded where it is not there),
     "fashionmnist[:DIR]", "imagenette[:DIR]" (without DIR they are looked for in the cache), or an
-    image folder `DIR/CLASS/*.jpg`, or one that holds such folders: val/ with train/ beside
-    it, or calibration/, search/ and held-out/. `images` keeps that many of the search split, its
-    prefix. `seed` fixes splits and order, save for digits, which brings its own. `workers` and
-    `progress` are `decode_split`'s.
+    image folder `DIR/CLASS/*.jpg` (s3://… and gs://… are fetched into the cache), or one that
+    holds such folders: val/ with train/ beside it, or calibration/, search/ and held-out/. `images`
+    keeps that many of the search split, its prefix. `seed` fixes splits and order, save for digits,
+    which brings its own. `workers` and `progress` are `decode_split`'s.
 
     Raises `UserError` for anything that is not so.
     """
@@ -129,7 +141,8 @@ def open_data(
         raise UserError(f"workers cannot be negative but got {workers}")
     cache = cache.expanduser().absolute()
     name, _, place = spec.partition(":")
-    root = Path(place).expanduser().absolute() if place else None
+    fetched = is_remote(spec)
+    root = Path(place).expanduser().absolute() if place and not fetched else None
     if spec == "digits":
         classes, listed = list_digits()
     elif name == "cifar10":
@@ -141,7 +154,8 @@ def open_data(
         classes, listed = _list_folder(folder, seed)
         check_imagenette(folder, classes)
     else:
-        classes, listed = _list_folder(_existing_folder(spec), seed)
+        folder = download(spec, cache) if fetched else _existing_folder(spec)
+        classes, listed = _list_folder(folder, seed)
     if images is not None:
         there = len(listed["search"])
         if not 1 <= images <= there:
@@ -175,19 +189,6 @@ def check_head(num_classes: int, data: Data) -> tuple[int, ...] | None:
         f"the model has {num_classes} classes and {data.spec} has {len(data.classes)}: "
         f"they must be the same{also}"
     )
-
-
-def default_cache() -> Path:
-    """VITPARETO_CACHE, or the platform's cache folder for this program; `XDG_CACHE_HOME` is
-    respected everywhere.
-    """
-    if os.environ.get("VITPARETO_CACHE"):
-        return Path(os.environ["VITPARETO_CACHE"]).expanduser().absolute()
-    if os.environ.get("XDG_CACHE_HOME"):
-        return Path(os.environ["XDG_CACHE_HOME"]) / "vitpareto"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "vitpareto"
-    return Path.home() / ".cache" / "vitpareto"
 
 
 # --- image folders

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import shutil
 import struct
+import sys
 import time
 import warnings
 import zlib
@@ -257,6 +258,19 @@ def _open(name: str, folder: Path) -> Split | None:
         return None
     corrupt = tuple(entry["path"] for entry in index["corrupt"])
     return Split(name, folder, index["fingerprint"], corrupt)
+
+
+def default_cache() -> Path:
+    """VITPARETO_CACHE, or the platform's cache folder for this program; `XDG_CACHE_HOME` is
+    respected everywhere.
+    """
+    if os.environ.get("VITPARETO_CACHE"):
+        return Path(os.environ["VITPARETO_CACHE"]).expanduser().absolute()
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "vitpareto"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "vitpareto"
+    return Path.home() / ".cache" / "vitpareto"
 
 
 def is_whole(split: Split) -> bool:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import logging
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 #: what a full disk, or a used-up quota, answers
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -23,6 +26,66 @@ AGAIN = 1.0
 
 log = logging.getLogger("vitpareto")
 T = TypeVar("T")
+
+
+class Elsewhere(Protocol):
+    """Where the files of a folder are kept too (`search.remote`)."""
+
+    def put(self, path: Path) -> None:
+        """Keep the file there, as it is now."""
+
+    def get(self, path: Path) -> bool:
+        """Bring the file from there; False where it is not."""
+
+    def names(self, folder: Path) -> Iterable[str]:
+        """What is there in a folder."""
+
+    def drop(self, folder: Path) -> None:
+        """Forget a folder and all below it."""
+
+    def claimed(self, folder: Path) -> AbstractContextManager[None]:
+        """The folder is this process's alone, of all machines'."""
+
+
+_kept: dict[Path, Elsewhere] = {}
+
+
+def keep_elsewhere(root: Path, place: Elsewhere) -> None:
+    """Everything that becomes durable below `root` is kept there too, from now on."""
+    _kept[root] = place
+
+
+def elsewhere(path: Path) -> Elsewhere | None:
+    """Where this file is kept too; None where it is here alone."""
+    if _kept:
+        for root in (path, *path.parents):
+            if root in _kept:
+                return _kept[root]
+    return None
+
+
+def there(path: Path) -> bool:
+    """Whether a file that never changes is there; it is brought where it is kept elsewhere."""
+    if path.is_file():
+        return True
+    place = elsewhere(path)
+    return place is not None and place.get(path)
+
+
+def latest(path: Path) -> bool:
+    """Whether a file that others may have changed is there, as it is now."""
+    place = elsewhere(path)
+    return path.is_file() if place is None else place.get(path) or path.is_file()
+
+
+def found_in(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder, in order of their names; what is kept elsewhere is brought."""
+    place = elsewhere(folder)
+    if place is not None:
+        for name in place.names(folder):
+            if fnmatch.fnmatch(name, pattern) and "/" not in name:
+                there(folder / name)
+    return sorted(folder.glob(pattern))
 
 
 def wait_for_room(place: Path, write: Callable[[], T]) -> T:
@@ -46,11 +109,22 @@ def wait_for_room(place: Path, write: Callable[[], T]) -> T:
             return written
 
 
+def forget(folder: Path) -> None:
+    """Remove a folder and all below it, here and elsewhere; nothing where it is not there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    place = elsewhere(folder)
+    if place is not None:
+        place.drop(folder)
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write under. When the block ends, what lies there is flushed to the
     disk and renamed over `path`: old or new, never half. If it raises, nothing is left of it.
     """
+    place = elsewhere(path)
+    if place is not None:  # a node that has nothing of the folder yet
+        path.parent.mkdir(parents=True, exist_ok=True)
     # not tempfile: its files are for their owner alone, and a study is read by others
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -61,6 +135,8 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
     # the rename itself is on the disk only once its folder is
     _flush(path.parent)
+    if place is not None:
+        place.put(path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

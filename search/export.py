@@ -162,9 +162,7 @@ class Candidate:
     @classmethod
     def of(cls, folder: StudyFolder, result: TrialResult, cache: str | None) -> Candidate:
         """UserError where the study's model or images are no longer what they were."""
-        job = SearchConfig.of(
-            {**folder.job(), "store": str(folder.folder.parent), "cache": cache or None}
-        )
+        job = SearchConfig.of({**folder.job(), "store": folder.store, "cache": cache or None})
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         dense = load_model(job.model, folder.weights)
         known = folder.identity()

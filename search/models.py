@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from methods import ModelShape, Recipe, check_supported, model_shape
 from methods.parameters import nearest
 from search import embedded
+from search.durable import replacing
 from search.errors import UserError
 from search.layouts import read_checkpoint
 from search.weight_files import first_line
@@ -171,11 +172,10 @@ class MappedModel:
     @classmethod
     def save(cls, model: nn.Module, path: Path) -> MappedModel:
         """Write the weights to `path` (safetensors) and keep the skeleton without them."""
-        partial = path.with_suffix(".partial")
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        safetensors.torch.save_file(state, partial)
-        partial.chmod(0o644)  # a study is read by others too
-        partial.replace(path)
+        with replacing(path) as partial:
+            safetensors.torch.save_file(state, partial)
+            partial.chmod(0o644)  # a study is read by others too
         skeleton = copy.deepcopy(model)
         for module in skeleton.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):

@@ -24,9 +24,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.cost import device_name, target_of
 from search.datasets import Data
 from search.decode import Split, is_whole
-from search.durable import write_atomic
+from search.durable import forget, latest, there, write_atomic
 from search.errors import UserError
 from search.evaluate import DTYPES
+from search.remote import store_folder
+from search.store import StudyFolder
 
 if TYPE_CHECKING:
     from search.trial import Task
@@ -176,14 +178,16 @@ def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> dict[str,
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
                 raise UserError(f"node {name} cannot take part: {cause}") from error
-            if seen.why == _UNSEEN or not _reply(probe, node.id).is_file():
+            if seen.why == _UNSEEN or not latest(_reply(probe, node.id)):
                 unseen.append(name)
             elif seen.why:
                 raise UserError(f"node {name} cannot take part: {seen.why}")
             devices[node.address] = seen.device
     finally:
+        forget(probe)
         for left in study.glob(f"{probe.name}*"):
             left.unlink(missing_ok=True)
+            forget(left)
     if unseen:
         raise UserError(
             f"the store {study.parent} is not the same folder on every node: "
@@ -215,11 +219,15 @@ def versions_here() -> dict[str, str]:
 def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -> _Seen:
     """On a node."""
     task, data = shared
+    if task.store is not None:
+        folder = store_folder(task.store) / task.study.name
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / probe.name
     here = versions_here()
     differ = [f"{p} is {here[p]}, the driver's {v}" for p, v in versions.items() if here[p] != v]
     if differ:
         return _Seen("; ".join(differ) + ": give all nodes one image")
-    if not probe.is_file() or probe.read_text(encoding="utf-8") != probe.name:
+    if not latest(probe) or probe.read_text(encoding="utf-8") != probe.name:
         return _Seen(_UNSEEN)
     write_atomic(_reply(probe, ray.get_runtime_context().get_node_id()), "")
     try:
@@ -238,11 +246,10 @@ def split_here(split: Split, data: Data) -> Split:
     """
     cache = os.environ.get("VITPARETO_CACHE")
     if cache:
-        data = data.cached_in(Path(cache))
-        split = replace(split, folder=data.decoded(split.folder.name))
+        split = replace(split, folder=Path(cache).absolute() / "decoded" / split.folder.name)
     if is_whole(split):
         return split
-    own = data.split(split.name)
+    own = data.at(Path(cache) if cache else None).split(split.name)
     if own.fingerprint != split.fingerprint:
         lacking = sorted(set(own.corrupt) - set(split.corrupt))[:3]
         why = f"; unreadable here: {', '.join(lacking)}" if lacking else ""
@@ -255,7 +262,16 @@ def split_here(split: Split, data: Data) -> Split:
 
 
 def task_here(task: Task) -> Task:
-    """The task with its images as they lie on this node."""
+    """The task with its study and its images as they lie on this node."""
+    if task.store is not None:
+        study = StudyFolder(store_folder(task.store) / task.study.name)
+        study.folder.mkdir(parents=True, exist_ok=True)
+        there(study.weights)
+        training = task.training
+        if training is not None:
+            training = replace(training, store=study.folder.parent)
+        model = replace(task.model, weights=study.weights)
+        task = replace(task, study=study, model=model, training=training)
     if task.data is None:
         return task
     moved: dict[str, Any] = {

@@ -16,7 +16,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from typing import Any
 
 import methods
 from search.artifacts import Artifacts
-from search.durable import write_atomic
+from search.durable import forget, there, write_atomic
 
 #: Raised when what a preparation computes changes, so that none of before is taken for it.
 SCHEMA = 1
@@ -99,13 +98,14 @@ def prepare_once(
         seconds = round(time.monotonic() - begin, 3)
         done = {"outcome": outcome, "seconds": seconds}
         write_atomic(folder / "done.json", json.dumps(done, indent=1))
-        shutil.rmtree(progress, ignore_errors=True)
+        forget(progress)
     made = _done(folder, method, key)
     assert made is not None
     return Preparation(method, key, folder, made.outcome, seconds, fresh=True)
 
 
 def _done(folder: Path, method: str, key: str) -> Preparation | None:
+    there(folder / "done.json")
     try:
         done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

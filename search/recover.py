@@ -9,7 +9,6 @@ recovered too where it is on the front: what training alone is worth. Results li
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ import torch
 from methods import Recipe, Untrained
 from search.certify import certify_front
 from search.config import SearchConfig
+from search.durable import forget
 from search.errors import UserError
 from search.nodes import Node, alive
 from search.pareto import front_of, objectives_named
@@ -69,7 +69,7 @@ class Recovery:
         to recover, a trial that is not finished, no training images, settings other than those of a
         recovery that was begun.
         """
-        job = {**folder.job(), "store": str(folder.folder.parent), "cache": cache or None}
+        job = {**folder.job(), "store": folder.store, "cache": cache or None}
         config = SearchConfig.of(job if workers is None else {**job, "workers": workers})
         wanted = chosen(folder, config.objectives, trials)
         begun = folder.recovery() or {}
@@ -184,5 +184,5 @@ def _recover(task: Task, before: TrialResult) -> TrialResult:
     result = measure_built(place, before.trial, built, record)
     result = replace(result, recipe=before.recipe, seconds=time.monotonic() - begin)
     study.write_recovered(result)
-    shutil.rmtree(progress, ignore_errors=True)
+    forget(progress)
     return result

@@ -49,6 +49,7 @@ from search.preparations import prepare_shared, snapshots_of
 from search.prepare import needs
 from search.profile import Profile
 from search.racing import Race, rungs
+from search.remote import is_remote
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.runtimes import check_runtime
 from search.searcher import FrontSearcher, Tally
@@ -182,7 +183,7 @@ def prepare(
     at before any image is. nodes: of the cluster that trials will run on, where it is not this
     machine's own Ray.
     """
-    folder = StudyFolder(Path(config.store) / config.name)
+    folder = StudyFolder.open(config.store, config.name)
     Space.of(config.study_methods, config.space, config.fixed)  # before a model is loaded
     device = cluster_device(config.device, nodes) if nodes else resolve_device(config.device)
     if nodes and config.latency_on is not None:
@@ -411,6 +412,7 @@ def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
         provenance=prepared.provenance,
         training=_training(prepared),
         peak_first="peak_mb" in config.objectives,
+        store=config.store if is_remote(config.store) else None,
     )
 
 

@@ -57,7 +57,7 @@ class Asked:
             raise UserError(f"study {folder.name} has no trial {number}; its trials are {span}")
         if result.state not in ("finished", "raced_out"):
             raise UserError(f"trial {number} of {folder.name} is {result.state}: {result.reason}")
-        job = SearchConfig.of({**folder.job(), "store": str(folder.folder.parent)})
+        job = SearchConfig.of({**folder.job(), "store": folder.store})
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         known = str(folder.identity()["model_fingerprint"])
         trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)

@@ -23,7 +23,7 @@ from methods.plan import Cost, check_reachable, macs_cost
 from methods.sliced import Widths, fixed, model_widths
 from search.artifacts import Artifacts
 from search.batches import EpochBatches, TrainImages
-from search.durable import write_atomic
+from search.durable import latest, write_atomic
 from search.objectives import Distillation, supervised
 from search.train import Settings, seeded
 from search.training import Objective, fit
@@ -172,7 +172,7 @@ class _Log:
                 old.unlink(missing_ok=True)
 
     def read(self) -> tuple[Round | None, list[dict[str, Any]]]:
-        if not self._file.is_file():
+        if not latest(self._file):
             return None, []
         said = json.loads(self._file.read_text(encoding="utf-8"))
         state = Artifacts(self.folder).load(said["weights"])

@@ -35,8 +35,9 @@ import yaml
 
 from methods.parameters import nearest
 from search.artifacts import Artifacts
-from search.durable import write_atomic
+from search.durable import elsewhere, found_in, latest, there, write_atomic
 from search.errors import UserError
+from search.remote import Remote, store_folder
 from search.results import Latency, TrialResult
 
 SCHEMA = 1
@@ -45,6 +46,9 @@ LOCK_ATTEMPTS = 4
 
 def studies_in(store: Path) -> tuple[str, ...]:
     """Names of the studies in a store."""
+    remote = elsewhere(store)
+    if isinstance(remote, Remote):
+        return remote.folders(store)
     if not store.is_dir():
         return ()
     return tuple(sorted(p.parent.name for p in store.glob("*/study.json")))
@@ -57,14 +61,22 @@ class StudyFolder:
     folder: Path
 
     @classmethod
+    def open(cls, store: str, name: str) -> StudyFolder:
+        """A study that is there or not yet; one in object storage as it stands now."""
+        root = store_folder(store)
+        remote = elsewhere(root)
+        if isinstance(remote, Remote):
+            remote.fetch(root / name)
+        return cls(root / name)
+
+    @classmethod
     def find(cls, store: str | Path, name: str) -> StudyFolder:
         """An existing study; UserError with the nearest name if there is none, or where a newer
         version wrote it.
         """
-        store = Path(store)
-        there = cls(store / name)
+        there = cls.open(str(store), name)
         if not there.exists:
-            known = studies_in(store)
+            known = studies_in(there.folder.parent)
             raise UserError(f"there is no study {name!r} in {store}{nearest(name, known)}")
         there.identity()
         return there
@@ -72,6 +84,20 @@ class StudyFolder:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def store(self) -> str:
+        """The store that it is in, as a job names it."""
+        remote = elsewhere(self.folder)
+        return remote.url if isinstance(remote, Remote) else str(self.folder.parent)
+
+    def publish(self) -> None:
+        """Pages and pictures, which are drawn and not durable, into the object storage that the
+        study is kept in; nothing where it is just a folder.
+        """
+        remote = elsewhere(self.folder)
+        if isinstance(remote, Remote):
+            remote.push(self.folder)
 
     @property
     def exists(self) -> bool:
@@ -89,7 +115,9 @@ class StudyFolder:
 
     @property
     def weights(self) -> Path:
-        return self.folder / "model.safetensors"
+        path = self.folder / "model.safetensors"
+        there(path)  # fetched, where the store is in object storage
+        return path
 
     @property
     def artifacts(self) -> Artifacts:
@@ -197,7 +225,9 @@ class StudyFolder:
                 raise UserError(
                     f"the store cannot lock files: {lock.name}: {error.strerror}"
                 ) from error
-            yield lock
+            remote = elsewhere(self.folder)
+            with contextlib.nullcontext() if remote is None else remote.claimed(self.folder):
+                yield lock
 
     @property
     def running(self) -> bool:
@@ -224,6 +254,10 @@ class StudyFolder:
         write_atomic(path, text)
         if result.state != "failed":
             by_key = self.folder / "by_key" / f"{result.key}.json"
+            if elsewhere(by_key) is not None:
+                if not there(by_key):
+                    write_atomic(by_key, text)
+                return
             try:
                 os.link(path, by_key)
             except FileExistsError:
@@ -233,23 +267,23 @@ class StudyFolder:
 
     def results(self) -> list[TrialResult]:
         """All durable results, by trial number."""
-        paths = sorted((self.folder / "trials").glob("[0-9]*.json"))
-        return [_result(path) for path in paths]
+        return [_result(path) for path in found_in(self.folder / "trials", "[0-9]*.json")]
 
     def durable_trials(self) -> int:
         """How many results are durable."""
-        return sum(1 for _ in (self.folder / "trials").glob("[0-9]*.json"))
+        return len(found_in(self.folder / "trials", "[0-9]*.json"))
 
     def result(self, trial: int) -> TrialResult | None:
         path = self.folder / "trials" / f"{trial:06d}.json"
-        return _result(path) if path.is_file() else None
+        return _result(path) if there(path) else None
 
     def known(self, key: str) -> TrialResult | None:
         """The measurement of this candidate, in full or stopped early, if there is one."""
         path = self.folder / "by_key" / f"{key}.json"
-        return _result(path) if path.is_file() else None
+        return _result(path) if there(path) else None
 
     def epoch(self) -> str:
+        latest(self.folder / "epoch")
         try:
             return (self.folder / "epoch").read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -292,7 +326,7 @@ class StudyFolder:
 
     def recovered(self) -> list[TrialResult]:
         """The recovered trials, under their own numbers."""
-        return [_result(path) for path in sorted((self.folder / "recovered").glob("[0-9]*.json"))]
+        return [_result(path) for path in found_in(self.folder / "recovered", "[0-9]*.json")]
 
     def write_recovered(self, result: TrialResult) -> None:
         path = self.folder / "recovered" / f"{result.trial:06d}.json"
@@ -315,8 +349,7 @@ class StudyFolder:
 
     def certified(self, recovered: bool = False) -> list[TrialResult]:
         """The trials as measured on the held-out images, under their own numbers."""
-        paths = self._certified(recovered).glob("[0-9]*.json")
-        return [_result(path) for path in sorted(paths)]
+        return [_result(path) for path in found_in(self._certified(recovered), "[0-9]*.json")]
 
     def write_certified(self, result: TrialResult, recovered: bool = False) -> None:
         path = self._certified(recovered) / f"{result.trial:06d}.json"

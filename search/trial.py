@@ -8,7 +8,6 @@ elsewhere (`search.judge`).
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from methods import ModelShape, Recipe
 from search.candidates import Made, Trainer, Training
 from search.cost import device_name, latency, parameters, peak_mb, recipe_macs, schedule_macs
 from search.datasets import Data, Preprocess, Split
+from search.durable import forget
 from search.evaluate import DTYPES, Correctness, batches_of, evaluate, fitting
 from search.models import MappedModel
 from search.nodes import task_here
@@ -69,6 +69,8 @@ class Task:
     rungs: tuple[int, ...] = ()
     #: peak memory is an objective, so that racing has to know it
     peak_first: bool = False
+    #: the store's address, where it is no folder that all nodes see (`search.remote`)
+    store: str | None = None
     #: the images before they are decoded, for nodes that see no folder of the driver's
     data: Data | None = None
     #: the actor that measures latencies, where they hold for another device than the trial's
@@ -417,7 +419,7 @@ class RecipeTrial(tune.Trainable):
         if result.reason != OUTSIDE:
             study.write(result, self.place.task.epoch)
         # its result is durable: nothing has to go on from where its training stood
-        shutil.rmtree(study.training(str(self.asked["key"])), ignore_errors=True)
+        forget(study.training(str(self.asked["key"])))
         return {
             "done": True,
             "trial_number": trial,

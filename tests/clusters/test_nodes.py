@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ import yaml
 from PIL import Image
 
 from search.store import StudyFolder
+from tests.clusters.running import Running, running
 from tests.search.faults import NAME, look, results, until
 
 JOB = {"name": NAME, "trials": 24, "images": 200, "certify": "off", "latency": "off", "race": "off"}
@@ -35,72 +34,10 @@ OWN = Path("/proc/self/cwd")
 pytestmark = pytest.mark.skipif(not OWN.is_dir(), reason="needs /proc, for folders of a node's own")
 
 
-@dataclass
-class Running:
-    """A cluster as `vitpareto cluster local` printed it."""
-
-    process: subprocess.Popen[str]
-    log: Path
-    address: str
-    dashboard: str
-    token: Path
-    raylets: list[int]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        return {**kept, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(self.token)}
-
-    def folder(self, node: int) -> Path:
-        """Where the node's workers run."""
-        return self.token.parent / str(node)
-
-    def run(
-        self, *arguments: object, cwd: Path, environment: dict[str, str] | None = None
-    ) -> tuple[int, str]:
-        """A command as a user gives it, from a folder: its exit, and all that it printed."""
-        done = subprocess.run(
-            [sys.executable, "-m", "vitpareto", *map(str, arguments)],
-            cwd=cwd, env=environment or self.environment, text=True, timeout=200,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        return done.returncode, done.stdout
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    place = tmp_path_factory.mktemp("cluster")
-    log = place / "log"
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    with open(log, "w") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "vitpareto", "cluster", "local", "--nodes", "3", "--port", "0",
-             "--resource", "stopwatch"],
-            env=environment, stdout=out, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-    try:
-        until(
-            lambda: "Ctrl-C ends it" in log.read_text() or process.poll() is not None, "three nodes"
-        )
-        said = log.read_text()
-        assert process.poll() is None, said
-        yield Running(
-            process,
-            log,
-            re.search(r"search job.yaml --address (\S+)", said)[1],  # type: ignore[index]
-            re.search(r"submit job.yaml --address (\S+)", said)[1],  # type: ignore[index]
-            Path(re.search(r"RAY_AUTH_TOKEN_PATH=(\S+)", said)[1]),  # type: ignore[index]
-            [int(pid) for pid in re.findall(r"process (\d+)", said)],
-        )
-    finally:
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(timeout=60) == 0, log.read_text()
-            _, alive = psutil.wait_procs(family, timeout=30)
-            assert not alive, f"left behind: {alive}"
-        finally:
-            process.kill()
+    with running(tmp_path_factory.mktemp("cluster"), 3, "--resource", "stopwatch") as made:
+        yield made
 
 
 def answer(url: str, token: str | None = None) -> int:

@@ -1,0 +1,222 @@
+"""A store and images in object storage: a real server that speaks S3, on loopback."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from PIL import Image
+from pyarrow import fs
+
+from search import durable
+from search.datasets import Preprocess, open_data
+from search.decode import is_whole
+from search.errors import UserError
+from search.nodes import split_here
+from search.remote import Remote, check_empty, store_folder, upload
+from search.store import StudyFolder
+from tests.clusters.running import Running, running
+from tests.search.faults import NAME, until
+
+JOB = {"name": NAME, "trials": 14, "images": 200, "latency": "off", "race": "off"}
+BUCKET = "studies-of-ours"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    """The environment that names an S3 server with one bucket."""
+    from moto.server import ThreadedMotoServer
+
+    made = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    made.start()
+    try:
+        host, port = made.get_host_and_port()
+        environment = {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret-of-the-storage",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        system = fs.S3FileSystem(
+            endpoint_override=environment["AWS_ENDPOINT_URL"], region="us-east-1",
+            access_key="key", secret_key="secret-of-the-storage", allow_bucket_creation=True,
+        )  # fmt: skip
+        system.create_dir(BUCKET)
+        yield environment
+    finally:
+        made.stop()
+
+
+@pytest.fixture
+def storage(
+    server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """An address of this test's own in it; this process's cache is the test's too."""
+    for key, value in server.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("VITPARETO_CACHE", str(tmp_path / "cache"))
+    yield f"s3://{BUCKET}/{tmp_path.name}"
+    durable._kept.clear()
+
+
+def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written through here, brought on another node (another cache): what never changes once, what
+    others may have changed anew.
+    """
+    here = store_folder(storage) / "s"
+    here.mkdir(parents=True)
+    durable.write_atomic(here / "trials" / "000001.json", "one")
+    durable.write_atomic(here / "epoch", "first")
+    durable.write_atomic(here / "optuna.journal", "not for others")
+    monkeypatch.setenv("VITPARETO_CACHE", str(here.parents[3] / "another"))
+    there = store_folder(storage) / "s"
+    assert there != here and not there.exists()
+    assert [p.name for p in durable.found_in(there / "trials", "[0-9]*.json")] == ["000001.json"]
+    assert durable.latest(there / "epoch") and (there / "epoch").read_text() == "first"
+    durable.write_atomic(here / "epoch", "second")
+    assert durable.latest(there / "epoch") and (there / "epoch").read_text() == "second"
+    assert not durable.there(there / "optuna.journal") and not durable.there(there / "none")
+    durable.forget(there / "trials")
+    assert not Remote(storage).names(there / "trials")
+
+
+def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is alive is respected; the claim of one that died is taken over."""
+    monkeypatch.setattr("search.remote.RENEW_S", 0.5)
+    monkeypatch.setattr("search.remote.DEAD_S", 4.0)
+    study = StudyFolder.open(storage, "s")
+    study.create()
+    monkeypatch.setenv("VITPARETO_CACHE", str(study.folder.parents[2] / "another"))
+    other = StudyFolder.open(storage, "s")
+    other.create()
+    with (
+        study.locked(),
+        pytest.raises(UserError, match="s is being searched by another process, on "),
+        other.locked(),
+    ):
+        pass
+    assert not durable.latest(study.folder / "claim.json"), "given back"
+    Remote(storage)._claim(f"{storage.removeprefix('s3://')}/s/claim.json", "one that was killed")
+    with other.locked():
+        assert other.running
+    with pytest.raises(UserError, match="there is no study 't' in s3://.*known: s"):
+        StudyFolder.find(storage, "t")
+
+
+def pictures(folder: Path) -> Path:
+    draws = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (folder / label).mkdir(parents=True)
+        for i in range(20):
+            pixels = draws.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{i:02d}.png")
+    return folder
+
+
+def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> None:
+    """The same order and fingerprint; a node without them fetches and decodes for itself, and one
+    whose images were changed is refused.
+    """
+    folder = pictures(tmp_path / "val")
+    upload(folder, f"{storage}/val")
+    with pytest.raises(UserError, match="is there already"):
+        check_empty(f"{storage}/val")
+    preprocess = Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
+    local = open_data(str(folder), preprocess, cache=tmp_path / "c0")
+    far = open_data(f"{storage}/val", preprocess, cache=tmp_path / "c1")
+    assert far.fingerprint == local.fingerprint and far.sizes == local.sizes
+    split = far.split("search")
+    assert np.array_equal(split.images, local.split("search").images)
+    os.environ["VITPARETO_CACHE"] = str(tmp_path / "c2")  # the fixture puts it back
+    own = split_here(split, far.only("search"))
+    assert own.folder.is_relative_to(tmp_path / "c2") and is_whole(own)
+    assert np.array_equal(own.images, split.images)
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / "00.png")
+    for i in range(1, 20):
+        Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / f"{i:02d}.png")
+    upload(folder, f"{storage}/val")
+    os.environ["VITPARETO_CACHE"] = str(tmp_path / "c3")
+    with pytest.raises(UserError, match="are not those of the study"):
+        split_here(split, far.only("search"))
+    with pytest.raises(UserError, match="nothing lies under"):
+        open_data(f"{storage}/vla", preprocess, cache=tmp_path / "c1")
+
+
+def test_an_address_that_nobody_knows(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match="ftpx://a/b cannot be opened.*accepted are a folder, s3://"
+    ):
+        check_empty("ftpx://a/b")
+
+
+@pytest.mark.timeout(500)
+def test_a_lost_head_costs_what_was_in_flight(
+    server: dict[str, str], storage: str, tmp_path: Path
+) -> None:
+    """A cluster is killed with all of its nodes and disks; on another one the same command goes on
+    from the storage, and the front is exported into it. No secret is in what is kept.
+    """
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
+    remote = Remote(f"{storage}/studies")
+    study = remote.root / NAME
+
+    def submit(cluster: Running) -> str:
+        code, said = cluster.run(
+            "submit", "job.yaml", "--address", cluster.dashboard, "--store", remote.url,
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert code == 0, said
+        return said.splitlines()[0]
+
+    def stored() -> dict[str, bytes]:
+        found = {n: remote.read(remote._at(study / "trials" / n)) for n in names()}
+        return {name: content for name, content in found.items() if content is not None}
+
+    def names() -> list[str]:
+        return [n for n in remote.names(study / "trials") if n[0].isdigit()]
+
+    place = [tmp_path / "first", tmp_path / "second"]
+    for folder in place:
+        folder.mkdir()
+    with running(place[0], 2, environment=server) as cluster:
+        submit(cluster)
+        until(lambda: len(names()) >= 4, "four trials", within=150)
+        family = psutil.Process(cluster.process.pid).children(recursive=True)
+        for process in (cluster.process, *family):
+            process.send_signal(signal.SIGKILL)
+        cluster.process.wait()
+        psutil.wait_procs(family, timeout=30)
+    seen = stored()
+    assert 4 <= len(seen) < JOB["trials"]  # type: ignore[operator]
+    with running(place[1], 2, environment=server) as cluster:
+        job = submit(cluster)
+        code, said = cluster.run(
+            "logs", job, "--follow", "--address", cluster.dashboard, cwd=tmp_path
+        )
+        assert code == 0 and f"{JOB['trials']} trials measured" in said, said
+        on_nodes = [
+            cluster.folder(i) / "cache" / "stores" / remote.root.name / NAME for i in (0, 1)
+        ]
+        assert all((f / "model.safetensors").is_file() for f in on_nodes), "fetched by each node"
+    after = stored()
+    assert len(after) == JOB["trials"] and seen.items() <= after.items(), "none lost, none changed"
+    folder = StudyFolder.find(remote.url, NAME)
+    assert len({r.key for r in folder.results()}) == len(folder.results()), "none measured twice"
+    assert len(folder.certified()) > 0, "certified on a node, read here"
+    code, said = cluster.run(
+        "export", NAME, "--trial", max(r.trial for r in folder.certified()), "--store", remote.url,
+        "--out", f"{storage}/bundle", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 0, said
+    bundle = remote._opened[0].get_file_info(
+        fs.FileSelector(f"{storage.removeprefix('s3://')}/bundle", recursive=True)
+    )
+    assert {"model.onnx", "recipe.yaml", "verification.json"} <= {f.base_name for f in bundle}
+    kept = [remote.read(remote._at(study / n)) for n in remote.names(study, deep=True)]
+    assert kept and not any(b"secret-of-the-storage" in (content or b"") for content in kept)
