@@ -6,6 +6,7 @@ them and keeps them by digest, so that the recipe it gives back is rebuilt from 
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 import warnings
@@ -29,6 +30,7 @@ from search.evaluate import batches_of
 from search.models import fingerprint, num_classes
 from search.prepare import Preparation, needs, prepare_once
 from search.profile import Profile
+from search.several import Several
 from search.snapshots import Snapshot, WayDown, reachable, snapshot_of
 from search.train import Settings, seeded, train
 from search.training import Epoch
@@ -55,6 +57,7 @@ class Training:
     targets: tuple[float, ...] = ()
     profile: Profile | None = None
     snapshots: dict[float, Snapshot] = field(default_factory=dict)
+    several: Several = Several()
 
     def settings(self, method: str) -> Settings | None:
         """Those for a method's training; None where it needs none, or is given none."""
@@ -177,19 +180,27 @@ class Trainer:
         self, model: nn.Module, settings: Settings, recipe: Recipe, checkpoint: Path
     ) -> list[Epoch]:
         """Train a built candidate in place with the dense model as its teacher."""
-        own = self.training
-        return train(
-            model,
-            own.split,
-            own.preprocess,
-            settings,
+        own, heard = self.training, self.heard
+        call = functools.partial(
+            train,
+            split=own.split,
+            preprocess=own.preprocess,
+            settings=settings,
             data=own.data,
             head_indices=own.head_indices,
-            teacher=self.dense,
             checkpoint=checkpoint,
             about={"model": self.fingerprint, "recipe": recipe.to_dict()},
-            progress=lambda epoch: self.heard(f"{epoch}, of {settings.epochs}"),
+            progress=lambda epoch: heard(f"{epoch}, of {settings.epochs}"),
         )
+        if own.several.workers == 1:
+            return call(model, teacher=self.dense)
+        device = next(model.parameters()).device
+        # each process has a device of its own: models travel by way of the CPU
+        sent = functools.partial(_trained, call, on_cpu(model), on_cpu(self.dense), device.type)
+        history, state = own.several.run(sent, checkpoint.parent)
+        model.load_state_dict(state)
+        model.eval()
+        return history
 
     # -- preparations ------------------------------------------------------------------------------
 
@@ -217,24 +228,7 @@ class Trainer:
         shape, device = methods.model_shape(self.dense), str(next(self.dense.parameters()).device)
         cost = None if own.profile is None else own.profile.cost(shape.patches + shape.prefix)
         targets = reachable(self.dense, own.targets, cost)
-        way = WayDown(
-            self.dense,
-            targets,
-            lambda: labelled(own, settings.batch, device),
-            TrainImages(
-                own.split,
-                own.preprocess,
-                num_classes(self.dense),
-                settings.batch,
-                seed=settings.seed,
-                augmentation=choose_augmentation(settings.augment, own.preprocess, own.data),
-                head_indices=own.head_indices,
-                device=device,
-            ),
-            settings,
-            cost,
-            self.heard,
-        )
+        way = way_down(self.dense, own, targets, self.heard)
         what = {
             **self.depends(self.dense, settings),
             "calibration": own.calibration.fingerprint,
@@ -243,7 +237,17 @@ class Trainer:
             "share": SHARE,
             "profile": None if own.profile is None else own.profile.digest,
         }
-        return prepare_once(own.store, "nvit", what, way.run)
+        if own.several.workers == 1:
+            return prepare_once(own.store, "nvit", what, way.run)
+        sent = functools.partial(_way_down, on_cpu(self.dense), own, targets, self.heard, device)
+        return prepare_once(
+            own.store,
+            "nvit",
+            what,
+            lambda progress, artifacts: own.several.run(
+                functools.partial(sent, progress, artifacts), progress
+            ),
+        )
 
     def depends(self, base: nn.Module, settings: Settings) -> dict[str, Any]:
         """What every preparation depends on, in JSON's types."""
@@ -260,6 +264,62 @@ class Trainer:
             },
             "versions": {"torch": torch.__version__.partition("+")[0], "timm": timm.__version__},
         }
+
+
+def way_down(
+    dense: nn.Module, own: Training, targets: tuple[float, ...], heard: Callable[[str], None]
+) -> WayDown:
+    """NViT's, of this dense model on its device."""
+    settings, shape = own.prepare, methods.model_shape(dense)
+    assert settings is not None
+    device = str(next(dense.parameters()).device)
+    return WayDown(
+        dense,
+        targets,
+        lambda: labelled(own, settings.batch, device),
+        TrainImages(
+            own.split,
+            own.preprocess,
+            num_classes(dense),
+            settings.batch,
+            seed=settings.seed,
+            augmentation=choose_augmentation(settings.augment, own.preprocess, own.data),
+            head_indices=own.head_indices,
+            device=device,
+        ),
+        settings,
+        None if own.profile is None else own.profile.cost(shape.patches + shape.prefix),
+        heard,
+    )
+
+
+# -- in each of several processes (`search.several`) -----------------------------------------------
+
+
+def on_cpu(model: nn.Module) -> nn.Module:
+    """A copy there."""
+    return copy.deepcopy(model).to("cpu")
+
+
+def _trained(
+    call: Callable[..., list[Epoch]], model: nn.Module, teacher: nn.Module, device: str
+) -> tuple[list[Epoch], dict[str, Tensor]]:
+    model = model.to(device)
+    history = call(model, teacher=teacher.to(device).eval())
+    return history, {k: v.detach().cpu() for k, v in model.state_dict().items()}
+
+
+def _way_down(
+    dense: nn.Module,
+    own: Training,
+    targets: tuple[float, ...],
+    heard: Callable[[str], None],
+    device: str,
+    progress: Path,
+    artifacts: Artifacts,
+) -> dict[str, Any]:
+    dense = dense.to(torch.device(device).type).eval()
+    return way_down(dense, own, targets, heard).run(progress, artifacts)
 
 
 def labelled(own: Training, batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:

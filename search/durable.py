@@ -12,6 +12,7 @@ import fnmatch
 import logging
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -48,6 +49,19 @@ class Elsewhere(Protocol):
 
 
 _kept: dict[Path, Elsewhere] = {}
+_writes = True
+
+
+def only_read() -> None:
+    """Nothing becomes durable by this process any more: another one does the same and writes."""
+    global _writes
+    _writes = False
+
+
+def discard(path: Path) -> None:
+    """Remove a file that nobody needs any more."""
+    if _writes:
+        path.unlink(missing_ok=True)
 
 
 def keep_elsewhere(root: Path, place: Elsewhere) -> None:
@@ -111,6 +125,8 @@ def wait_for_room(place: Path, write: Callable[[], T]) -> T:
 
 def forget(folder: Path) -> None:
     """Remove a folder and all below it, here and elsewhere; nothing where it is not there."""
+    if not _writes:
+        return
     shutil.rmtree(folder, ignore_errors=True)
     place = elsewhere(folder)
     if place is not None:
@@ -122,6 +138,10 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside `path` to write under. When the block ends, what lies there is flushed to the
     disk and renamed over `path`: old or new, never half. If it raises, nothing is left of it.
     """
+    if not _writes:
+        with tempfile.TemporaryDirectory(prefix="vitpareto-unwritten-") as nowhere:
+            yield Path(nowhere) / path.name
+        return
     place = elsewhere(path)
     if place is not None:  # a node that has nothing of the folder yet
         path.parent.mkdir(parents=True, exist_ok=True)

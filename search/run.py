@@ -53,6 +53,7 @@ from search.remote import is_remote
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.runtimes import check_runtime
 from search.searcher import FrontSearcher, Tally
+from search.several import Several
 from search.shapes import ShapeFinder
 from search.snapshots import targets_of
 from search.space import Space
@@ -445,6 +446,9 @@ def training_of(
         prepare=prepare,
         targets=_targets(prepared.space),
         profile=prepared.profile,
+        several=Several(
+            max(1, int(prepared.config.gpus_per_trial or 1)), prepared.device.startswith("cuda")
+        ),
     )
 
 

@@ -23,7 +23,7 @@ from methods.plan import Cost, check_reachable, macs_cost
 from methods.sliced import Widths, fixed, model_widths
 from search.artifacts import Artifacts
 from search.batches import EpochBatches, TrainImages
-from search.durable import latest, write_atomic
+from search.durable import discard, latest, write_atomic
 from search.objectives import Distillation, supervised
 from search.train import Settings, seeded
 from search.training import Objective, fit
@@ -169,7 +169,7 @@ class _Log:
         write_atomic(self._file, json.dumps(said))
         for old in self.folder.glob("*.safetensors"):
             if old != weights.path(digest):
-                old.unlink(missing_ok=True)
+                discard(old)
 
     def read(self) -> tuple[Round | None, list[dict[str, Any]]]:
         if not latest(self._file):

@@ -20,6 +20,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from search.shares import own_share, whole_batch
+
 
 class Batches(Protocol):
     """One epoch's batches of images [B, 3, S, S] and targets (labels [B], or what the objective
@@ -149,18 +151,19 @@ def fit(
             raise ValueError(f"epoch {epoch} has no batches")
         total = 0.0
         for step, (images, labels) in enumerate(steps):
+            images, labels, share = own_share(images, labels)
             # Half a step ahead: the first step's rate is not 0, the last one's neither.
             schedule.step(2 * (epoch + (step + 0.5) / len(steps)))  # type: ignore[arg-type]
             with _casting(device, autocast):
                 loss = minimise(model, images, labels)
-            value = loss.item()
+            updates.zero_grad()
+            loss.backward()
+            value = whole_batch(model, loss.item(), share)
             if not math.isfinite(value):
                 raise FloatingPointError(
                     f"the training loss became {value} at epoch {epoch}, step {step}: "
                     f"try a learning rate below {lr:g}"
                 )
-            updates.zero_grad()
-            loss.backward()
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
             updates.step()

@@ -24,6 +24,7 @@ from search.config import SearchConfig
 from search.errors import UserError
 from search.nodes import Node, check_target, largest
 from search.searcher import FrontSearcher
+from search.several import MEASURES
 from search.trial import RUNG, RecipeTrial, Task
 
 #: seconds between two looks at the disk, and how many bytes left are none
@@ -65,7 +66,9 @@ class Crew:
                     + (f" for trials ({there})" if there else "")
                 )
             workers = config.workers or max(1, int(gpus / share))
-            crew = cls(workers, max(1, cpus // (2 * workers)), share)
+            # a trial on several GPUs measures on a part of one and trains on the rest of all
+            held = share if share <= 1 else MEASURES
+            crew = cls(workers, max(1, cpus // (2 * workers)), held)
         else:
             # more than eight on one machine get in each other's way
             workers = config.workers or min(cpus, 8 * max(1, len(able)))

@@ -95,7 +95,7 @@ def test_the_job_is_gone_when_it_is_done_and_asks_for_tokens() -> None:
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] > 0
     assert spec["activeDeadlineSeconds"] > 0 and spec["backoffLimit"] > 0
-    assert cluster["authOptions"] == {"mode": "token", "secretName": "ray-token"}
+    assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     import ray
 
@@ -111,7 +111,7 @@ def test_no_secret_stands_in_a_file_and_every_image_is_pinned() -> None:
     sources = [f for s in kustomization["secretGenerator"] for f in s.get("files", s.get("envs"))]
     assert all(f.rpartition("=")[2].startswith("secrets/") for f in sources)
     ignored = subprocess.run(
-        ["git", "check-ignore", "-q", KUBERAY / "secrets" / "ray-token"], cwd=CLUSTERS
+        ["git", "check-ignore", "-q", KUBERAY / "secrets" / "storage.env"], cwd=CLUSTERS
     )
     assert ignored.returncode in (0, 128), "git ignores it (or this is no checkout)"
     for name, template in pods():
@@ -158,7 +158,6 @@ def test_kustomize_puts_it_together(tmp_path: Path) -> None:
     place = shutil.copytree(KUBERAY, tmp_path / "kuberay")
     (place / "secrets").mkdir(exist_ok=True)
     for name in (
-        "ray-token",
         "optuna.env",
         "storage.env",
         "mlflow-client.env",

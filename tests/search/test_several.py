@@ -1,0 +1,124 @@
+"""Training in two processes gives what one gives: the same batches, shared out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+
+from methods import Recipe
+from search import run
+from search.candidates import Trainer
+from search.config import SearchConfig
+from search.several import Several
+from search.shares import own_share, ranks, whole_batch
+from search.train import Settings
+from search.trial import Workplace
+from search.tune import Crew
+
+TWO = Several(2, cuda=False)
+SETTINGS = Settings(epochs=2, lr=3e-4, batch=25)  # odd: the two shares differ
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> run.Prepared:
+    place = tmp_path_factory.mktemp("several")
+    job = {"name": "s", "store": str(place / "s"), "cache": str(place / "c"), "device": "cpu",
+           "methods": ["patchmerger", "tnt", "nvit"], "train_epochs": 1, "prepare_epochs": 1,
+           "images": 50, "train_batch": 100}  # fmt: skip
+    return run.prepare(SearchConfig.of(job))
+
+
+def trainer(prepared: run.Prepared, several: Several, store: Path) -> Trainer:
+    training = run.training_of(prepared, SETTINGS, SETTINGS)
+    training = replace(training, several=several, store=store, targets=(0.8,))
+    place = Workplace.open(run.make_task(prepared, "", threads=1))
+    return Trainer(training, place.dense, prepared.folder.artifacts)
+
+
+def test_alone_nothing_is_shared() -> None:
+    images, labels = torch.rand(4, 3, 2, 2), torch.arange(4)
+    same, also, share = own_share(images, labels)
+    assert ranks() == (0, 1) and same is images and also is labels and share == 1.0
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(2)).sum().backward()
+    before = model.weight.grad.clone()  # type: ignore[union-attr]
+    assert whole_batch(model, 1.5, 0.3) == 1.5 and torch.equal(before, model.weight.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.timeout(240)
+def test_two_processes_train_what_one_trains(
+    prepared: run.Prepared, room: Any, tmp_path: Path
+) -> None:
+    """A trial's own training, checkpoint included; the difference is rounding, which training
+    multiplies: far below what one more step changes.
+    """
+    recipe = Recipe.of("patchmerger", prune_layers=[6], num_tokens=16)
+    made: dict[int, dict[str, torch.Tensor]] = {}
+    losses = {}
+    for several in (Several(), TWO):
+        own = trainer(prepared, several, tmp_path)
+        model = own._fresh(recipe, own.dense, SETTINGS)
+        checkpoint = tmp_path / str(several.workers) / "state.pt"
+        history = own.fit(model, SETTINGS, recipe, checkpoint)
+        assert checkpoint.is_file() and not model.training
+        assert not list(checkpoint.parent.glob("ray-*")), "nothing is left of Ray's record"
+        made[several.workers] = {k: v.clone() for k, v in model.state_dict().items()}
+        losses[several.workers] = [epoch.loss for epoch in history]
+        start = own._fresh(recipe, own.dense, SETTINGS).state_dict()
+    assert losses[2] == pytest.approx(losses[1], rel=1e-4)
+    moved = max((made[1][k] - start[k]).abs().max().item() for k in start)
+    apart = max((made[1][k] - made[2][k]).abs().max().item() for k in start)
+    assert moved > 1e-3 and apart < moved / 20, (moved, apart)
+    # what one process kept, two go on from: all epochs are done, nothing is trained
+    own = trainer(prepared, TWO, tmp_path)
+    model = own._fresh(recipe, own.dense, SETTINGS)
+    again = own.fit(model, SETTINGS, recipe, tmp_path / "1" / "state.pt")
+    assert [e.loss for e in again] == losses[1]
+    assert all(torch.equal(v, made[1][k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_prepare_what_one_prepares(
+    prepared: run.Prepared, room: Any, tmp_path: Path
+) -> None:
+    """TNT's heads and NViT's way down; the same candidates are cut."""
+    for name in ("heads", "snapshots"):
+        outcome = {}
+        for several in (Several(), TWO):
+            own = trainer(prepared, several, tmp_path / str(several.workers))
+            made = own.heads(own.dense) if name == "heads" else own.snapshots()
+            assert made.fresh
+            outcome[several.workers] = made.outcome
+            held = made.artifacts
+            digests = [made.outcome["weights"]] if name == "heads" else [
+                s["weights"] for s in made.outcome["snapshots"]
+            ]  # fmt: skip
+            assert digests and all(held.has(d) for d in digests)
+        if name == "heads":
+            # TNT's noise is drawn in the forward: each process draws for its own images
+            assert outcome[2]["loss"] == pytest.approx(outcome[1]["loss"], rel=0.01)
+        else:
+            widths = [[s["widths"] for s in outcome[n]["snapshots"]] for n in (1, 2)]
+            assert widths[0] == widths[1]
+
+
+@pytest.mark.timeout(120)
+def test_what_a_process_raises_is_raised_here(room: Any, tmp_path: Path) -> None:
+    def fails() -> None:
+        raise FloatingPointError("the training loss became nan at epoch 0, step 3")
+
+    with pytest.raises(FloatingPointError, match="became nan at epoch 0, step 3"):
+        TWO.run(fails, tmp_path)
+    assert ray.is_initialized() and not list(tmp_path.glob("ray-*"))
+
+
+def test_a_trial_on_several_gpus_keeps_a_part_of_one() -> None:
+    config = SearchConfig.of({"gpus_per_trial": 4})
+    crew = Crew.of(config, "cuda", 32, 8)
+    assert crew.workers == 2 and crew.gpus == 0.1
+    assert Crew.of(replace(config, gpus_per_trial=1.0), "cuda", 32, 8).gpus == 1.0
