@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import timm
 import torch
 from matplotlib.figure import Figure
@@ -76,6 +77,12 @@ class Row:
     #: driver time a trial in the last fifth over that in the first
     growth: float
     raced: int
+    #: driver CPU, ms a trial, by what it was for
+    parts: dict[str, float] = field(default_factory=dict)
+    #: the driver's resident memory in MB, after a tenth of the trials and at the end
+    memory_mb: tuple[float, float] = (0.0, 0.0)
+    #: bytes a trial, by where they lie
+    stored: dict[str, float] = field(default_factory=dict)
 
 
 def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) -> Row:
@@ -94,10 +101,13 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             race_rules = Race(images, 0.05, trials)
             judge = Judge(race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], {})
         cpu: list[float] = []
+        memory: list[float] = []
 
         def heard(result: Any, tally: Any) -> None:
             if result is not None:
                 cpu.append(time.process_time() - clocked.seconds.get("sampler", 0.0))
+                if len(cpu) == max(1, trials // 10):
+                    memory.append(_memory_mb())
                 clocked.stamps.append(time.perf_counter())
 
         with Tracker(folder, f"sqlite:///{scratch}/mlflow.db", say=lambda _: None) as tracker:
@@ -114,10 +124,14 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             )
             searcher.study.ask = clocked.clock("sampler", searcher.study.ask)
             searcher.space = _Clocked(searcher.space, clocked)  # type: ignore[assignment]
+            for name in ("suggest", "on_trial_complete", "climbs"):
+                setattr(searcher, name, clocked.clock(name, getattr(searcher, name)))
             looked = rungs(images)[:-1] if race else ()
             task = Sleep(folder, "epoch", images, sleep, looked)
             crew = Crew(workers, 1, 0.0)
+            before = time.process_time()
             run_tune(searcher, task, crew, worker=SleepingTrial)  # type: ignore[arg-type]
+            whole = time.process_time() - before
             tally = searcher.tally
         results = folder.results()
         assert len(results) == trials == tally.done, (len(results), tally)
@@ -131,6 +145,13 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
         )
         each = [1e3 * (b - a) for a, b in zip(cpu[skip:], cpu[skip + 1 :], strict=False)]
         fifth = max(1, len(each) // 5)
+        asked = clocked.seconds["sampler"]
+        spent = {
+            "sampler": asked,
+            "proposing, but for the sampler": clocked.seconds["suggest"] - asked,
+            "telling": clocked.seconds["on_trial_complete"],
+        }
+        spent["Ray Tune, MLflow's thread and all else"] = whole - sum(spent.values())
         return Row(
             workers,
             trials,
@@ -140,7 +161,26 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             1e3 * clocked.seconds["sampler"] / trials,
             statistics.mean(each[-fifth:]) / statistics.mean(each[:fifth]),
             tally.raced_out,
+            {name: 1e3 * seconds / trials for name, seconds in spent.items()},
+            (memory[0], _memory_mb()),
+            {
+                "results": _size(folder.folder / "trials") / trials,
+                "Optuna's journal": _size(folder.journal) / trials,
+                "outbox": _size(folder.folder / "outbox.jsonl") / trials,
+                "MLflow's database": _size(Path(scratch) / "mlflow.db") / trials,
+            },
         )
+
+
+def _memory_mb() -> float:
+    return psutil.Process().memory_info().rss / 2**20
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of a folder's files."""
+    if path.is_dir():
+        return sum(f.stat().st_size for f in path.iterdir())
+    return path.stat().st_size if path.exists() else 0
 
 
 def _offset() -> float:

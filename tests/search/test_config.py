@@ -22,7 +22,7 @@ GOOD: dict[str, Any] = {
     "objectives": ["top1", "gmacs", "params_m"], "sampler": "nsga2", "seed": 7, "workers": 3,
     "device": "cuda:1", "dtype": "bfloat16", "batch": 32, "gpus_per_trial": 0.25, "images": 500,
     "min_gmacs": 1.5, "max_gmacs": 4, "latency": "off", "latency_batch": 8,
-    "latency_runtime": "cudagraph", "max_latency_ms": 4.5,
+    "latency_runtime": "cudagraph", "max_latency_ms": 4.5, "latency_on": "accelerator:H200",
     "space": {"rajni.gamma": [0.005, 0.1]}, "fixed": {"tome.inflection": 0},
     "train_epochs": 3, "prepare_epochs": 2, "lr": 0.001, "train_batch": 64, "profile": "/p.json",
     "snap": "steps", "time": "90m", "patience": 40, "race": "off", "race_error": 0.01,
