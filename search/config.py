@@ -181,6 +181,13 @@ class SearchConfig:
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
                 "MLFLOW_TRACKING_URI, in the environment"
             )
+        for key, address in (("store", self.store), ("data", self.data)):
+            if re.search(r"//[^/@]*@|[?&][^=]*(key|secret|token)=", address):
+                raise UserError(  # it is kept in job.yaml, and is shown in MLflow and in logs
+                    f"job.{key} holds credentials, which would be kept in job.yaml: give them in "
+                    "the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, "
+                    "GOOGLE_APPLICATION_CREDENTIALS), or give nodes a role"
+                )
         if self.storage is not None:
             check_url(self.storage)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

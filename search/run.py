@@ -35,20 +35,13 @@ from search.errors import UserError
 from search.judge import Judge
 from search.layouts import read_checkpoint
 from search.models import MappedModel, check_trained, fingerprint, load_model, num_classes
-from search.nodes import (
-    Node,
-    alive,
-    check_nodes,
-    check_target,
-    cluster_device,
-    largest,
-    target_there,
-)
+from search.nodes import Node, alive, check_target, cluster_device, largest, target_there
 from search.pareto import front_of
 from search.preparations import prepare_shared, snapshots_of
 from search.prepare import needs
 from search.profile import Profile
 from search.racing import Race, rungs
+from search.readiness import check_nodes
 from search.remote import is_remote
 from search.results import OBJECTIVES, Latency, TrialResult
 from search.runtimes import check_runtime
@@ -446,10 +439,15 @@ def training_of(
         prepare=prepare,
         targets=_targets(prepared.space),
         profile=prepared.profile,
-        several=Several(
-            max(1, int(prepared.config.gpus_per_trial or 1)), prepared.device.startswith("cuda")
-        ),
+        several=_several(prepared),
     )
+
+
+def _several(prepared: Prepared) -> Several:
+    """How many GPUs train one candidate; a CPU's cores are shared by its threads alone."""
+    if not prepared.device.startswith("cuda"):
+        return Several()
+    return Several(max(1, int(prepared.config.gpus_per_trial or 1)), cuda=True)
 
 
 def _targets(space: Space) -> tuple[float, ...]:

@@ -28,7 +28,8 @@ from search.datasets import Data, Preprocess, Split
 from search.durable import forget
 from search.evaluate import DTYPES, Correctness, batches_of, evaluate, fitting
 from search.models import MappedModel
-from search.nodes import task_here
+from search.nodes import split_here
+from search.remote import store_folder
 from search.results import Latency, TrialResult, pack_bits, wilson_interval
 from search.runtimes import Run, prepared
 from search.store import StaleWorker, StudyFolder
@@ -82,6 +83,26 @@ class Task:
         trained = () if self.training is None else (self.training.split,)
         return (self.search, self.calibration, *trained)
 
+    def here(self) -> Task:
+        """The same with study and images as they lie on this node (`nodes.split_here`)."""
+        task = self
+        if task.store is not None:
+            study = StudyFolder(store_folder(task.store) / task.study.name)
+            study.folder.mkdir(parents=True, exist_ok=True)
+            training = task.training
+            if training is not None:
+                training = replace(training, store=study.folder.parent)
+            model = replace(task.model, weights=study.weights)
+            task = replace(task, study=study, model=model, training=training)
+        if task.data is None:
+            return task
+        search, calibration = (split_here(s, task.data) for s in (task.search, task.calibration))
+        training = task.training
+        if training is not None:
+            split = split_here(training.split, task.data)
+            training = replace(training, split=split, calibration=calibration)
+        return replace(task, search=search, calibration=calibration, training=training)
+
 
 @dataclass
 class Workplace:
@@ -97,7 +118,7 @@ class Workplace:
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         made_on = {**task.provenance, "device": device_name(task.device)}
-        task = replace(task_here(task), provenance=made_on)
+        task = replace(task.here(), provenance=made_on)
         dense = task.model.load(task.device, DTYPES[task.dtype])
         return cls(task, dense, methods.model_shape(dense))
 

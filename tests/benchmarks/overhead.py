@@ -25,10 +25,9 @@ import psutil
 import timm
 import torch
 from matplotlib.figure import Figure
-from sleeping import Sleep, SleepingTrial
 
+from clusters.local import local_cluster  # isort: skip  # before ray: it sets Ray's switches
 import methods
-from clusters.local import local_cluster  # before ray: it sets Ray's switches
 from search.judge import Judge
 from search.racing import Race, rungs
 from search.results import OBJECTIVES
@@ -38,6 +37,8 @@ from search.space import Space
 from search.store import StudyFolder
 from search.tracking import Tracker
 from search.tune import Crew, run_tune
+
+from sleeping import Place, Sleep, SleepingTrial  # isort: skip  # it imports ray
 
 OBJECTIVE_NAMES = ("top1", "gmacs")
 SEARCHED = ("rajni", "topk", "tome", "evit", "ppt", "tram", "random", "resize")
@@ -127,7 +128,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             for name in ("suggest", "on_trial_complete", "climbs"):
                 setattr(searcher, name, clocked.clock(name, getattr(searcher, name)))
             looked = rungs(images)[:-1] if race else ()
-            task = Sleep(folder, "epoch", images, sleep, looked)
+            task = Sleep(Place(folder.folder), "epoch", images, sleep, looked)
             crew = Crew(workers, 1, 0.0)
             before = time.process_time()
             run_tune(searcher, task, crew, worker=SleepingTrial)  # type: ignore[arg-type]

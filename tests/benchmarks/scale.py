@@ -15,9 +15,9 @@ import os
 from pathlib import Path
 
 import optuna
-from overhead import study_of
 
-from clusters.local import local_cluster
+from clusters.local import local_cluster  # isort: skip  # before ray: it sets Ray's switches
+from overhead import study_of  # isort: skip
 
 
 def main() -> None:

@@ -2,20 +2,39 @@
 
 It keeps what a real trial keeps (a durable result of the usual size, reported rung by rung) and
 computes nothing. Everything else of a search is the real thing: searcher, storage, tracking, Ray.
+It loads no torch, so that one machine holds many of them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ray import tune
 
+from search.durable import write_atomic
 from search.results import TrialResult, pack_bits, wilson_interval
-from search.store import StudyFolder
-from search.trial import RUNG, Rung
+
+
+@dataclass(frozen=True)
+class Place:
+    """A study's folder; a result is kept there as `StudyFolder.write` does."""
+
+    folder: Path
+
+    def write(self, result: TrialResult, epoch: str) -> None:
+        assert (self.folder / "epoch").read_text(encoding="utf-8") == epoch
+        path = self.folder / "trials" / f"{result.trial:06d}.json"
+        write_atomic(path, json.dumps(dataclasses.asdict(result)))
+        with contextlib.suppress(FileExistsError):
+            os.link(path, self.folder / "by_key" / f"{result.key}.json")
 
 
 @dataclass(frozen=True)
@@ -24,7 +43,7 @@ class Sleep:
     same part of it for every part of the images; rungs: as `search.trial.Task.rungs`.
     """
 
-    study: StudyFolder
+    study: Place
     epoch: str
     images: int
     seconds: float
@@ -61,6 +80,8 @@ class SleepingTrial(tune.Trainable):
         top1 = 100 * float(right[:stop].mean())
         values = {"top1": top1, "top5": top1, "gmacs": gmacs, "params_m": 1.0, "peak_mb": 1.0}
         if stop < task.images:
+            from search.trial import RUNG, Rung
+
             seconds = time.time() - self.begin
             rung = Rung(key, recipe, values, right[:stop], seconds=seconds)
             return {"done": False, "top1": top1, RUNG: rung}

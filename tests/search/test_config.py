@@ -318,3 +318,16 @@ def test_a_database_holds_optunas_trials_only_when_asked_and_no_password_is_kept
     with pytest.raises(UserError, match="leave the password out") as refused:
         SearchConfig.of({"storage": "postgresql+psycopg://me:secret@host/trials"})
     assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["s3://KEY:SECRET@bucket/studies", "s3://bucket/studies?access_key=KEY&secret_key=SECRET"],
+)
+@pytest.mark.parametrize("key", ["store", "data"])
+def test_credentials_in_an_address_are_refused(key: str, address: str) -> None:
+    """A job is kept, shown in MLflow and logged."""
+    with pytest.raises(UserError, match="holds credentials.*AWS_ACCESS_KEY_ID") as said:
+        SearchConfig.of({key: address})
+    assert "SECRET@" not in str(said.value) and "=SECRET" not in str(said.value)
+    assert SearchConfig.of({key: "s3://bucket/studies"})
