@@ -122,12 +122,8 @@ class Remote:
 
     def write(self, at: str, content: bytes) -> None:
         """UserError, naming the store, where it does not take it."""
-        system = self._opened[0]
         try:
-            if isinstance(system, fs.LocalFileSystem):
-                system.create_dir(str(PurePosixPath(at).parent))
-            with system.open_output_stream(at) as out:
-                out.write(content)
+            _write(self._opened[0], at, content)
         except OSError as error:
             raise UserError(f"the store {self.url} cannot be written: {_short(error)}") from error
 
@@ -263,6 +259,17 @@ class Remote:
         )
 
 
+def _write(system: fs.FileSystem, at: str, content: bytes) -> None:
+    """A file, whole; storages that have folders are given them."""
+    try:
+        stream = system.open_output_stream(at)
+    except FileNotFoundError:
+        system.create_dir(str(PurePosixPath(at).parent))
+        stream = system.open_output_stream(at)
+    with stream as out:
+        out.write(content)
+
+
 def _mtime(path: Path) -> int:
     return path.stat().st_mtime_ns
 
@@ -277,10 +284,7 @@ def upload(folder: Path, url: str) -> None:
     try:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             there = str(PurePosixPath(at) / path.relative_to(folder).as_posix())
-            if isinstance(system, fs.LocalFileSystem):
-                system.create_dir(str(PurePosixPath(there).parent))
-            with system.open_output_stream(there) as out:
-                out.write(path.read_bytes())
+            _write(system, there, path.read_bytes())
     except OSError as error:
         raise UserError(f"{url} cannot be written: {_short(error)}") from error
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from clusters.local import joined_cluster
+from search.errors import UserError
 
 PROGRAM = """
 import os, sys, time
@@ -58,3 +64,16 @@ def test_a_local_cluster_is_on_loopback_and_leaves_no_process() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "left: []", done.stdout
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://head:8265", "vitpareto submit --address http://head:8265"),
+        ("127.0.0.1:9", "no Ray answers at 127.0.0.1:9"),
+        ("head", "no Ray answers at head"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined(address: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)), joined_cluster(address):
+        pass

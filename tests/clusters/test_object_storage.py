@@ -10,21 +10,24 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from PIL import Image
 from pyarrow import fs
 
 from search import durable
+from search.artifacts import Artifacts
 from search.datasets import Preprocess, open_data
 from search.decode import is_whole
 from search.errors import UserError
 from search.nodes import split_here
+from search.prepare import prepare_once
 from search.remote import Remote, check_empty, store_folder, upload
 from search.store import StudyFolder
 from tests.clusters.running import Running, running
 from tests.search.faults import NAME, until
 
-JOB = {"name": NAME, "trials": 14, "images": 200, "latency": "off", "race": "off"}
+JOB = {"name": NAME, "trials": 10, "images": 200, "latency": "off", "race": "off"}
 BUCKET = "studies-of-ours"
 
 
@@ -146,6 +149,42 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
         split_here(split, far.only("search"))
     with pytest.raises(UserError, match="nothing lies under"):
         open_data(f"{storage}/vla", preprocess, cache=tmp_path / "c1")
+
+
+def test_what_is_prepared_once_is_found_from_another_node(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prepared weights lie in the storage: the second node trains nothing."""
+
+    def train(progress: Path, artifacts: Artifacts) -> dict[str, str]:
+        durable.write_atomic(progress / "state.pt", "half way")
+        return {"weights": artifacts.save({"w": torch.arange(3.0)})}
+
+    here = store_folder(storage)
+    first = prepare_once(here, "tnt", {"a": 1}, train)
+    assert first.fresh
+    monkeypatch.setenv("VITPARETO_CACHE", str(here.parents[2] / "another"))
+    there = store_folder(storage)
+    found = prepare_once(there, "tnt", {"a": 1}, train)
+    assert not found.fresh and found.outcome == first.outcome
+    assert torch.equal(found.artifacts.load(found.outcome["weights"])["w"], torch.arange(3.0))
+    assert not durable.latest(found.folder / "progress" / "state.pt"), "gone there too"
+
+
+def test_what_fsspec_knows_is_a_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheme that pyarrow does not have: fsspec's own for this machine's folders."""
+    monkeypatch.setenv("VITPARETO_CACHE", str(tmp_path / "cache"))
+    study = StudyFolder.open(f"local://{tmp_path}/far", "s")
+    try:
+        study.create()
+        durable.write_atomic(study.folder / "epoch", "first")
+        assert (tmp_path / "far" / "s" / "epoch").read_text() == "first"
+        (study.folder / "explorer.html").write_text("drawn")
+        study.publish()
+        assert (tmp_path / "far" / "s" / "explorer.html").read_text() == "drawn"
+        assert study.store == f"local://{tmp_path}/far"
+    finally:
+        durable._kept.clear()
 
 
 def test_an_address_that_nobody_knows(tmp_path: Path) -> None:

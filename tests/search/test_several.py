@@ -21,7 +21,7 @@ from search.trial import Workplace
 from search.tune import Crew
 
 TWO = Several(2, cuda=False)
-SETTINGS = Settings(epochs=2, lr=3e-4, batch=25)  # odd: the two shares differ
+SETTINGS = Settings(epochs=1, lr=3e-4, batch=25)  # odd: the two shares differ
 
 
 @pytest.fixture(scope="module")
