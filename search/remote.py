@@ -19,11 +19,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from pyarrow import fs
 
@@ -37,10 +38,15 @@ OWN = ("optuna.journal", "lock", "ray", "outbox", "tracking.lock", "mlflow", "ml
 LATER = ("model.safetensors", "weights/", "training/")
 #: seconds between two renewals of a driver's claim, and after how many without one it is dead
 RENEW_S, DEAD_S = 10.0, 35.0
+#: what a storage that is away, or has too much to do, is said to be in
+AWAY = ("NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "timed out")
+#: seconds for which it is waited for, and between two attempts
+PATIENCE_S, AGAIN_S = 900.0, 2.0
 #: images fetched at a time
 FETCHERS = 16
 
 log = logging.getLogger("vitpareto")
+T = TypeVar("T")
 
 
 def is_remote(store: str) -> bool:
@@ -116,9 +122,11 @@ class Remote:
     # -- one file ----------------------------------------------------------------------------------
 
     def put(self, path: Path) -> None:
-        """A file of the folder into the storage: there whole, or as before."""
+        """A file of the folder into the storage: there whole, or as before. A storage that is away
+        is waited for, so that a search pauses instead of losing what it measured.
+        """
         if self.keeps(path):
-            self.write(self._at(path), path.read_bytes())
+            self._patiently(lambda: self.write(self._at(path), path.read_bytes()))
 
     def write(self, at: str, content: bytes) -> None:
         """UserError, naming the store, where it does not take it."""
@@ -129,7 +137,7 @@ class Remote:
 
     def get(self, path: Path) -> bool:
         """A file of the storage into the folder, replacing what is there; False where none is."""
-        content = self.read(self._at(path))
+        content = self._patiently(lambda: self.read(self._at(path)))
         if content is None:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,6 +158,27 @@ class Remote:
             if system.get_file_info(at).type == fs.FileType.NotFound:
                 return None
             raise UserError(f"the store {self.url} cannot be read: {_short(error)}") from error
+
+    def _patiently(self, call: Callable[[], T]) -> T:
+        """What `call` gives, tried again for a while where the storage does not answer; what it
+        refuses (no such bucket, no permission) is raised at once.
+        """
+        begin, waited = time.monotonic(), False
+        while True:
+            try:
+                found = call()
+            except UserError as error:
+                away = any(word in str(error) for word in AWAY)
+                if not away or time.monotonic() - begin > PATIENCE_S:
+                    raise
+                if not waited:
+                    log.warning("%s; paused until it answers", error)
+                waited = True
+                time.sleep(AGAIN_S)
+            else:
+                if waited:
+                    log.warning("the store %s answers again; going on", self.url)
+                return found
 
     # -- a folder ----------------------------------------------------------------------------------
 
@@ -242,7 +271,7 @@ class Remote:
         first = self.read(at)
         if first is None:
             return
-        log.info("%s was being searched: looking whether it still is", study.name)
+        log.warning("%s was being searched: looking whether it still is", study.name)
         end = time.monotonic() + DEAD_S
         while time.monotonic() < end:
             time.sleep(1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +111,41 @@ def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPa
         assert other.running
     with pytest.raises(UserError, match="there is no study 't' in s3://.*known: s"):
         StudyFolder.find(storage, "t")
+
+
+def test_a_storage_that_is_away_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A result waits for it, as for a full disk; what it refuses is said at once."""
+    from moto.server import ThreadedMotoServer
+
+    first = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    first.start()
+    host, port = first.get_host_and_port()
+    named = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "a",
+             "AWS_SECRET_ACCESS_KEY": "b", "VITPARETO_CACHE": str(tmp_path)}  # fmt: skip
+    for key, value in named.items():
+        monkeypatch.setenv(key, value)
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            durable.write_atomic(store_folder("s3://no-such-bucket/x") / "s" / "epoch", "1")
+        folder = store_folder("s3://the-bucket/x") / "s"
+        fs.S3FileSystem(
+            endpoint_override=named["AWS_ENDPOINT_URL"], region="us-east-1",
+            allow_bucket_creation=True,
+        ).create_dir("the-bucket")  # fmt: skip
+        first.stop()
+        # it keeps what the first one held: both are of this process
+        later = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+        timer = threading.Timer(4.0, later.start)
+        timer.start()
+        durable.write_atomic(folder / "epoch", "kept")
+        timer.join()
+        assert Remote("s3://the-bucket/x").read("the-bucket/x/s/epoch") == b"kept"
+        assert "paused until it answers" in caplog.text and "answers again" in caplog.text
+        later.stop()
+    finally:
+        durable._kept.clear()
 
 
 def pictures(folder: Path) -> Path:
