@@ -39,7 +39,7 @@ class Running:
         """A command as a user gives it, from a folder: its exit, and all that it printed."""
         done = subprocess.run(
             [sys.executable, "-m", "vitpareto", *map(str, arguments)],
-            cwd=cwd, env=environment or self.environment, text=True, timeout=200,
+            cwd=cwd, env=environment or self.environment, text=True, timeout=400,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.returncode, done.stdout

@@ -27,7 +27,7 @@ from search.store import StudyFolder
 from tests.clusters.running import Running, running
 from tests.search.faults import NAME, look, results, until
 
-JOB = {"name": NAME, "trials": 24, "images": 200, "certify": "off", "latency": "off", "race": "off"}
+JOB = {"name": NAME, "trials": 18, "images": 200, "certify": "off", "latency": "off", "race": "off"}
 #: another folder in each process: that in which it runs
 OWN = Path("/proc/self/cwd")
 
@@ -168,7 +168,7 @@ def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Pa
     assert (cluster.folder(1) / "cache" / "decoded").is_dir()
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     cluster: Running, tmp_path: Path
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     def log() -> str:
         return cluster.run("logs", job, "--address", cluster.dashboard, cwd=tmp_path)[1]
 
-    until(lambda: len(results(store)) >= 5, "five trials", within=120)
+    until(lambda: len(results(store)) >= 5, "five trials", within=300)
     code, said = cluster.run("stop", job, "--address", cluster.dashboard, cwd=tmp_path)
     assert code == 0 and "continues it" in said
     until(
@@ -203,7 +203,7 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
 
     code, said = cluster.run(*submit, cwd=tmp_path)
     job = said.splitlines()[0]
-    until(lambda: len(results(store)) >= len(seen) + 4, "four more", within=120)
+    until(lambda: len(results(store)) >= len(seen) + 4, "four more", within=300)
     os.kill(cluster.raylets[2], signal.SIGKILL)
     killed_at = len(results(store))
     code, said = cluster.run("logs", job, "--follow", "--address", cluster.dashboard, cwd=tmp_path)

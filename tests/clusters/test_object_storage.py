@@ -230,7 +230,7 @@ def test_an_address_that_nobody_knows(tmp_path: Path) -> None:
         check_empty("ftpx://a/b")
 
 
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(900)
 def test_a_lost_head_costs_what_was_in_flight(
     server: dict[str, str], storage: str, tmp_path: Path
 ) -> None:
@@ -261,7 +261,7 @@ def test_a_lost_head_costs_what_was_in_flight(
         folder.mkdir()
     with running(place[0], 2, environment=server) as cluster:
         submit(cluster)
-        until(lambda: len(names()) >= 4, "four trials", within=150)
+        until(lambda: len(names()) >= 4, "four trials", within=300)
         family = psutil.Process(cluster.process.pid).children(recursive=True)
         for process in (cluster.process, *family):
             process.send_signal(signal.SIGKILL)
