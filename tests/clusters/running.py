@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +52,18 @@ def running(
     place: Path, nodes: int, *options: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Running]:
     """place: a folder for its log. environment: beside this process's. Ends with the block, leaving
-    no process.
+    no process. One at a time on a machine: each is several Rays' worth of processes.
     """
+    with open(Path(tempfile.gettempdir()) / f"vitpareto-test-cluster-{os.getuid()}", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        with _running(place, nodes, options, environment) as made:
+            yield made
+
+
+@contextlib.contextmanager
+def _running(
+    place: Path, nodes: int, options: tuple[str, ...], environment: Mapping[str, str] | None
+) -> Iterator[Running]:
     log = place / "log"
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | dict(
         environment or {}

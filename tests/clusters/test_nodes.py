@@ -53,6 +53,7 @@ def answer(url: str, token: str | None = None) -> int:
         return error.code
 
 
+@pytest.mark.timeout(900)  # with its turn to have a cluster
 def test_it_listens_on_loopback_and_asks_for_the_token(cluster: Running) -> None:
     jobs = f"{cluster.dashboard}/api/jobs/"
     assert answer(jobs) == 401

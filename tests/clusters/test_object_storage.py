@@ -230,7 +230,7 @@ def test_an_address_that_nobody_knows(tmp_path: Path) -> None:
         check_empty("ftpx://a/b")
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_a_lost_head_costs_what_was_in_flight(
     server: dict[str, str], storage: str, tmp_path: Path
 ) -> None:
