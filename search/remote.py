@@ -37,7 +37,7 @@ OWN = ("optuna.journal", "lock", "ray", "outbox", "tracking.lock", "mlflow", "ml
 #: fetched only when it is asked for
 LATER = ("model.safetensors", "weights/", "training/")
 #: seconds between two renewals of a driver's claim, and after how many without one it is dead
-RENEW_S, DEAD_S = 10.0, 35.0
+RENEW_S, DEAD_S = 5.0, 20.0
 #: what a storage that is away, or has too much to do, is said to be in
 AWAY = ("NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "timed out")
 #: seconds for which it is waited for, and between two attempts
