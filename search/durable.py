@@ -42,7 +42,7 @@ class Elsewhere(Protocol):
         """What is there in a folder."""
 
     def drop(self, folder: Path) -> None:
-        """Forget a folder and all below it."""
+        """Forget a file, or a folder and all below it."""
 
     def claimed(self, folder: Path) -> AbstractContextManager[None]:
         """The folder is this process's alone, of all machines'."""
@@ -59,9 +59,13 @@ def only_read() -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove a file that nobody needs any more."""
-    if _writes:
-        path.unlink(missing_ok=True)
+    """Remove a file that nobody needs any more, here and elsewhere."""
+    if not _writes:
+        return
+    path.unlink(missing_ok=True)
+    place = elsewhere(path)
+    if place is not None:
+        place.drop(path)
 
 
 def keep_elsewhere(root: Path, place: Elsewhere) -> None:

@@ -11,16 +11,14 @@ from __future__ import annotations
 import importlib.metadata
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.cost import device_name
 from search.datasets import Data
-from search.durable import forget, latest, write_atomic
+from search.durable import discard, latest, write_atomic
 from search.errors import UserError
 from search.nodes import alive, split_here
 from search.remote import store_folder
@@ -30,24 +28,15 @@ from search.trial import Task
 SAME = ("torch", "timm", "torchvision", "pillow", "onnxruntime", "optuna", "vitpareto")
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """What a node answered: why it cannot take part ("" where it can), and its device."""
-
-    why: str
-    device: str = ""
-
-
-def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> dict[str, str]:
-    """Have every node look at the study's folder, its versions and its images; the name of each
-    one's device, by address.
+def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> None:
+    """Have every node look at the study's folder, its versions and its images.
 
     With one node there is nothing that could differ. UserError, naming the nodes and what would
     help, where one cannot take part.
     """
     nodes = alive()
     if len(nodes) < 2:
-        return {}
+        return
     study = task.study.folder
     probe = study / f".probe-{uuid.uuid4().hex}"
     write_atomic(probe, probe.name)
@@ -62,7 +51,6 @@ def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> dict[str,
             num_cpus=0, num_gpus=gpus, scheduling_strategy=there, max_retries=0
         )
         waiting[remote.remote(shared, probe, versions)] = node
-    devices: dict[str, str] = {}
     unseen: list[str] = []
     try:
         while waiting:
@@ -70,27 +58,23 @@ def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> dict[str,
             node = waiting.pop(ready)
             name = f"{node.address} ({node.id[:8]})"
             try:
-                seen: _Seen = ray.get(ready)
+                why: str = ray.get(ready)
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
                 raise UserError(f"node {name} cannot take part: {cause}") from error
-            if seen.why == _UNSEEN or not latest(_reply(probe, node.id)):
+            if why == _UNSEEN or not latest(_reply(probe, node.id)):
                 unseen.append(name)
-            elif seen.why:
-                raise UserError(f"node {name} cannot take part: {seen.why}")
-            devices[node.address] = seen.device
+            elif why:
+                raise UserError(f"node {name} cannot take part: {why}")
     finally:
-        forget(probe)
         for left in study.glob(f"{probe.name}*"):
-            left.unlink(missing_ok=True)
-            forget(left)
+            discard(left)
     if unseen:
         raise UserError(
             f"the store {study.parent} is not the same folder on every node: "
             f"{', '.join(sorted(unseen))} cannot see what is written there. Name a folder that all "
             "nodes mount (--store /shared/studies), or object storage (--store s3://BUCKET/studies)"
         )
-    return devices
 
 
 _UNSEEN = "the study's folder is another one there"
@@ -112,8 +96,8 @@ def versions_here() -> dict[str, str]:
     return found
 
 
-def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -> _Seen:
-    """On a node."""
+def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -> str:
+    """On a node: why it cannot take part, "" where it can."""
     task, data = shared
     if task.store is not None:
         folder = store_folder(task.store) / task.study.name
@@ -122,13 +106,13 @@ def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -
     here = versions_here()
     differ = [f"{p} is {here[p]}, the driver's {v}" for p, v in versions.items() if here[p] != v]
     if differ:
-        return _Seen("; ".join(differ) + ": give all nodes one image")
+        return "; ".join(differ) + ": give all nodes one image"
     if not latest(probe) or probe.read_text(encoding="utf-8") != probe.name:
-        return _Seen(_UNSEEN)
+        return _UNSEEN
     write_atomic(_reply(probe, ray.get_runtime_context().get_node_id()), "")
     try:
         for split in task.splits:
             split_here(split, data)
     except UserError as error:
-        return _Seen(str(error))
-    return _Seen("", device_name(task.device))
+        return str(error)
+    return ""

@@ -227,8 +227,8 @@ class Remote:
 
     def drop(self, folder: Path) -> None:
         system, _ = self._opened
-        with contextlib.suppress(OSError):
-            for name in self.names(folder, deep=True):
+        for name in ("", *self.names(folder, deep=True)):
+            with contextlib.suppress(OSError):  # itself, where it is a folder
                 system.delete_file(self._at(folder / name))
 
     # -- one driver --------------------------------------------------------------------------------
