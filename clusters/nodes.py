@@ -68,6 +68,8 @@ def several_nodes(
             # Ray's switch for what stays on this machine, whatever its name says
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+            # where Ray writes down which cluster was the last to start: not for this user's others
+            "RAY_TMPDIR": str(place),
             # jobs say `python`, and mean the one that all this runs in
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         }
@@ -83,6 +85,7 @@ def several_nodes(
         before, raylets = os.getcwd(), []
         try:
             # workers run where their raylet was started: each node in a folder of its own
+            (place / "ray").mkdir()
             os.chdir(folder := _folder(place, 0))
             os.environ["VITPARETO_CACHE"] = str(folder / "cache")
             head = {
@@ -94,6 +97,9 @@ def several_nodes(
             }
             cluster = Cluster(initialize_head=True, head_node_args={**common, **head})
             try:
+                # a job joins the cluster that its node's folder names; where none is named, any
+                # that Ray finds on the machine
+                (folder / "ray_current_cluster").write_text(cluster.address)
                 raylets.append(_raylet(cluster.head_node))
                 for i in range(1, nodes):
                     os.chdir(folder := _folder(place, i))
@@ -103,6 +109,7 @@ def several_nodes(
                         "temp_dir": str(folder),
                         "resources": {resource: 1} if resource and i == 1 else {},
                     }
+                    (folder / "ray_current_cluster").write_text(cluster.address)
                     node = cluster.add_node(**common, **own)
                     raylets.append(_raylet(node))
                 dashboard = f"http://{LOOPBACK}:{port}"

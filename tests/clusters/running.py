@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -45,6 +48,26 @@ class Running:
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.returncode, done.stdout
+
+    def ask(self, path: str) -> Any:
+        """What the job server answers."""
+        asked = urllib.request.Request(f"{self.dashboard}/api/jobs/{path}")
+        asked.add_header("Authorization", f"Bearer {self.token.read_text()}")
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(asked) as got:
+            return json.load(got)
+
+    def goes_on_until(self, job: str, true: Callable[[], Any], what: str) -> None:
+        """Waits while the job runs; what it said, where it does not come to that."""
+
+        def over() -> bool:
+            return self.ask(job)["status"] in ("SUCCEEDED", "FAILED", "STOPPED")
+
+        try:
+            until(lambda: true() or over(), what, within=400)
+            assert true(), f"the job is over before {what}"
+        except AssertionError as error:
+            said = self.ask(f"{job}/logs")["logs"]
+            raise AssertionError(f"{error}; it said\n{said}") from None
 
 
 @contextlib.contextmanager

@@ -191,7 +191,7 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     def log() -> str:
         return cluster.run("logs", job, "--address", cluster.dashboard, cwd=tmp_path)[1]
 
-    until(lambda: len(results(store)) >= 5, "five trials", within=300)
+    cluster.goes_on_until(job, lambda: len(results(store)) >= 5, "five trials")
     code, said = cluster.run("stop", job, "--address", cluster.dashboard, cwd=tmp_path)
     assert code == 0 and "continues it" in said
     until(
@@ -204,7 +204,7 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
 
     code, said = cluster.run(*submit, cwd=tmp_path)
     job = said.splitlines()[0]
-    until(lambda: len(results(store)) >= len(seen) + 4, "four more", within=300)
+    cluster.goes_on_until(job, lambda: len(results(store)) >= len(seen) + 4, "four more")
     os.kill(cluster.raylets[2], signal.SIGKILL)
     killed_at = len(results(store))
     code, said = cluster.run("logs", job, "--follow", "--address", cluster.dashboard, cwd=tmp_path)

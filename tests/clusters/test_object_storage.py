@@ -26,7 +26,7 @@ from search.prepare import prepare_once
 from search.remote import Remote, check_empty, store_folder, upload
 from search.store import StudyFolder
 from tests.clusters.running import Running, running
-from tests.search.faults import NAME, until
+from tests.search.faults import NAME
 
 JOB = {"name": NAME, "trials": 10, "images": 200, "latency": "off", "race": "off"}
 BUCKET = "studies-of-ours"
@@ -260,8 +260,8 @@ def test_a_lost_head_costs_what_was_in_flight(
     for folder in place:
         folder.mkdir()
     with running(place[0], 2, environment=server) as cluster:
-        submit(cluster)
-        until(lambda: len(names()) >= 4, "four trials", within=300)
+        job = submit(cluster)
+        cluster.goes_on_until(job, lambda: len(names()) >= 4, "four trials")
         family = psutil.Process(cluster.process.pid).children(recursive=True)
         for process in (cluster.process, *family):
             process.send_signal(signal.SIGKILL)
