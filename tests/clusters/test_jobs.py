@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from clusters import jobs
-from clusters.jobs import CODE, INPUTS, Job, described, pack, settle
+from clusters.jobs import CODE, INPUTS, Head, Job, described, pack, settle
 from search.errors import UserError
 
 
@@ -83,6 +83,13 @@ def test_a_job_that_cannot_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jobs, "LIMIT_MB", 5)
     with pytest.raises(UserError, match=r"Ray takes less than 5; its largest file is w\.safetens"):
         pack(job, tmp_path / "package")
+
+
+def test_a_head_that_does_not_answer() -> None:
+    with pytest.raises(UserError, match="no Ray answers at http://127.0.0.1:9 .*is its port"):
+        Head("http://127.0.0.1:9")
+    with pytest.raises(UserError, match="accepted is the head's dashboard, as in http://head:8265"):
+        Head("head:8265")
 
 
 def test_why_a_job_failed_is_one_line() -> None:

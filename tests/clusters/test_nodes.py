@@ -78,37 +78,29 @@ def test_what_cannot_work_is_refused_at_the_start(cluster: Running, tmp_path: Pa
     assert "--store s3://" in said and "--store /shared" in said, "the fix"
     code, said = cluster.run(*search, "--store", tmp_path / "s", "--device", "cuda", cwd=tmp_path)
     assert code == 2 and "no node of the cluster has a GPU. There are 127.0.0.1: 1 CPUs" in said
-    code, said = cluster.run(
-        *search, "--store", tmp_path / "s", "--latency-on", "stopclock", cwd=tmp_path
-    )
-    assert code == 2 and "no node has it: there is stopwatch" in said, said
     assert not (tmp_path / "s" / NAME / "trials").is_dir() or not results(tmp_path / "s")
 
 
-def test_a_head_that_does_not_answer_another_token_another_ray(
-    cluster: Running, tmp_path: Path
-) -> None:
+def test_another_token_another_ray_another_python(cluster: Running, tmp_path: Path) -> None:
     wrong = {**cluster.environment, "RAY_AUTH_TOKEN": "1" * 64}
     wrong.pop("RAY_AUTH_TOKEN_PATH")
     jobs = ("jobs", "--address")
     code, said = cluster.run(*jobs, cluster.dashboard, cwd=tmp_path, environment=wrong)
     assert code == 2 and "does not take this token" in said and "RAY_AUTH_TOKEN_PATH" in said
-    code, said = cluster.run(*jobs, "http://127.0.0.1:9", cwd=tmp_path)
-    assert code == 2 and "no Ray answers at http://127.0.0.1:9" in said
-    code, said = cluster.run(*jobs, "head:8265", cwd=tmp_path)
-    assert code == 2 and "http://head:8265" in said
     code, said = cluster.run("logs", "kk", "--address", cluster.dashboard, cwd=tmp_path)
     assert code == 2 and "there is no job 'kk'" in said
-    for call in (
-        f"from clusters.jobs import Head; Head('{cluster.dashboard}')",
-        f"with clusters.local.joined_cluster('{cluster.address}'): pass",
+    ray, python = "ray.__version__ = '2.31.0'", "versions = ray.__version__, '3.9.1'"
+    joins = f"with clusters.local.joined_cluster('{cluster.address}'): pass"
+    for other, call, named in (
+        (ray, f"from clusters.jobs import Head; Head('{cluster.dashboard}')", "2.31.0"),
+        (ray, joins, "2.31.0"),
+        (f"{python}; ray._private.utils.compute_version_info = lambda: versions", joins, "3.9.1"),
     ):
-        code = f"import clusters.local, ray; ray.__version__ = '2.31.0'\n{call}"
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"import clusters.local, ray\n{other}\n{call}"],
             env=cluster.environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
-        assert "UserError" in done.stderr and "2.31.0" in done.stderr, done.stderr
+        assert "UserError" in done.stderr and named in done.stderr, done.stderr
         assert "image" in done.stderr, "the fix"
 
 
@@ -178,29 +170,20 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     """
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
     store = tmp_path / "store"
-    submit = (
-        "submit", "job.yaml", "--address", cluster.dashboard, "--store", store,
-    )  # fmt: skip
-    code, said = cluster.run(*submit[:-2], cwd=tmp_path)
-    assert code == 2 and "must outlive the cluster" in said
+    submit = ("submit", "job.yaml", "--address", cluster.dashboard, "--store", store)
     code, said = cluster.run(*submit, cwd=tmp_path)
     assert code == 0, said
     job = said.splitlines()[0]
     assert job.startswith(f"{NAME}-")
 
-    def log() -> str:
-        return cluster.run("logs", job, "--address", cluster.dashboard, cwd=tmp_path)[1]
-
     cluster.goes_on_until(job, lambda: len(results(store)) >= 5, "five trials")
     code, said = cluster.run("stop", job, "--address", cluster.dashboard, cwd=tmp_path)
     assert code == 0 and "continues it" in said
-    until(
-        lambda: "stopped" in cluster.run("jobs", "--address", cluster.dashboard, cwd=tmp_path)[1],
-        "the job is stopped",
-    )
-    assert "3 nodes: looking for the study" in log()
+    until(lambda: cluster.ask(job)["status"] == "STOPPED", "the job is stopped")
+    _, log = cluster.run("logs", job, "--address", cluster.dashboard, cwd=tmp_path)
+    assert "3 nodes: looking for the study" in log
     seen = results(store)
-    assert 5 <= len(seen) < JOB["trials"], log()  # type: ignore[operator]
+    assert 5 <= len(seen) < JOB["trials"], log  # type: ignore[operator]
 
     code, said = cluster.run(*submit, cwd=tmp_path)
     job = said.splitlines()[0]

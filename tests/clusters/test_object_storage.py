@@ -259,7 +259,7 @@ def test_a_lost_head_costs_what_was_in_flight(
     place = [tmp_path / "first", tmp_path / "second"]
     for folder in place:
         folder.mkdir()
-    with running(place[0], 2, environment=server) as cluster:
+    with running(place[0], 1, environment=server) as cluster:
         job = submit(cluster)
         cluster.goes_on_until(job, lambda: len(names()) >= 4, "four trials")
         family = psutil.Process(cluster.process.pid).children(recursive=True)

@@ -91,7 +91,7 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
     tmp_path: Path, cache: Path
 ) -> None:
     config = SearchConfig.of({
-        "name": NAME, "trials": 40, "store": str(tmp_path), "workers": 2,
+        "name": NAME, "trials": 24, "store": str(tmp_path), "workers": 2, "images": 200,
         "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off", "race": "off",
     })  # fmt: skip
     prepared = run.prepare(config)
@@ -115,8 +115,8 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
         thread.join(timeout=60)
     assert killed == ["worker", "node"]
     found = look(tmp_path, "worker and node", 2, seen, mlflow=False)
-    assert found.whole and found.trials == 40, found
-    assert tally.ended == "40 trials measured"
+    assert found.whole and found.trials == 24, found
+    assert tally.ended == "24 trials measured"
     failed = [t for t in frozen_trials(folder) if t.state == TrialState.FAIL]
     whys = {t.user_attrs.get("reason") for t in failed}
     assert whys == {"the worker died"}, "what was in flight was failed and run again"

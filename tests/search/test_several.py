@@ -74,12 +74,12 @@ def test_two_processes_train_what_one_trains(
     moved = max((made[1][k] - start[k]).abs().max().item() for k in start)
     apart = max((made[1][k] - made[2][k]).abs().max().item() for k in start)
     assert moved > 1e-3 and apart < moved / 20, (moved, apart)
-    # what one process kept, two go on from: all epochs are done, nothing is trained
-    own = trainer(prepared, TWO, tmp_path)
+    # what two processes kept, one goes on from: all epochs are done, nothing is trained
+    own = trainer(prepared, Several(), tmp_path)
     model = own._fresh(recipe, own.dense, SETTINGS)
-    again = own.fit(model, SETTINGS, recipe, tmp_path / "1" / "state.pt")
-    assert [e.loss for e in again] == losses[1]
-    assert all(torch.equal(v, made[1][k]) for k, v in model.state_dict().items())
+    again = own.fit(model, SETTINGS, recipe, tmp_path / "2" / "state.pt")
+    assert [e.loss for e in again] == losses[2]
+    assert all(torch.equal(v, made[2][k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.timeout(300)
