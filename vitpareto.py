@@ -181,12 +181,14 @@ def demo_command(
     cache: Cache = None,
     trials: Annotated[int, typer.Option(help="Trials in all, dense included")] = DEMO_TRIALS,
 ) -> None:
-    """A real search on the embedded model and images: the front, and its knee as a verified bundle.
+    """A real search on the embedded model and images: the front, and its knee as a verified bundle
+    (where it has none, its most accurate trial).
 
     \b
     vitpareto demo
     """
     from search.export import export, knee_trial
+    from search.pareto import front_of, objectives_named
     from search.verify import verify
 
     given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32,
@@ -194,23 +196,25 @@ def demo_command(
              "fixed": {"structure": "none"}, "tracking_uri": "store"}  # fmt: skip
     _search(None, [], {k: v for k, v in given.items() if v is not None})
     folder = _find(store, "demo")
-    knee = knee_trial(folder.measured(), folder.job()["objectives"])
+    measured, objectives = folder.measured(), folder.job()["objectives"]
+    chosen, what = knee_trial(measured, objectives), "the knee"
     where = f" --store {store}" if store else ""
-    if knee is None:
-        more = max(DEMO_TRIALS, 2 * len(folder.measured()))
+    if chosen is None:
+        front = front_of(measured, objectives_named(objectives))  # the cheapest first
+        pruned = [r for r in front if not r.is_reference]
+        chosen, what = (pruned or front)[-1], "the most accurate"
         kept = where + (f" --cache {cache}" if cache else "")
         typer.echo(
-            "the front has no knee yet, so nothing is exported: continue with more trials, "
-            f"vitpareto demo --trials {more}{kept}"
+            f"the front has no knee yet; its most accurate is trial {chosen.trial}. More trials "
+            f"may give one: vitpareto demo --trials {max(DEMO_TRIALS, 2 * len(measured))}{kept}"
         )
-    else:
-        # named after its trial: a later knee is another bundle, and this one is only verified again
-        bundle = folder.folder / f"bundle-{knee.trial:06d}"
-        if not bundle.exists():
-            _say(f"trial {knee.trial}, the knee: exporting it to {bundle}")
-            export(folder, knee, bundle, cache=cache)
-        _verified(verify(bundle))
-        typer.echo(f"the knee, to deploy: {bundle}/README.md")
+    # named after its trial: a later one is another bundle, and this one is only verified again
+    bundle = folder.folder / f"bundle-{chosen.trial:06d}"
+    if not bundle.exists():
+        _say(f"trial {chosen.trial}, {what}: exporting it to {bundle}")
+        export(folder, chosen, bundle, cache=cache)
+    _verified(verify(bundle))
+    typer.echo(f"{what}, to deploy: {bundle}/README.md")
     typer.echo(f"the study in MLflow: vitpareto ui demo{where}")
 
 

@@ -216,13 +216,17 @@ def test_measure_refuses_fresh_weights(say, cache: Path, tmp_path: Path) -> None
     assert "methods.prune(model, 'patchmerger', weights=...)" in said.err
 
 
-def test_a_demo_without_a_knee_says_what_to_do(say, cache: Path, tmp_path: Path) -> None:
+def test_a_demo_without_a_knee_exports_the_most_accurate(say, cache: Path, tmp_path: Path) -> None:
     said = say("demo", "--trials", 2, "--store", tmp_path, "--cache", cache)
     assert said.code == 0, said.err
-    line = next(x for x in said.out.splitlines() if "continue with" in x)
-    command = line.partition("continue with more trials, ")[2]
+    line = next(x for x in said.out.splitlines() if "no knee yet" in x)
+    command = line.partition("More trials may give one: ")[2]
     assert command == f"vitpareto demo --trials 60 --store {tmp_path} --cache {cache}"
-    assert "front of demo" in said.out and not list(tmp_path.glob("demo/bundle*"))
+    assert "front of demo" in said.out
+    (bundle,) = tmp_path.glob("demo/bundle*")
+    assert f"the most accurate, to deploy: {bundle}/README.md" in said.out
+    assert f"is trial {int(bundle.name.removeprefix('bundle-'))}." in line
+    assert json.loads((bundle / "verification.json").read_text())
 
 
 def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
