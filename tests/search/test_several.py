@@ -74,21 +74,19 @@ def test_two_processes_train_what_one_trains(
     moved = max((made[1][k] - start[k]).abs().max().item() for k in start)
     apart = max((made[1][k] - made[2][k]).abs().max().item() for k in start)
     assert moved > 1e-3 and apart < moved / 20, (moved, apart)
-    # what two processes kept, one goes on from: all epochs are done, nothing is trained
-    own = trainer(prepared, Several(), tmp_path)
+    # what one process kept, two go on from: all epochs are done, nothing is trained
+    own = trainer(prepared, TWO, tmp_path)
     model = own._fresh(recipe, own.dense, SETTINGS)
-    again = own.fit(model, SETTINGS, recipe, tmp_path / "2" / "state.pt")
-    assert [e.loss for e in again] == losses[2]
-    assert all(torch.equal(v, made[2][k]) for k, v in model.state_dict().items())
+    again = own.fit(model, SETTINGS, recipe, tmp_path / "1" / "state.pt")
+    assert [e.loss for e in again] == losses[1]
+    assert all(torch.equal(v, made[1][k]) for k, v in model.state_dict().items())
 
 
 @pytest.mark.timeout(300)
 def test_two_processes_prepare_what_one_prepares(
     prepared: run.Prepared, room: Any, tmp_path: Path
 ) -> None:
-    """NViT's way down: the same candidates are cut, and kept where the next study finds them.
-    (TNT's heads are trained as a trial's own weights are.)
-    """
+    """NViT's way down: the same candidates are cut, and kept where the next study finds them."""
     outcome = {}
     for several in (Several(), TWO):
         own = trainer(prepared, several, tmp_path / str(several.workers))
@@ -97,6 +95,20 @@ def test_two_processes_prepare_what_one_prepares(
         assert all(made.artifacts.has(s["weights"]) for s in made.outcome["snapshots"])
         outcome[several.workers] = [s["widths"] for s in made.outcome["snapshots"]]
     assert outcome[1] == outcome[2]
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_prepare_the_heads_that_one_prepares(
+    prepared: run.Prepared, room: Any, tmp_path: Path
+) -> None:
+    """TNT's noise is drawn in the forward: each process draws for its own images."""
+    losses = {}
+    for several in (Several(), TWO):
+        own = trainer(prepared, several, tmp_path / str(several.workers))
+        made = own.heads(own.dense)
+        assert made.fresh and made.artifacts.has(made.outcome["weights"])
+        losses[several.workers] = made.outcome["loss"]
+    assert losses[2] == pytest.approx(losses[1], rel=0.01)
 
 
 @pytest.mark.timeout(120)
