@@ -3,7 +3,7 @@
 PYTHON ?= $(shell command -v python3.12 >/dev/null 2>&1 && python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
-INPUTS := pyproject.toml constraints.txt
+INPUTS := pyproject.toml setup.py constraints.txt
 
 .PHONY: demo test lint slow clean
 
@@ -16,6 +16,8 @@ test: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build/typing/vitpareto
+	ln -sfn $(CURDIR)/methods $(CURDIR)/search $(CURDIR)/clusters $(CURDIR)/dashboards $(CURDIR)/vitpareto/*.py build/typing/vitpareto/
 	$(BIN)/mypy
 
 slow: $(VENV)/.installed-test

@@ -1,7 +1,7 @@
 """Costs side by side, and published figures beside ours: for a terminal and as plain rows.
 
-Only arranges what `search.table` and `search.reproduce` found; nothing is computed here but the
-difference of two shown numbers.
+Only arranges what `search.compare.cost_table` and `search.compare.reproduction` found; nothing is
+computed here but the difference of two shown numbers.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
-from search.counters import COUNTERS
-from search.reproduce import Reproduced, is_measurable
-from search.table import AT_MOST, GIVEN, KEPT, NEAREST, CostRow
+from vitpareto.search.compare.cost_table import AT_MOST, GIVEN, KEPT, NEAREST, CostRow
+from vitpareto.search.compare.reproduction import Reproduced, is_measurable
+from vitpareto.search.measure.counting import COUNTERS
 
 NONE = "—"
 

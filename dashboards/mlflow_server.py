@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from search.errors import UserError
-from search.mlflow_client import artifacts, ensure_database, store_uri
-from search.mlflow_runs import STUDY_ID, TRIAL, experiment_of
-from search.mlflow_views import FRONT
+from vitpareto.search.errors import UserError
+from vitpareto.search.tracking.client import artifacts, ensure_database, store_uri
+from vitpareto.search.tracking.runs import STUDY_ID, TRIAL, experiment_of
+from vitpareto.search.tracking.views import FRONT
 
 #: seconds a server may take to answer for the first time (a new database is built in it)
 STARTS_WITHIN_S = 120.0

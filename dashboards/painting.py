@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from search.follow import Followed, FollowedImage, Together
+from vitpareto.search.compare.token_trace import Followed, FollowedImage, Together
 
 PAPER = np.array([0.96, 0.96, 0.96])
 _LEFT = 0.1  # what is left of the picture where a patch is dropped

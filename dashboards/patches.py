@@ -1,7 +1,7 @@
 """Which patches a recipe keeps, merges or drops, as one PNG: the figures of the papers.
 
-It draws what `search.follow` followed and may not run, choose or change anything. It keeps no
-global matplotlib state (no pyplot), so it can run in a worker or in a server's thread.
+It draws what `search.compare.token_trace` followed and may not run, choose or change anything. It
+keeps no global matplotlib state (no pyplot), so it can run in a worker or in a server's thread.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from dashboards.painting import (
+from vitpareto.dashboards.painting import (
     FUSED,
     OUTLINES,
     PAPER,
@@ -31,8 +31,8 @@ from dashboards.painting import (
     painted,
     tinted,
 )
-from search.errors import UserError
-from search.follow import Followed, FollowedImage, Guess
+from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess
+from vitpareto.search.errors import UserError
 
 #: Stages drawn beside the input; where there are more, some evenly, the first and last among them.
 COLUMNS = 8

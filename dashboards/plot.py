@@ -22,9 +22,9 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import CARETDOWN
 from matplotlib.transforms import ScaledTranslation
 
-from dashboards.styles import CONTROL_FRONT, CONTROLS, DENSE, Style, is_control, styles_of
-from search.pareto import ACCURACIES, front_of, knee_of, objectives_named
-from search.results import Objective, TrialResult
+from vitpareto.dashboards.styles import CONTROL_FRONT, CONTROLS, DENSE, Style, is_control, styles_of
+from vitpareto.search.study.front import ACCURACIES, front_of, knee_of, objectives_named
+from vitpareto.search.study.results import Objective, TrialResult
 
 #: What the file name may end in.
 SUFFIXES = (".png", ".svg")

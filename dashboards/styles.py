@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import methods
+from vitpareto import methods
 
 #: The methods that prune without judging anything; every other method has to beat them.
 CONTROLS = frozenset(n for n in methods.names() if methods.get(n).control) - {"dense"}

@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
-from methods import Recipe
-from search.bench import Timed
-from search.certificates import flipped, order_changes
-from search.pareto import (
+from vitpareto.methods import Recipe
+from vitpareto.search.export.benchmark import Timed
+from vitpareto.search.study.certificates import flipped, order_changes
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import (
     ACCURACIES,
     front_of,
     hypervolume,
@@ -24,8 +25,7 @@ from search.pareto import (
     reference_of,
     reference_point,
 )
-from search.results import OBJECTIVES, Latency, TrialResult
-from search.store import StudyFolder
+from vitpareto.search.study.results import OBJECTIVES, Latency, TrialResult
 
 
 def front_rows(

@@ -13,14 +13,14 @@ Every module of this folder is imported here, so registering a method in its one
 import importlib
 import pkgutil
 
-from methods.base import Method, Paper, Preset, get, names, register
-from methods.parameters import BadInput
-from methods.recipe import Recipe, Step, Untrained, prune, weights_digest
-from methods.shape import ModelShape, model_shape
-from methods.vit import Trace, UnsupportedModel, check_supported
+from vitpareto.methods.engine.method import Method, Paper, Preset, get, names, register
+from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.recipe import Recipe, Step, Untrained, prune, weights_digest
+from vitpareto.methods.engine.shape import ModelShape, model_shape
+from vitpareto.methods.engine.vit import Trace, UnsupportedModel, check_supported
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
 
 __all__ = [
     "BadInput",

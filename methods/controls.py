@@ -13,12 +13,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from methods.base import Method, Preset, register
-from methods.parameters import BadInput, Float, Int
-from methods.shape import ModelShape, model_shape
-from methods.staged import StagedMethod, StagedReduction, staged_presets
-from methods.tokens import Tokens
-from methods.vit import Attended, Reduction, reduced
+from vitpareto.methods.engine.method import Method, Preset, register
+from vitpareto.methods.engine.parameters import BadInput, Float, Int
+from vitpareto.methods.engine.shape import ModelShape, model_shape
+from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
+from vitpareto.methods.engine.tokens import Tokens
+from vitpareto.methods.engine.vit import Attended, Reduction, reduced
 
 #: a prime below 2**31: products of two residues stay inside int64
 _PRIME = 2147483629

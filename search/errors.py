@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from methods import BadInput
+from vitpareto.methods import BadInput
 
 
 class UserError(BadInput):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from clusters.local import Room, local_cluster
+from vitpareto.clusters.connect import ClusterCapacity, local_cluster
 
 # nobody's server hears of a test
 for name in ("MLFLOW_TRACKING_URI", "VITPARETO_STORE"):
@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def room() -> Iterator[Room]:
+def room() -> Iterator[ClusterCapacity]:
     """A private Ray on loopback for the tests of one file."""
     with local_cluster(2) as room:
         yield room

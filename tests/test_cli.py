@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import vitpareto
-from clusters.local import Room
+from vitpareto import cli
+from vitpareto.clusters.connect import ClusterCapacity
 
 
 class Said:
@@ -29,7 +29,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["vitpareto", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit_:
-            vitpareto.main()
+            cli.main()
         captured = capsys.readouterr()
         code = exit_.value.code
         return Said(code if isinstance(code, int) else 0, captured.out, captured.err)
@@ -43,7 +43,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _ray(room: Room) -> None:
+def _ray(room: ClusterCapacity) -> None:
     """One Ray for all commands of this file: `local_cluster` joins it."""
 
 
@@ -232,7 +232,7 @@ def test_a_demo_without_a_knee_exports_the_most_accurate(say, cache: Path, tmp_p
 def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from search import embedded
+    from vitpareto.search.data import embedded
 
     recipe, picture = tmp_path / "recipe.yaml", tmp_path / "patches.png"
     recipe.write_text("tokens: {method: rajni, gamma: 0.1, min_tokens: 8, budget: image}\n")
@@ -277,7 +277,7 @@ def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
 
 
 def test_methods_lists_what_is_registered(say) -> None:
-    import methods
+    from vitpareto import methods
 
     text = say("methods").out
     rows = [json.loads(line) for line in say("methods", "--json").out.splitlines()]
@@ -318,8 +318,8 @@ def test_reproduce(say, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: 
     assert len(rows) == 38 and not any(r["our_top1"] for r in rows)
     assert all(r["top1_why"].startswith("not run: ") for r in rows)
 
-    from search import published
-    from search.published import Row
+    from vitpareto.search.compare import published
+    from vitpareto.search.compare.published import Row
 
     setting = {"keep_rate": 0.25, "prune_layers": [3, 6, 9]}
     claim = Row("topk", "digits", setting, "here", False, "own", top1=80.0, timm_tag="digits")
@@ -339,7 +339,7 @@ def test_reproduce(say, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: 
         assert said.code == 2 and expected in said.err and "Traceback" not in said.err
 
 
-COMMANDS = [c.name for c in vitpareto.app.registered_commands]
+COMMANDS = [c.name for c in cli.app.registered_commands]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

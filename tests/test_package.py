@@ -22,23 +22,29 @@ ALLOWED = {
 
 
 def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).glob("*.py"))
+    return sorted((ROOT / package).rglob("*.py") if package != "." else ROOT.glob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """Top-level names of everything a file imports, at any depth."""
+    """Names of everything a file imports, at any depth: a package of ours, else top-level."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules: list[str] = []
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add(str(node.module).split(".")[0])
+            modules = [str(node.module)]
+            if node.module == "vitpareto":
+                modules = [f"vitpareto.{alias.name}" for alias in node.names]
+        for module in modules:
+            top, _, rest = module.partition(".")
+            found.add(rest.partition(".")[0] if top == "vitpareto" and rest else top)
     return found
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_run_one_way(package: str) -> None:
-    ours = {*ALLOWED, "vitpareto", "tests"}
+    ours = {*ALLOWED, "vitpareto", "cli", "tests"}
     for path in sources(package):
         wrong = (imported(path) & ours) - ALLOWED[package] - {package}
         assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
@@ -48,10 +54,12 @@ def test_no_file_of_methods_imports_a_module_of_methods_that_imports_it() -> Non
     """No circles, here where files know each other most."""
     arrows = {}
     for path in sources("methods"):
-        arrows[f"methods.{path.stem}"] = {
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        arrows[f"vitpareto.{name}"] = {
             str(node.module)
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("methods.")
+            if isinstance(node, ast.ImportFrom)
+            and str(node.module).startswith("vitpareto.methods.")
         }
     done: set[str] = set()
     while arrows:
@@ -83,10 +91,12 @@ def test_methods_needs_torch_and_timm_alone() -> None:
         )
         assert not beyond, f"{path.name} imports {beyond}"
     code = """
-import sys, timm, torch, methods
+import sys, timm, torch
+from vitpareto import methods
 model = timm.create_model("deit_tiny_patch16_224", depth=2).eval()
 print(methods.prune(model, "tome", r=13)(torch.zeros(1, 3, 224, 224)).shape)
-ours = {"ray", "optuna", "mlflow", "fvcore", "search", "clusters", "dashboards", "matplotlib"}
+ours = {"ray", "optuna", "mlflow", "fvcore", "vitpareto.search", "vitpareto.clusters",
+        "vitpareto.dashboards", "matplotlib"}
 print(sorted(ours & set(sys.modules)))
 """
     done = python(code, cwd=ROOT)
@@ -109,14 +119,17 @@ def test_a_wheel_works_elsewhere(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(place)!r})
-import methods, search, vitpareto, clusters.local, dashboards.plot
-from search import embedded, published
-for module in (methods, search, vitpareto, clusters.local, dashboards.plot):
+import vitpareto, vitpareto.cli, vitpareto.clusters.connect, vitpareto.dashboards.plot
+from vitpareto import methods, search
+from vitpareto.search.compare import published
+from vitpareto.search.data import embedded
+for module in (methods, search, vitpareto, vitpareto.clusters, vitpareto.dashboards):
     assert module.__file__.startswith({str(place)!r}), module.__file__
 print(embedded.build().head.out_features, len(published.rows()), len(methods.names()))
 """
     done = python(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[:2] == ["10", "38"]
+    assert {n.split("/")[0].partition("-")[0] for n in names} == {"vitpareto"}
     entry = next(n for n in names if n.endswith("entry_points.txt"))
-    assert "vitpareto = vitpareto:main" in (place / entry).read_text()
+    assert "vitpareto = vitpareto.cli:main" in (place / entry).read_text()

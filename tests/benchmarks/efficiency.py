@@ -30,19 +30,19 @@ import torch
 from matplotlib.figure import Figure
 from ray.tune.search.optuna import OptunaSearch
 
-from methods import BadInput
-from search.config import SearchConfig
-from search.judge import Judge
-from search.models import load_model
-from search.pareto import Front, non_dominated, reference_point
-from search.racing import Race, rungs
-from search.results import OBJECTIVES, TrialResult, pack_bits
-from search.searcher import TELL_RACED, FrontSearcher
-from search.shapes import ShapeFinder
-from search.space import Space
-from search.store import StudyFolder
-from search.trial import RUNG, Rung
 from tests.benchmarks.pool import Nearest, Pool, build
+from vitpareto.methods import BadInput
+from vitpareto.search.models.loading import load_model
+from vitpareto.search.stats.racing import Race, rungs
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import Front, non_dominated, reference_point
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import OBJECTIVES, TrialResult, pack_bits
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.study.space import Space
+from vitpareto.search.trials.early_stopping import EarlyStopping
+from vitpareto.search.trials.searcher import TELL_RACED, FrontSearcher
+from vitpareto.search.trials.trial import RUNG, Rung
 
 AXES = (OBJECTIVES["top1"], OBJECTIVES["gmacs"])
 NAMES = tuple(o.name for o in AXES)
@@ -116,7 +116,7 @@ def ours(race: bool = True, tell: str = TELL_RACED) -> Arm:
         with tempfile.TemporaryDirectory() as scratch:
             folder = StudyFolder(Path(scratch) / "s")
             folder.create()
-            judge = Judge(Race(lab.images, 0.05, lab.trials), AXES, {}) if race else None
+            judge = EarlyStopping(Race(lab.images, 0.05, lab.trials), AXES, {}) if race else None
             searcher = FrontSearcher(
                 folder, lab.space, objectives=NAMES, sampler="tpe", seed=lab.seed,
                 trials=lab.trials, reshape=lab.reshape, judge=judge, tell_raced=tell,

@@ -26,17 +26,17 @@ import timm
 import torch
 from matplotlib.figure import Figure
 
-from clusters.local import local_cluster  # isort: skip  # before ray: it sets Ray's switches
-import methods
-from search.judge import Judge
-from search.racing import Race, rungs
-from search.results import OBJECTIVES
-from search.searcher import FrontSearcher
-from search.shapes import ShapeFinder
-from search.space import Space
-from search.store import StudyFolder
-from search.tracking import Tracker
-from search.tune import Crew, run_tune
+from vitpareto.clusters.connect import local_cluster  # isort: skip  # before ray: it sets Ray's switches
+from vitpareto import methods
+from vitpareto.search.stats.racing import Race, rungs
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.results import OBJECTIVES
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.study.space import Space
+from vitpareto.search.tracking.mirror import Tracker
+from vitpareto.search.trials.early_stopping import EarlyStopping
+from vitpareto.search.trials.searcher import FrontSearcher
+from vitpareto.search.trials.tune import TrialResources, run_tune
 
 from sleeping import Place, Sleep, SleepingTrial  # isort: skip  # it imports ray
 
@@ -100,7 +100,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
         judge = None
         if race:
             race_rules = Race(images, 0.05, trials)
-            judge = Judge(race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], {})
+            judge = EarlyStopping(race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], {})
         cpu: list[float] = []
         memory: list[float] = []
 
@@ -129,7 +129,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
                 setattr(searcher, name, clocked.clock(name, getattr(searcher, name)))
             looked = rungs(images)[:-1] if race else ()
             task = Sleep(Place(folder.folder), "epoch", images, sleep, looked)
-            crew = Crew(workers, 1, 0.0)
+            crew = TrialResources(workers, 1, 0.0)
             before = time.process_time()
             run_tune(searcher, task, crew, worker=SleepingTrial)  # type: ignore[arg-type]
             whole = time.process_time() - before

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import optuna
 
-from methods import BadInput, Recipe
-from search import run
-from search.config import SearchConfig
-from search.results import unpack_bits
-from search.samplers import make_sampler
-from search.trial import Workplace, run_trial
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import unpack_bits
+from vitpareto.search.study.samplers import make_sampler
+from vitpareto.search.trials import run
+from vitpareto.search.trials.trial import Worker, run_trial
 
 #: how much further a choice is that one of two recipes does not have, or has another of
 OTHER = 1.0
@@ -130,7 +130,7 @@ def _measured(
     found: dict[str, tuple[np.ndarray, float, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         prepared = run.prepare(SearchConfig.of({**config.plain(), "store": scratch}))
-        place = Workplace.open(run.make_task(prepared, epoch="", threads=1))
+        place = Worker.open(run.make_task(prepared, epoch="", threads=1))
         dense = run_trial(place, 0, Recipe())
         found[dense.key] = (unpack_bits(dense.bits, dense.images), dense.values["gmacs"], {})
         presets = [p for _, p in prepared.space.preset_params()]

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import beta
 
-from search.config import SearchConfig
-from search.racing import DEFAULT, RULES, Rule, rungs
 from tests.benchmarks.pool import Pool, build
 from tests.search.races import front_of, race_study, simulated
+from vitpareto.search.stats.racing import DEFAULT, RULES, Rule, rungs
+from vitpareto.search.study.job import SearchConfig
 
 ERROR = 0.05
 CANDIDATES, IMAGES = 40, 400

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import optuna
 
-from clusters.local import local_cluster  # isort: skip  # before ray: it sets Ray's switches
+from vitpareto.clusters.connect import local_cluster  # isort: skip  # before ray: it sets Ray's switches
 from overhead import study_of  # isort: skip
 
 

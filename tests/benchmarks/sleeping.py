@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from ray import tune
 
-from search.durable import write_atomic
-from search.results import TrialResult, pack_bits, wilson_interval
+from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.study.results import TrialResult, pack_bits, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Place:
 @dataclass(frozen=True)
 class Sleep:
     """What every trial does. study: where results go; seconds: of a trial measured in full, the
-    same part of it for every part of the images; rungs: as `search.trial.Task.rungs`.
+    same part of it for every part of the images; rungs: as `search.trials.trial.Task.rungs`.
     """
 
     study: Place
@@ -59,7 +59,7 @@ def pretended(recipe: dict[str, Any], key: str, images: int) -> tuple[float, np.
 
 
 class SleepingTrial(tune.Trainable):
-    """In the place of `search.trial.RecipeTrial`."""
+    """In the place of `search.trials.trial.RecipeTrial`."""
 
     def setup(self, config: dict[str, Any], task: Sleep | None = None) -> None:
         assert task is not None
@@ -80,7 +80,7 @@ class SleepingTrial(tune.Trainable):
         top1 = 100 * float(right[:stop].mean())
         values = {"top1": top1, "top5": top1, "gmacs": gmacs, "params_m": 1.0, "peak_mb": 1.0}
         if stop < task.images:
-            from search.trial import RUNG, Rung
+            from vitpareto.search.trials.trial import RUNG, Rung
 
             seconds = time.time() - self.begin
             rung = Rung(key, recipe, values, right[:stop], seconds=seconds)

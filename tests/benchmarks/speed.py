@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import methods
-from search.cost import latency, macs, peak_mb
+from vitpareto import methods
+from vitpareto.search.measure.cost import latency, macs, peak_mb
 
 SETTINGS = {
     "tome r=13": ("tome", {"r": 13}),

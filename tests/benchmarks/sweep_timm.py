@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import methods
-from search.cost import fvcore_macs, macs
+from vitpareto import methods
+from vitpareto.search.measure.cost import fvcore_macs, macs
 
 #: blocks that are run; `check_supported` has looked at all of them
 DEPTH = 3

@@ -14,10 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from dashboards.mlflow_server import serve
-from search.mlflow_client import open_client
-from search.store import StudyFolder
-from search.tracking import sync
+from vitpareto.dashboards.mlflow_server import serve
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.tracking.client import open_client
+from vitpareto.search.tracking.mirror import sync
 
 ROUNDS = 5
 

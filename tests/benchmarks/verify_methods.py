@@ -12,13 +12,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import methods
-from methods import Recipe
-from search import run
-from search.config import SearchConfig
-from search.export import export
-from search.trial import Workplace, run_trial
-from search.verify import verify
+from vitpareto import methods
+from vitpareto.methods import Recipe
+from vitpareto.search.export.bundle import export
+from vitpareto.search.export.verification import verify
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.trials import run
+from vitpareto.search.trials.trial import Worker, run_trial
 
 SETTINGS = {"dense": {}, "resize": {"size": 48}, "random": {"keep_rate": 0.75}}
 
@@ -31,7 +31,7 @@ def main() -> None:
         prepared = run.prepare(config)
         prepared.folder.write_job(config.plain())
         prepared.folder.settle(prepared.identity)
-        place = Workplace.open(run.make_task(prepared, epoch="", threads=2))
+        place = Worker.open(run.make_task(prepared, epoch="", threads=2))
         untrained = [n for n in methods.names() if methods.get(n).training != "required"]
         print(f"{'method':<12}{'eager':>9}{'onnx':>9}{'pt2':>9}  class  tied  wrong      s  recipe")
         for trial, name in enumerate(untrained):

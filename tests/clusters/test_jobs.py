@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from clusters import jobs
-from clusters.jobs import CODE, INPUTS, Head, Job, described, pack, settle
-from search.errors import UserError
+from vitpareto.clusters import jobs
+from vitpareto.clusters.jobs import FOLDERS, INPUTS, Head, Job, described, pack, settle
+from vitpareto.search.errors import UserError
 
 
 def given(tmp_path: Path) -> dict[str, Any]:
@@ -44,14 +44,17 @@ def test_a_package_runs_by_itself(tmp_path: Path) -> None:
     assert (package / weights).read_bytes() == b"w" * 1000
     assert (package / model / "config.json").is_file()
     done = subprocess.run(
-        [sys.executable, "-c", "import vitpareto, methods, search, clusters, dashboards\n"
+        [sys.executable, "-c", "import vitpareto\n"
+         "from vitpareto import methods, search, clusters, dashboards\n"
          "print(*(m.__file__ for m in (vitpareto, methods, search, clusters, dashboards)))"],
         cwd=package, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert all(Path(f).is_relative_to(package) for f in done.stdout.split()), done.stdout
-    assert len(done.stdout.split()) == len(CODE)
-    assert (package / "search" / "weights" / "digits_vit.safetensors").is_file()
+    assert len(done.stdout.split()) == 1 + len(FOLDERS)
+    assert (
+        package / "vitpareto" / "search" / "data" / "weights" / "digits_vit.safetensors"
+    ).is_file()
 
 
 def test_packed_files_outlive_the_package_under_one_name(tmp_path: Path) -> None:

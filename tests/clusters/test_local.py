@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from clusters.local import joined_cluster
-from search.errors import UserError
+from vitpareto.clusters.connect import joined_cluster
+from vitpareto.search.errors import UserError
 
 PROGRAM = """
 import os, sys, time
 import ray
-from clusters.local import local_cluster
+from vitpareto.clusters.connect import local_cluster
 
 def family(pid):
     table = {}

@@ -15,8 +15,8 @@ import jsonschema
 import pytest
 import yaml
 
-from search.config import SearchConfig
 from tests.clusters.kuberay import PODMONITOR, RAYJOB
+from vitpareto.search.study.job import SearchConfig
 
 CLUSTERS = Path(__file__).parents[2] / "clusters"
 KUBERAY = CLUSTERS / "kuberay"

@@ -23,9 +23,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from search.store import StudyFolder
 from tests.clusters.running import Running, running
 from tests.search.faults import NAME, look, results, until
+from vitpareto.search.study.folder import StudyFolder
 
 JOB = {"name": NAME, "trials": 18, "images": 200, "certify": "off", "latency": "off", "race": "off"}
 #: another folder in each process: that in which it runs
@@ -90,14 +90,14 @@ def test_another_token_another_ray_another_python(cluster: Running, tmp_path: Pa
     code, said = cluster.run("logs", "kk", "--address", cluster.dashboard, cwd=tmp_path)
     assert code == 2 and "there is no job 'kk'" in said
     ray, python = "ray.__version__ = '2.31.0'", "versions = ray.__version__, '3.9.1'"
-    joins = f"with clusters.local.joined_cluster('{cluster.address}'): pass"
+    joins = f"with vitpareto.clusters.connect.joined_cluster('{cluster.address}'): pass"
     for other, call, named in (
-        (ray, f"from clusters.jobs import Head; Head('{cluster.dashboard}')", "2.31.0"),
+        (ray, f"from vitpareto.clusters.jobs import Head; Head('{cluster.dashboard}')", "2.31.0"),
         (ray, joins, "2.31.0"),
         (f"{python}; ray._private.utils.compute_version_info = lambda: versions", joins, "3.9.1"),
     ):
         done = subprocess.run(
-            [sys.executable, "-c", f"import clusters.local, ray\n{other}\n{call}"],
+            [sys.executable, "-c", f"import vitpareto.clusters.connect, ray\n{other}\n{call}"],
             env=cluster.environment, capture_output=True, text=True, timeout=60,
         )  # fmt: skip
         assert "UserError" in done.stderr and named in done.stderr, done.stderr

@@ -16,17 +16,17 @@ import yaml
 from PIL import Image
 from pyarrow import fs
 
-from search import durable
-from search.artifacts import Artifacts
-from search.datasets import Preprocess, open_data
-from search.decode import is_whole
-from search.errors import UserError
-from search.nodes import split_here
-from search.prepare import prepare_once
-from search.remote import Remote, check_empty, store_folder, upload
-from search.store import StudyFolder
 from tests.clusters.running import Running, running
 from tests.search.faults import NAME
+from vitpareto.search.data.datasets import Preprocess, open_data
+from vitpareto.search.data.decoding import is_whole
+from vitpareto.search.errors import UserError
+from vitpareto.search.files import atomic as durable
+from vitpareto.search.files.object_store import Remote, check_empty, store_folder, upload
+from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.training.preparation import prepare_once
+from vitpareto.search.trials.nodes import split_here
 
 JOB = {"name": NAME, "trials": 10, "images": 200, "latency": "off", "race": "off"}
 BUCKET = "studies-of-ours"
@@ -92,8 +92,8 @@ def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPa
 
 def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is alive is respected; the claim of one that died is taken over."""
-    monkeypatch.setattr("search.remote.RENEW_S", 0.5)
-    monkeypatch.setattr("search.remote.DEAD_S", 4.0)
+    monkeypatch.setattr("vitpareto.search.files.object_store.RENEW_S", 0.5)
+    monkeypatch.setattr("vitpareto.search.files.object_store.DEAD_S", 4.0)
     study = StudyFolder.open(storage, "s")
     study.create()
     monkeypatch.setenv("VITPARETO_CACHE", str(study.folder.parents[2] / "another"))

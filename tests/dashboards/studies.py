@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from methods import Recipe
-from search.results import TrialResult, pack_bits, wilson_interval
-from search.store import StudyFolder
+from vitpareto.methods import Recipe
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.results import TrialResult, pack_bits, wilson_interval
 
 IMAGES = 400
 #: a recipe of each method at a rate

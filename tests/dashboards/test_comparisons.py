@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from dashboards.comparisons import (
+from vitpareto.dashboards.comparisons import (
     accuracy_table,
     cost_notes,
     cost_tables,
@@ -19,10 +19,10 @@ from dashboards.comparisons import (
     plain_costs,
     plain_figures,
 )
-from dashboards.tables import csv_text, json_lines
-from search import published
-from search.reproduce import Accuracy, Reproduced, reproduce
-from search.table import Bench, CostRow, Figure, cost_rows
+from vitpareto.dashboards.tables import csv_text, json_lines
+from vitpareto.search.compare import published
+from vitpareto.search.compare.cost_table import Bench, CostRow, Figure, cost_rows
+from vitpareto.search.compare.reproduction import Accuracy, Reproduced, reproduce
 
 
 def text_of(table: Table, width: int = 160) -> str:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import ray
 
-from clusters.local import Room
-from search import run
-from search.config import SearchConfig
-from search.metrics import NUMBERS, WINDOW_S, Metrics
-from search.results import TrialResult
-from search.searcher import Tally
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import TrialResult
+from vitpareto.search.trials import run
+from vitpareto.search.trials.ray_metrics import NUMBERS, WINDOW_S, Metrics
+from vitpareto.search.trials.searcher import Tally
 
 BOARD = Path(__file__).parents[2] / "dashboards" / "grafana" / "searches.json"
 
@@ -44,7 +44,7 @@ def page() -> str:
 
 @pytest.mark.timeout(240)
 def test_every_query_finds_its_number_on_the_page_of_a_running_search(
-    tmp_path: Path, cache: Path, room: Room
+    tmp_path: Path, cache: Path, room: ClusterCapacity
 ) -> None:
     config = SearchConfig.of({
         "name": "metered", "trials": 6, "images": 60, "methods": "topk", "latency": "off",
@@ -78,7 +78,7 @@ def test_every_query_finds_its_number_on_the_page_of_a_running_search(
         assert re.findall(r"\b(\w+)=~", query) in ([], ["study"]), "a label that there is"
 
 
-def test_rates_are_of_the_last_minute_and_of_what_lies_in_it(room: Room) -> None:
+def test_rates_are_of_the_last_minute_and_of_what_lies_in_it(room: ClusterCapacity) -> None:
     now = [1000.0]
     metrics = Metrics("rated", 2, clock=lambda: now[0])
     one = TrialResult(0, "finished", {}, "k", images=300, seconds=20.0)

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from dashboards.mlflow_server import Served, serve
-from dashboards.report import write_explorer
-from search.mlflow_views import saved_views
-from search.pareto import front_of, objectives_named
-from search.store import StudyFolder
-from search.tracking import Page, sync
 from tests.browser import Tab
 from tests.dashboards.studies import write_study
+from vitpareto.dashboards.explorer_page import write_explorer
+from vitpareto.dashboards.mlflow_server import Served, serve
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.tracking.mirror import Page, sync
+from vitpareto.search.tracking.views import saved_views
 
 #: below the hundred that MLflow's pages load at once
 TRIALS = 90
@@ -101,7 +101,7 @@ def test_the_explorer_works_inside_mlflows_frame(tab: Tab, served: Served) -> No
 def test_a_view_that_somebody_renamed_comes_back_at_the_next_sync(
     study: StudyFolder, tmp_path: Path
 ) -> None:
-    from search.mlflow_client import open_client, store_uri
+    from vitpareto.search.tracking.client import open_client, store_uri
 
     client = open_client(store_uri(study.folder.parent))
     experiment = client.get_experiment_by_name("vitpareto/deit-s")

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from dashboards import mlflow_server
-from dashboards.mlflow_server import serve
-from search.errors import UserError
-from search.results import TrialResult
-from search.store import StudyFolder
-from search.tracking import sync
+from vitpareto.dashboards import mlflow_server
+from vitpareto.dashboards.mlflow_server import serve
+from vitpareto.search.errors import UserError
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.results import TrialResult
+from vitpareto.search.tracking.mirror import sync
 
 
 def group_of(leader: int) -> list[int]:
@@ -109,7 +109,7 @@ def test_a_proxy_is_not_asked_for_loopback(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: PR_SET_PDEATHSIG")
 def test_the_server_ends_with_a_process_that_is_killed(tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys, time; from dashboards.mlflow_server import serve;"
+        "import pathlib, sys, time; from vitpareto.dashboards.mlflow_server import serve;"
         "context = serve(pathlib.Path(sys.argv[1])); served = context.__enter__();"
         "print(served.pid, served.url, flush=True); time.sleep(600)"
     )

@@ -19,12 +19,12 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from dashboards.painting import FUSED, OUTLINES, group_colours, outlines, painted
-from dashboards.patches import COLUMNS, draw_patches, patch_rows, patches_figure, summary
-from methods import Recipe, Untrained
-from search import embedded
-from search.errors import UserError
-from search.follow import Followed, FollowedImage, Guess, follow
+from vitpareto.dashboards.painting import FUSED, OUTLINES, group_colours, outlines, painted
+from vitpareto.dashboards.patches import COLUMNS, draw_patches, patch_rows, patches_figure, summary
+from vitpareto.methods import Recipe, Untrained
+from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess, follow
+from vitpareto.search.data import embedded
+from vitpareto.search.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -347,6 +347,6 @@ def test_other_files_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_no_global_matplotlib_state() -> None:
-    code = "import sys, dashboards.patches; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, vitpareto.dashboards.patches; sys.exit('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

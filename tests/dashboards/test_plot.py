@@ -17,10 +17,10 @@ import pytest
 from matplotlib.colors import same_color, to_rgba
 from matplotlib.figure import Figure
 
-from dashboards.plot import PublishedPoint, front_figure, plot_front
-from dashboards.styles import CONTROLS
-from search.pareto import front_of, objectives_named
-from search.results import TrialResult, TrialState, wilson_interval
+from vitpareto.dashboards.plot import PublishedPoint, front_figure, plot_front
+from vitpareto.dashboards.styles import CONTROLS
+from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.results import TrialResult, TrialState, wilson_interval
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -427,6 +427,6 @@ def test_objectives_are_checked(objectives, message):
 
 def test_no_global_matplotlib_state():
     """pyplot would keep every figure alive and choose a backend for the whole process."""
-    code = "import sys, dashboards.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, vitpareto.dashboards.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

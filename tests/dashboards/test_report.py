@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from dashboards.report import explorer, write_explorer
-from search.pareto import Front, front_of, objectives_named, reference_of, reference_point
-from search.store import StudyFolder
 from tests.browser import Tab
 from tests.dashboards.studies import write_study
+from vitpareto.dashboards.explorer_page import explorer, write_explorer
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import (
+    Front,
+    front_of,
+    objectives_named,
+    reference_of,
+    reference_point,
+)
 
 AXES = objectives_named(("top1", "gmacs"))
 

@@ -11,11 +11,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from tiny_models import MODELS, dense, images, peak
 from torch import nn
 
-import methods
-from methods import ModelShape
+from tests.methods.tiny_models import MODELS, dense, images, peak
+from vitpareto import methods
+from vitpareto.methods import ModelShape
 
 
 @dataclass(frozen=True)

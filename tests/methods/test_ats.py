@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from method_settings import recorded
-from tiny_models import dense, images
 from torch import Tensor
 
-import methods
-from methods import BadInput, Recipe
-from methods.ats import sample
-from methods.tokens import Tokens, keep_chosen, rising
+from tests.methods.method_settings import recorded
+from tests.methods.tiny_models import dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods.engine.tokens import Tokens, keep_chosen, rising
+from vitpareto.methods.token.ats import sample
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from method_settings import REFUSED, SETTINGS, Case, recorded
-from tiny_models import dense, images
 
-import methods
-from methods import BadInput
-from methods.nvit import WidthsParameter
-from methods.parameters import Choice, Counts, Float, Int, IntOrList, Layers, Rates
+from tests.methods.method_settings import REFUSED, SETTINGS, Case, recorded
+from tests.methods.tiny_models import dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput
+from vitpareto.methods.engine.parameters import Choice, Counts, Float, Int, IntOrList, Layers, Rates
+from vitpareto.methods.structure.nvit import WidthsParameter
 
 
 def outside(parameter, shape):

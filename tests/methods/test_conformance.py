@@ -9,7 +9,9 @@ from functools import cache, partial
 
 import pytest
 import torch
-from method_settings import (
+from timm.models.deit import VisionTransformerDistilled
+
+from tests.methods.method_settings import (
     CASES,
     EVERY,
     FIRST,
@@ -21,12 +23,10 @@ from method_settings import (
     pruned,
     recorded,
 )
-from timm.models.deit import VisionTransformerDistilled
-from tiny_models import MODELS, dense, images, vit
-
-import methods
-from methods import vit as vit_module
-from methods.vit import Reduction
+from tests.methods.tiny_models import MODELS, dense, images, vit
+from vitpareto import methods
+from vitpareto.methods.engine import vit as vit_module
+from vitpareto.methods.engine.vit import Reduction
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 some_pairs = pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from method_settings import recorded
-from tiny_models import dense, images
 from torch import Tensor
 
-import methods
-from methods import BadInput, ModelShape, Recipe
-from methods.evit import keep_and_fuse, patches_kept
-from methods.tokens import Tokens
+from tests.methods.method_settings import recorded
+from tests.methods.tiny_models import dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput, ModelShape, Recipe
+from vitpareto.methods.engine.tokens import Tokens
+from vitpareto.methods.token.evit import keep_and_fuse, patches_kept
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

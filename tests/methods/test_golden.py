@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from method_settings import recorded
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import methods
-from methods.patchmerger import Merger
+from tests.methods.method_settings import recorded
+from vitpareto import methods
+from vitpareto.methods.token.patchmerger import Merger
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 #: what METHODS asks for: the same formulas in another order of operations

@@ -8,14 +8,14 @@ from functools import partial
 import pytest
 import timm
 import torch
-from method_settings import CASES, PAIRS, Case, pruned
 from timm.layers import BatchNormAct2d, create_conv2d
-from tiny_models import dense, hybrid, images
 from torch import Tensor, nn
 
-import methods
-from methods import ModelShape, Recipe
-from search.cost import fvcore_macs, macs, recipe_macs
+from tests.methods.method_settings import CASES, PAIRS, Case, pruned
+from tests.methods.tiny_models import dense, hybrid, images
+from vitpareto import methods
+from vitpareto.methods import ModelShape, Recipe
+from vitpareto.search.measure.cost import fvcore_macs, macs, recipe_macs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),

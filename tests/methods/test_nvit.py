@@ -10,15 +10,22 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from method_settings import recorded
-from tiny_models import MODELS, dense, images
 
-import methods
-from methods import BadInput, Recipe, Step
-from methods.importance import Scores, importances, magnitudes, top
-from methods.nvit import trajectory
-from methods.plan import GROUPS, even, least, macs_cost, plan
-from methods.sliced import BlockWidths, Widths, fixed, model_widths, slice_model, sliced_model
+from tests.methods.method_settings import recorded
+from tests.methods.tiny_models import MODELS, dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe, Step
+from vitpareto.methods.slicing.importance import Scores, importances, magnitudes, top
+from vitpareto.methods.slicing.plan import GROUPS, even, least, macs_cost, plan
+from vitpareto.methods.slicing.sliced_model import (
+    BlockWidths,
+    Widths,
+    fixed,
+    model_widths,
+    slice_model,
+    sliced_model,
+)
+from vitpareto.methods.structure.nvit import trajectory
 
 EMBEDDED = ("cls_token", "dist_token", "reg_token", "pos_embed")
 

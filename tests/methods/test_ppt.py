@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from method_settings import CASES, pruned, recorded
 from test_ats import first_share
-from tiny_models import MODELS, dense, images
 from torch import Tensor
 
-import methods
-from methods import BadInput, Recipe
-from methods.ppt import merge_or_keep
-from methods.tokens import Tokens, bipartite_match, keep, merge_matched
-from search.cost import recipe_macs
+from tests.methods.method_settings import CASES, pruned, recorded
+from tests.methods.tiny_models import MODELS, dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods.engine.tokens import Tokens, bipartite_match, keep, merge_matched
+from vitpareto.methods.token.ppt import merge_or_keep
+from vitpareto.search.measure.cost import recipe_macs
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -7,15 +7,15 @@ from functools import cache
 
 import pytest
 import torch
-from decisions import Decisions
-from method_settings import CASES, PAIRS, Case, pruned, recorded
-from tiny_models import dense, images, vit
 from torch import Tensor
 
-import methods
-from methods.ppt import merge_or_keep
-from methods.tokens import Tokens, bipartite_match, merge_matched
-from methods.vit import Attended
+from tests.methods.decisions import Decisions
+from tests.methods.method_settings import CASES, PAIRS, Case, pruned, recorded
+from tests.methods.tiny_models import dense, images, vit
+from vitpareto import methods
+from vitpareto.methods.engine.tokens import Tokens, bipartite_match, merge_matched
+from vitpareto.methods.engine.vit import Attended
+from vitpareto.methods.token.ppt import merge_or_keep
 
 some_pairs = pytest.mark.parametrize(
     "kind, case", PAIRS, ids=[f"{kind}-{case}" for kind, case in PAIRS]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import methods
+from vitpareto import methods
 
 README = Path(methods.__file__).with_name("README.md").read_text(encoding="utf-8")
 
@@ -15,7 +15,7 @@ USE = """
 import runpy, sys
 import torch
 from timm.models.vision_transformer import VisionTransformer
-import methods
+from vitpareto import methods
 
 runpy.run_path(sys.argv[1])
 assert "norm" in methods.names()
@@ -45,6 +45,6 @@ def test_the_worked_example_is_a_method(tmp_path):
 
 def test_every_file_that_is_not_a_method_is_in_the_table():
     named = set(re.findall(r"`(\w+)\.py`", README))
-    for path in Path(methods.__file__).parent.glob("*.py"):
+    for path in Path(methods.__file__).parent.rglob("*.py"):
         if path.stem != "__init__" and "@register" not in path.read_text(encoding="utf-8"):
             assert path.stem in named

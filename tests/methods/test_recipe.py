@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from method_settings import CASES, Case, recorded
-from tiny_models import MODELS, dense, images, vit
 
-import methods
-from methods import ModelShape, Recipe, Step
+from tests.methods.method_settings import CASES, Case, recorded
+from tests.methods.tiny_models import MODELS, dense, images, vit
+from vitpareto import methods
+from vitpareto.methods import ModelShape, Recipe, Step
 
 
 def shape(kind: str = "class") -> ModelShape:

@@ -18,10 +18,10 @@ from timm.models.vision_transformer import (
     ResPostBlock,
     VisionTransformer,
 )
-from tiny_models import dense, images
 
-import methods
-from methods import BadInput, Recipe, UnsupportedModel
+from tests.methods.tiny_models import dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe, UnsupportedModel
 
 
 class OwnTransformer(VisionTransformer):

@@ -7,11 +7,11 @@ import copy
 import pytest
 import timm
 import torch
-from tiny_models import dense
 
-import methods
-from methods.revit import redistributed
-from methods.sliced import BlockWidths, model_widths, sliced_model
+from tests.methods.tiny_models import dense
+from vitpareto import methods
+from vitpareto.methods.slicing.sliced_model import BlockWidths, model_widths, sliced_model
+from vitpareto.methods.structure.revit import redistributed
 
 
 def small():

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
-from tiny_models import MODELS, dense, images
 from torch import nn
 
-import methods
-from methods.sliced import (
+from tests.methods.tiny_models import MODELS, dense, images
+from vitpareto import methods
+from vitpareto.methods.engine.sliced_block import fused_attention
+from vitpareto.methods.slicing.sliced_model import (
     BlockKept,
     BlockWidths,
     Kept,
@@ -22,7 +23,6 @@ from methods.sliced import (
     sliced_model,
     widths_of,
 )
-from methods.sliced_block import fused_attention
 
 PARTS = ("heads", "qk", "v", "mlp", "embedding")
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from methods.parameters import BadInput
-from methods.rajni import RajniReduction, ranking, read
-from methods.tokens import (
+from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.tokens import (
     Tokens,
     bipartite_match,
     keep,
@@ -20,7 +19,8 @@ from methods.tokens import (
     staged_counts,
     top_k,
 )
-from methods.vit import Attended
+from vitpareto.methods.engine.vit import Attended
+from vitpareto.methods.token.rajni import RajniReduction, ranking, read
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
-import methods
+from vitpareto import methods
 
 TOUR = Path(methods.__file__).with_name("tour.ipynb")
 ROOT = TOUR.parents[1]

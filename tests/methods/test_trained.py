@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
-from method_settings import SETTINGS, Case, recorded
-from tiny_models import dense, images
 
-import methods
-from methods import BadInput, ModelShape, Recipe
-from methods.tnt import distinct
+from tests.methods.method_settings import SETTINGS, Case, recorded
+from tests.methods.tiny_models import dense, images
+from vitpareto import methods
+from vitpareto.methods import BadInput, ModelShape, Recipe
+from vitpareto.methods.token.tnt import distinct
 
 TRAINED = ("dynamicvit", "patchmerger", "tnt")
 
@@ -117,7 +117,7 @@ def test_settings_that_make_the_same_candidate_share_a_key():
     assert len(set.union(*keys)) == len(SAME)
 
 
-@pytest.mark.filterwarnings("ignore::methods.Untrained")
+@pytest.mark.filterwarnings("ignore::vitpareto.methods.Untrained")
 def test_what_shares_a_key_and_its_weights_shares_its_logits():
     model = dense("class")
     for recipes in SAME[1:]:

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from method_settings import CASES, Case, identity
-from tiny_models import MODELS, dense, images
 
-import methods
-from methods.dynamicvit import Predictor
-from methods.tnt import noisy_blocks
-from methods.tokens import Tokens, keep
+from tests.methods.method_settings import CASES, Case, identity
+from tests.methods.tiny_models import MODELS, dense, images
+from vitpareto import methods
+from vitpareto.methods.engine.tokens import Tokens, keep
+from vitpareto.methods.token.dynamicvit import Predictor
+from vitpareto.methods.token.tnt import noisy_blocks
 
 TNT = {c.label: c for c in CASES if c.method == "tnt"}
 DYNAMIC = next(c for c in CASES if str(c) == "dynamicvit-staged")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from method_settings import recorded
-from tiny_models import dense, images
 from torch import Tensor
 
-import methods
-from methods import by_head
-from methods.by_head import attend_by_head
-from methods.tokens import Tokens
-from methods.tram import TramReduction, second_order_degree
-from methods.vit import Attended
+from tests.methods.method_settings import recorded
+from tests.methods.tiny_models import dense, images
+from vitpareto import methods
+from vitpareto.methods.engine import head_maximum as by_head
+from vitpareto.methods.engine.head_maximum import attend_by_head
+from vitpareto.methods.engine.tokens import Tokens
+from vitpareto.methods.engine.vit import Attended
+from vitpareto.methods.token.tram import TramReduction, second_order_degree
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

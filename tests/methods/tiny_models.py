@@ -19,7 +19,7 @@ from timm.models.resnetv2 import ResNetV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from methods.sliced import BlockWidths, Widths, sliced_model
+from vitpareto.methods.slicing.sliced_model import BlockWidths, Widths, sliced_model
 
 
 def vit(kind: type[VisionTransformer] = VisionTransformer, **settings: Any) -> VisionTransformer:

@@ -20,10 +20,10 @@ from typing import Any
 
 import psutil
 
-from search.mlflow_client import open_client
-from search.mlflow_runs import STUDY_ID, experiment_of
-from search.store import StudyFolder
-from search.tracking import tracking_uri
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.tracking.client import open_client
+from vitpareto.search.tracking.mirror import tracking_uri
+from vitpareto.search.tracking.runs import STUDY_ID, experiment_of
 
 NAME = "k"
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import vit
 from torch import Tensor
 
-from methods import Recipe
-from methods.recipe import weights_digest
-from search.artifacts import Artifacts
-from search.errors import UserError
+from tests.search.small import vit
+from vitpareto.methods import Recipe
+from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.search.errors import UserError
+from vitpareto.search.models.weight_store import Artifacts
 
 
 @pytest.fixture

@@ -12,10 +12,14 @@ import pytest
 import torch
 from scipy.stats import beta, norm
 
-from clusters.local import Room
-from methods import Recipe
-from search import certificates, certify, embedded, run
-from search.certificates import (
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.methods import Recipe
+from vitpareto.search.data import embedded
+from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.models.loading import load_model
+from vitpareto.search.stats.intervals import clopper_pearson, paired_difference
+from vitpareto.search.study import certificates
+from vitpareto.search.study.certificates import (
     ERROR,
     NAMED,
     Record,
@@ -26,17 +30,16 @@ from search.certificates import (
     why_not,
     worst_class,
 )
-from search.certify import certify_front, members_of
-from search.config import SearchConfig
-from search.datasets import Preprocess
-from search.intervals import clopper_pearson, paired_difference
-from search.models import load_model
-from search.pareto import choose, front_of, objectives_named
-from search.results import TrialResult, pack_bits, unpack_bits, wilson_interval
-from search.run import Prepared
-from search.store import StudyFolder
-from search.tune import Crew
-from search.verdict import is_control
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import choose, front_of, objectives_named
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits, wilson_interval
+from vitpareto.search.study.verdict import is_control
+from vitpareto.search.trials import certification as certify
+from vitpareto.search.trials import run
+from vitpareto.search.trials.certification import certify_front, members_of
+from vitpareto.search.trials.run import Prepared
+from vitpareto.search.trials.tune import TrialResources
 
 OBJECTIVES = ("top1", "gmacs")
 AXES = objectives_named(OBJECTIVES)
@@ -332,7 +335,7 @@ class Real:
     """A study whose search is over, and what certifies it."""
 
     prepared: Prepared
-    crew: Crew
+    crew: TrialResources
     said: list[str]
 
     @property
@@ -353,7 +356,9 @@ class Real:
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory, cache: Path, room: Room) -> Iterator[Real]:
+def real(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: ClusterCapacity
+) -> Iterator[Real]:
     config = SearchConfig.of({
         "name": "s", "trials": 8, "images": 60, "store": str(tmp_path_factory.mktemp("store")),
         "cache": str(cache), "workers": 2, "device": "cpu", "latency": "off", "certify": "off",
@@ -364,7 +369,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, cache: Path, room: Room) -> I
     prepared.folder.write_job(
         {**config.plain(), "certify": "front"}
     )  # as if it had been broken off
-    yield Real(prepared, Crew.of(config, "cpu", room.cpus, room.gpus), [])
+    yield Real(prepared, TrialResources.of(config, "cpu", room.cpus, room.gpus), [])
 
 
 def test_the_front_is_measured_on_the_held_out_images_image_by_image(real: Real) -> None:
@@ -421,7 +426,7 @@ def test_a_member_that_is_added_later_has_a_round_of_its_own(real: Real) -> None
     results = real.folder.results()
     cheapest = min(results, key=lambda r: r.values["gmacs"])
     recipe = Recipe.of("tome", r=8)
-    place = run.Workplace.open(run.make_task(real.prepared, "", threads=None))
+    place = run.Worker.open(run.make_task(real.prepared, "", threads=None))
     added = run.run_trial(place, len(results), recipe)
     assert added.values["gmacs"] < cheapest.values["gmacs"]
     real.folder.write(added)
@@ -482,7 +487,7 @@ def test_the_recovered_front_is_certified_beside_the_studys_own(real: Real) -> N
         pruned.head.bias += 0.01  # type: ignore[union-attr, operator]
     digest = real.folder.artifacts.save(pruned.state_dict())
     recipe = replace(Recipe.from_dict(one.resolved or one.recipe), weights=digest)
-    place = run.Workplace.open(run.make_task(real.prepared, "", threads=None))
+    place = run.Worker.open(run.make_task(real.prepared, "", threads=None))
     after = run.run_trial(place, one.trial, recipe)
     (real.folder.folder / "recovered").mkdir(exist_ok=True)
     real.folder.write_recovered(replace(after, recipe=one.recipe))
@@ -507,8 +512,11 @@ def test_certify_module_is_not_needed_to_read() -> None:
     import subprocess
     import sys
 
-    code = "import sys, search.certificates, search.verdict; sys.exit('ray' in sys.modules)"
-    root = Path(certify.__file__).parents[1]
+    code = (
+        "import sys; from vitpareto.search.study import certificates, verdict; "
+        "sys.exit('ray' in sys.modules)"
+    )
+    root = Path(certify.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 

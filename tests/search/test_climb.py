@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from methods import Recipe
-from search import run, trial
-from search.config import SearchConfig
-from search.datasets import Split
-from search.results import unpack_bits
-from search.trial import Rung, Workplace, climb, run_trial
+from vitpareto.methods import Recipe
+from vitpareto.search.data.datasets import Split
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import unpack_bits
+from vitpareto.search.trials import run, trial
+from vitpareto.search.trials.trial import Rung, Worker, climb, run_trial
 
 IMAGES, BATCH = 90, 16
 TOPK = Recipe.of("topk", keep_rate=0.5)
@@ -22,19 +22,19 @@ ATS = Recipe.from_yaml("tokens: {method: ats, prune_layers: [3, 6], max_tokens: 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Workplace:
+def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     store = tmp_path_factory.mktemp("store")
     config = SearchConfig.of({"images": IMAGES, "batch": BATCH, "store": str(store),
                               "cache": str(cache), "device": "cpu"})  # fmt: skip
-    return Workplace.open(run.make_task(run.prepare(config), epoch="", threads=None))
+    return Worker.open(run.make_task(run.prepare(config), epoch="", threads=None))
 
 
-def at(place: Workplace, *rungs: int, **changed) -> Workplace:
+def at(place: Worker, *rungs: int, **changed) -> Worker:
     return replace(place, task=replace(place.task, rungs=rungs, **changed))
 
 
 @pytest.mark.parametrize("recipe", [TOPK, ATS], ids=str)
-def test_every_rung_is_a_prefix_of_the_whole(place: Workplace, recipe: Recipe) -> None:
+def test_every_rung_is_a_prefix_of_the_whole(place: Worker, recipe: Recipe) -> None:
     whole = run_trial(place, 1, recipe)
     right = unpack_bits(whole.bits, whole.images)
     *climbed, last = climb(at(place, 16, 40, 90), 1, recipe)
@@ -52,7 +52,7 @@ def test_every_rung_is_a_prefix_of_the_whole(place: Workplace, recipe: Recipe) -
     assert replace(same, values=whole.values) == whole
 
 
-def test_padding_is_that_of_whole_batches(place: Workplace) -> None:
+def test_padding_is_that_of_whole_batches(place: Worker) -> None:
     """ATS pads a batch to its longest image: a rung inside a batch would change its cost."""
     *climbed, _ = climb(at(place, 10, 40), 1, ATS)
     assert [len(r.right) for r in climbed if isinstance(r, Rung)] == [16, 48]
@@ -81,7 +81,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]
 
 
 def test_no_image_is_seen_twice_and_none_after_the_stop(
-    place: Workplace, evaluated: list[tuple[int, int]]
+    place: Worker, evaluated: list[tuple[int, int]]
 ) -> None:
     climbing = climb(at(place, 20, 50), 1, TOPK)
     next(climbing)
@@ -95,14 +95,14 @@ def test_no_image_is_seen_twice_and_none_after_the_stop(
     assert forwards[-1][1] == IMAGES and memory == (0, BATCH)
 
 
-def test_memory_comes_first_where_it_is_an_objective(place: Workplace) -> None:
+def test_memory_comes_first_where_it_is_an_objective(place: Worker) -> None:
     first = next(climb(at(place, 20, peak_first=True), 1, TOPK))
     assert isinstance(first, Rung) and first.values["peak_mb"] > 0
     later = next(climb(at(place, 20), 1, TOPK))
     assert isinstance(later, Rung) and "peak_mb" not in later.values
 
 
-def test_rungs_beyond_the_images_are_none(place: Workplace) -> None:
+def test_rungs_beyond_the_images_are_none(place: Worker) -> None:
     (only,) = climb(at(place, IMAGES, 500), 1, TOPK)
     assert isinstance(only, trial.TrialResult) and only.images == IMAGES
     assert np.isfinite(only.values["top1"])

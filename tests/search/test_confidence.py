@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from search.confidence import BLOCK, control_variate, cost_floor, log_capital
+from vitpareto.search.stats.confidence_sequences import (
+    BLOCK,
+    control_variate,
+    cost_floor,
+    log_capital,
+)
 
 
 @pytest.mark.parametrize("losses", [0, 2, 3])

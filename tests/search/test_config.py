@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-import methods
-from methods import BadInput
-from search.config import IDENTITY, TRAINING_IDENTITY, SearchConfig, read_job
-from search.errors import UserError
+from vitpareto import methods
+from vitpareto.methods import BadInput
+from vitpareto.search.errors import UserError
+from vitpareto.search.study.job import IDENTITY, TRAINING_IDENTITY, SearchConfig, read_job
 
 GOOD: dict[str, Any] = {
     "name": "deit-s", "model": "deit_small_patch16_224", "data": "/imagenet/val",

@@ -11,13 +11,13 @@ import pytest
 import timm
 import torch
 from scipy.stats import binom
-from small import images, vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import methods
-from methods import BadInput, Recipe
-from search.cost import (
+from tests.search.small import images, vit
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.measure.cost import (
     device_name,
     fvcore_macs,
     latency,

@@ -23,9 +23,11 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from search import datasets, decode
-from search.datasets import Data, Preprocess, check_head, default_cache, open_data
-from search.errors import UserError
+from vitpareto.search.data import datasets
+from vitpareto.search.data import decoding as decode
+from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
+from vitpareto.search.errors import UserError
+from vitpareto.search.files.cache import default_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = Preprocess((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.9, "center")
@@ -415,7 +417,7 @@ def test_worker_processes_decode_the_same_bytes(folder: Path, tmp_path: Path) ->
 LATECOMER = """
 import hashlib, json, sys
 from pathlib import Path
-from search.datasets import Preprocess, open_data
+from vitpareto.search.data.datasets import Preprocess, open_data
 
 folder, cache, fields = sys.argv[1:]
 heard = []
@@ -582,10 +584,11 @@ def test_cifar10_that_cannot_be_downloaded_says_how_to_give_it(
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("search.embedded") is None, reason="search.embedded is not there yet"
+    importlib.util.find_spec("vitpareto.search.data.embedded") is None,
+    reason="vitpareto.search.data.embedded is not there yet",
 )
 def test_digits_bring_their_own_splits(cache: Path) -> None:
-    from search import embedded
+    from vitpareto.search.data import embedded
 
     preprocess = replace(SMALL, input_size=(3, embedded.SIZE, embedded.SIZE), crop_pct=1.0)
     data = open_data("digits", preprocess, cache=cache, images=30)

@@ -20,34 +20,37 @@ import onnx
 import pytest
 import torch
 
-import methods
-from clusters.local import Room
-from methods import Recipe
-from search import embedded, run
-from search.bench import bench, dense_model
-from search.certificates import measured
-from search.config import SearchConfig
-from search.errors import UserError
-from search.evaluate import batches_of
-from search.export import export
-from search.int8 import Int8
-from search.mlflow_client import open_client, store_uri
-from search.packages import write_static
-from search.pareto import front_of, objectives_named
-from search.programs import Deployed
-from search.register import aliases_of, fastest, register
-from search.results import TrialResult
-from search.runtimes import RUNTIMES, onnx_session, prepared
-from search.store import StudyFolder
-from search.trial import OUTSIDE, Workplace, outside_by, run_trial
-from search.tune import Crew
-from search.verify import Measured, check_files, normalised, verify
+from vitpareto import methods
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.methods import Recipe
+from vitpareto.search.data import embedded
+from vitpareto.search.errors import UserError
+from vitpareto.search.export.benchmark import bench, dense_model
+from vitpareto.search.export.bundle import export
+from vitpareto.search.export.int8 import Int8
+from vitpareto.search.export.specialised import write_static
+from vitpareto.search.export.verification import Measured, check_files, normalised, verify
+from vitpareto.search.measure.accuracy import batches_of
+from vitpareto.search.runtimes.backends import RUNTIMES, onnx_session, prepared
+from vitpareto.search.runtimes.programs import Deployed
+from vitpareto.search.study.certificates import measured
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import TrialResult
+from vitpareto.search.tracking.client import open_client, store_uri
+from vitpareto.search.tracking.registry import aliases_of, fastest, register
+from vitpareto.search.trials import run
+from vitpareto.search.trials.trial import OUTSIDE, Worker, outside_by, run_trial
+from vitpareto.search.trials.tune import TrialResources
 
 COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not None
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, cache: Path, room: Room) -> StudyFolder:
+def study(
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: ClusterCapacity
+) -> StudyFolder:
     config = SearchConfig.of({
         "name": "s", "trials": 8, "images": 100, "methods": "topk,random", "latency": "off",
         "certify": "off", "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
@@ -338,9 +341,9 @@ def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
     prepared = run.prepare(config)
     assert prepared.identity["latency_runtime"] == "onnxruntime"
     assert prepared.identity["max_latency_ms"] == 1e-3
-    assert Crew.of(config, "cpu", 2, 0).workers == 1, "timed alone on its device"
+    assert TrialResources.of(config, "cpu", 2, 0).workers == 1, "timed alone on its device"
     task = run.make_task(prepared, epoch="", threads=1)
-    place = Workplace.open(task)
+    place = Worker.open(task)
     recipe = Recipe.of("topk", keep_rate=0.5, prune_layers=(3,))
     above = run_trial(place, 1, recipe)
     assert (above.state, above.reason, above.images) == ("failed", OUTSIDE, 0)

@@ -15,10 +15,10 @@ import timm
 import torch
 from torch import nn
 
-import methods
-from search import embedded
-from search.cost import macs
-from search.training import Epoch, cross_entropy, fit
+from vitpareto import methods
+from vitpareto.search.data import embedded
+from vitpareto.search.measure.cost import macs
+from vitpareto.search.training.loop import Epoch, cross_entropy, fit
 
 # Found by a sweep over first prune layer 0..9, 1..4 stages, spacing 1..3 on the search images:
 # the best schedules at no more than half of the dense MACs.
@@ -74,7 +74,7 @@ def test_every_prefix_is_nearly_balanced(split: str) -> None:
 
 
 def test_the_weights_are_small_and_the_model_is_described(model: nn.Module) -> None:
-    stored = files("search").joinpath("weights", "digits_vit.safetensors").read_bytes()
+    stored = files("vitpareto.search.data").joinpath("weights", "digits_vit.safetensors").read_bytes()
     assert len(stored) < 1_900_000
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 64, 64) and data["crop_pct"] == 1.0

@@ -9,14 +9,20 @@ import numpy as np
 import pytest
 import timm.data
 import torch
-from small import PREPROCESS, image_folder, opened, vit
 from timm.utils import accuracy
 from torch import Tensor, nn
 
-import methods
-from search.cost import macs
-from search.datasets import Data, Split
-from search.evaluate import DTYPES, Correctness, NonFiniteLogits, batches_of, evaluate
+from tests.search.small import PREPROCESS, image_folder, opened, vit
+from vitpareto import methods
+from vitpareto.search.data.datasets import Data, Split
+from vitpareto.search.measure.accuracy import (
+    DTYPES,
+    Correctness,
+    NonFiniteLogits,
+    batches_of,
+    evaluate,
+)
+from vitpareto.search.measure.cost import macs
 
 CLASSES = ("ape", "bee", "cat", "dog", "elk", "fox", "gnu")
 

@@ -19,18 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-import methods
-from methods import Recipe
-from search import embedded, run
-from search.bundle_readme import programs, readme, resize_rule
-from search.config import SearchConfig
-from search.datasets import Preprocess
-from search.errors import UserError
-from search.export import NotVerified, _preprocess, choose_trial, export
-from search.results import OBJECTIVES, TrialResult
-from search.store import StudyFolder
-from search.trial import Workplace, run_trial
-from search.verify import (
+from vitpareto import methods
+from vitpareto.methods import Recipe
+from vitpareto.search.data import embedded
+from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.errors import UserError
+from vitpareto.search.export.bundle import NotVerified, _preprocess, choose_trial, export
+from vitpareto.search.export.readme import programs, readme, resize_rule
+from vitpareto.search.export.verification import (
     REFUSED,
     EditedBundle,
     Measured,
@@ -41,6 +37,11 @@ from search.verify import (
     seal,
     verify,
 )
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.trials import run
+from vitpareto.search.trials.trial import Worker, run_trial
 
 DEPTH, IMAGES = 2, 10
 RECIPES: dict[str, dict] = {
@@ -70,7 +71,7 @@ def shallow(pretrained: bool = True):
 @dataclass
 class Study:
     folder: StudyFolder
-    place: Workplace
+    place: Worker
     root: Path
     results: dict[str, TrialResult]
 
@@ -95,7 +96,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         prepared.folder.create()
         prepared.folder.write_job(config.plain())
         prepared.folder.settle(prepared.identity)
-        place = Workplace.open(run.make_task(prepared, epoch="", threads=1))
+        place = Worker.open(run.make_task(prepared, epoch="", threads=1))
         results = {}
         for name, params in RECIPES.items():
             results[name] = run_trial(place, TRIALS[name], Recipe.of(name, **params))

@@ -25,19 +25,19 @@ import torch
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 
-from methods import Recipe
-from search import run
-from search.config import SearchConfig
-from search.errors import UserError
-from search.evaluate import OutOfMemory, fitting
-from search.results import TrialResult
-from search.searcher import FrontSearcher
-from search.shapes import ShapeFinder
-from search.space import Space
-from search.storage import close, frozen_trials, open_storage, study_name
-from search.store import StudyFolder
-from search.trial import RecipeTrial, Workplace, run_trial
 from tests.search.faults import NAME, driver, gone, kill, look, results, until, workers
+from vitpareto.methods import Recipe
+from vitpareto.search.errors import UserError
+from vitpareto.search.measure.accuracy import OutOfMemory, fitting
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.optuna_storage import close, frozen_trials, open_storage, study_name
+from vitpareto.search.study.results import TrialResult
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.study.space import Space
+from vitpareto.search.trials import run
+from vitpareto.search.trials.searcher import FrontSearcher
+from vitpareto.search.trials.trial import RecipeTrial, Worker, run_trial
 
 TRIALS = 14
 
@@ -151,10 +151,10 @@ def test_the_same_seed_and_one_worker_give_the_same_trials(
     ],
 )
 def test_nan_logits_and_a_recipe_that_raises_are_failed_trials_and_the_worker_goes_on(
-    place: Workplace, broken: bool, recipe: Recipe, reason: str
+    place: Worker, broken: bool, recipe: Recipe, reason: str
 ) -> None:
     worker = RecipeTrial.__new__(RecipeTrial)
-    worker.place = Workplace(place.task, copy.deepcopy(place.dense), place.shape)
+    worker.place = Worker(place.task, copy.deepcopy(place.dense), place.shape)
     if broken:
         with torch.no_grad():
             next(worker.place.dense.parameters()).fill_(float("nan"))
@@ -239,18 +239,18 @@ import resource, sys
 from dataclasses import replace
 import torch
 torch.set_num_threads(1)
-from methods import Recipe
-from search import run
-from search.config import SearchConfig
-from search.trial import RecipeTrial, Workplace, run_trial
+from vitpareto.methods import Recipe
+from vitpareto.search.trials import run
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.trials.trial import RecipeTrial, Worker, run_trial
 
 config = SearchConfig.of({"images": 400, "batch": 400, "store": sys.argv[1], "cache": sys.argv[2],
                           "device": "cpu"})
-place = Workplace.open(run.make_task(run.prepare(config), epoch="", threads=1))
+place = Worker.open(run.make_task(run.prepare(config), epoch="", threads=1))
 fixed = Recipe.of("topk", keep_rate=0.5)
 adaptive = Recipe.of("rajni", gamma=0.1, min_tokens=8, budget="image")
 # what is kept for good is taken now: threads, kernels
-small = Workplace(replace(place.task, batch=8), place.dense, place.shape)
+small = Worker(replace(place.task, batch=8), place.dense, place.shape)
 for recipe in (fixed, adaptive):
     run_trial(small, 0, recipe)
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -341,7 +341,7 @@ def postgres() -> Iterator[Postgres]:
 
 
 @contextlib.contextmanager
-def proposing(folder: StudyFolder, place: Workplace, url: str | None) -> Iterator[FrontSearcher]:
+def proposing(folder: StudyFolder, place: Worker, url: str | None) -> Iterator[FrontSearcher]:
     """What the driver of a study holds."""
     storage = open_storage(folder, url)
     yield FrontSearcher(
@@ -351,7 +351,7 @@ def proposing(folder: StudyFolder, place: Workplace, url: str | None) -> Iterato
     close(storage)
 
 
-def measure(own: FrontSearcher, place: Workplace, count: int) -> list[TrialResult]:
+def measure(own: FrontSearcher, place: Worker, count: int) -> list[TrialResult]:
     made = []
     for _ in range(count):
         asked = own.suggest("t")
@@ -363,16 +363,14 @@ def measure(own: FrontSearcher, place: Workplace, count: int) -> list[TrialResul
 
 
 @pytest.fixture
-def place(tmp_path: Path, cache: Path) -> Workplace:
+def place(tmp_path: Path, cache: Path) -> Worker:
     config = SearchConfig.of({
         "images": 40, "store": str(tmp_path / "studies"), "cache": str(cache), "device": "cpu",
     })  # fmt: skip
-    return Workplace.open(run.make_task(run.prepare(config), epoch="", threads=1))
+    return Worker.open(run.make_task(run.prepare(config), epoch="", threads=1))
 
 
-def test_trials_are_kept_in_postgresql(
-    postgres: Postgres, tmp_path: Path, place: Workplace
-) -> None:
+def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, place: Worker) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
     with proposing(folder, place, postgres.url) as own:
@@ -399,7 +397,7 @@ def test_trials_are_kept_in_postgresql(
         open_storage(folder)
 
 
-def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, place: Workplace) -> None:
+def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, place: Worker) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
     with proposing(folder, place, None) as own:

@@ -12,19 +12,19 @@ import pytest
 import safetensors.torch
 import torch
 from PIL import Image
-from small import PREPROCESS, images
 from timm.models.vision_transformer import VisionTransformer
 
-import vitpareto
-from methods import BadInput, Recipe, model_shape, weights_digest
-from search import embedded
-from search.datasets import Preprocess, open_data
-from search.errors import UserError
-from search.evaluate import evaluate
-from search.finetune import Job, Renormalised, _fit_head, finetune
-from search.models import load_model
-from search.train import Settings
-from search.trained import Trained
+from tests.search.small import PREPROCESS, images
+from vitpareto import cli
+from vitpareto.methods import BadInput, Recipe, model_shape, weights_digest
+from vitpareto.search.data import embedded
+from vitpareto.search.data.datasets import Preprocess, open_data
+from vitpareto.search.errors import UserError
+from vitpareto.search.measure.accuracy import evaluate
+from vitpareto.search.models.loading import load_model
+from vitpareto.search.training.finetune import Job, Renormalised, _fit_head, finetune
+from vitpareto.search.training.record import Trained
+from vitpareto.search.training.settings import Settings
 
 
 def folder(root: Path, labels: dict[int, str], splits: dict[str, tuple[str, int]]) -> Path:
@@ -277,7 +277,7 @@ def test_the_command(
         line = ["vitpareto", "finetune", "--data", data, "--cache", cache, "--out", out]
         monkeypatch.setattr(sys, "argv", [str(a) for a in (*line, *arguments)])
         with pytest.raises(SystemExit) as ended:
-            vitpareto.main()
+            cli.main()
         return ended.value.code or 0
 
     common = ("--recipe", recipe, "--epochs", 1, "--batch", 32, "--mixup", 0.2, "--device", "cpu")

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-import methods
-from methods import BadInput, Recipe
-from search import embedded
-from search.datasets import Preprocess
-from search.evaluate import NonFiniteLogits
-from search.follow import denormalised, follow, together
 from tests.search import small
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.compare.token_trace import denormalised, follow, together
+from vitpareto.search.data import embedded
+from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.measure.accuracy import NonFiniteLogits
 
 STAGED = {"keep_rate": 0.6, "prune_layers": [3, 6, 9]}
 

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest, false_discovery_control, multinomial, norm
 
-from search.intervals import clopper_pearson, holm, mcnemar, paired_difference, shares
+from vitpareto.search.stats.intervals import (
+    clopper_pearson,
+    holm,
+    mcnemar,
+    paired_difference,
+    shares,
+)
 
 #: scipy inverts the same distribution by another algorithm; its answers are good to 1e-9 and more
 AGREE = 1e-7

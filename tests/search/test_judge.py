@@ -10,19 +10,19 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from clusters.local import Room
-from methods import Recipe
-from search import run
-from search.config import SearchConfig
-from search.judge import Judge
-from search.racing import Race, rungs
-from search.results import OBJECTIVES, TrialResult, pack_bits, unpack_bits
-from search.searcher import FrontSearcher
-from search.shapes import ShapeFinder
-from search.space import Space
-from search.store import StudyFolder
-from search.trial import RUNG, Rung, Workplace, run_trial
-from search.verdict import only_controls
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.methods import Recipe
+from vitpareto.search.stats.racing import Race, rungs
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import OBJECTIVES, TrialResult, pack_bits, unpack_bits
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.study.space import Space
+from vitpareto.search.study.verdict import only_controls
+from vitpareto.search.trials import run
+from vitpareto.search.trials.early_stopping import EarlyStopping
+from vitpareto.search.trials.searcher import FrontSearcher
+from vitpareto.search.trials.trial import RUNG, Rung, Worker, run_trial
 
 IMAGES = 240
 AXES = [OBJECTIVES["top1"], OBJECTIVES["gmacs"]]
@@ -52,9 +52,9 @@ def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> Rung:
     return Rung("own", {"tokens": {"method": "topk"}}, values, right, **more)
 
 
-def judge() -> Judge:
+def judge() -> EarlyStopping:
     """The dense model at 2 GMACs, and a good method at 1."""
-    found = Judge(Race(IMAGES, 0.05, 20), AXES, {"seed": 0})
+    found = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {"seed": 0})
     found.admit(result(0, Recipe(), bits(0.95), 2.0))
     found.admit(result(1, TOPK, bits(0.9, 1), 1.0))
     return found
@@ -77,7 +77,7 @@ def test_one_that_costs_less_than_all_others_climbs_on_whatever_it_shows() -> No
 
 
 def test_nobody_is_stopped_before_the_dense_model_is_known_nor_the_dense_model() -> None:
-    early = Judge(Race(IMAGES, 0.05, 20), AXES, {})
+    early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {})
     assert early.hear(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
     assert judge().hear(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
 
@@ -106,7 +106,7 @@ def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> N
 
 def test_all_objectives_have_to_be_no_higher() -> None:
     axes = [*AXES, OBJECTIVES["params_m"]]
-    found = Judge(Race(IMAGES, 0.05, 20), axes, {})
+    found = EarlyStopping(Race(IMAGES, 0.05, 20), axes, {})
     found.admit(result(0, Recipe(), bits(0.95), 2.0))
     found.admit(result(1, TOPK, bits(0.9, 1), 1.0))
     poor = rung(bits(0.4, 2)[:150], 1.2)
@@ -119,24 +119,24 @@ def test_all_objectives_have_to_be_no_higher() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Workplace:
+def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     config = SearchConfig.of({
         "images": IMAGES, "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
         "device": "cpu",
     })  # fmt: skip
-    return Workplace.open(run.make_task(run.prepare(config), epoch="", threads=None))
+    return Worker.open(run.make_task(run.prepare(config), epoch="", threads=None))
 
 
-def searcher(folder: StudyFolder, place: Workplace, **changed: Any) -> FrontSearcher:
+def searcher(folder: StudyFolder, place: Worker, **changed: Any) -> FrontSearcher:
     given: dict[str, Any] = {
         "objectives": ("top1", "gmacs"), "sampler": "tpe", "seed": 0, "trials": 12,
-        "reshape": ShapeFinder(place.dense), "judge": Judge(Race(IMAGES, 0.05, 12), AXES, {}),
-        **changed,
+        "reshape": ShapeFinder(place.dense), "judge": EarlyStopping(Race(IMAGES, 0.05, 12), AXES,
+        {}), **changed,
     }  # fmt: skip
     return FrontSearcher(folder, Space.of(("random", "tome", "topk"), {}, {}), **given)
 
 
-def begun(tmp_path: Path, place: Workplace, **changed: Any) -> tuple[StudyFolder, FrontSearcher]:
+def begun(tmp_path: Path, place: Worker, **changed: Any) -> tuple[StudyFolder, FrontSearcher]:
     """A study with its dense model measured."""
     folder = StudyFolder(tmp_path / "s")
     folder.create()
@@ -163,7 +163,7 @@ def stop_one(folder: StudyFolder, own: FrontSearcher) -> int:
     ("told", "state"), [("estimate", TrialState.COMPLETE), ("pruned", TrialState.PRUNED)]
 )
 def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
-    tmp_path: Path, place: Workplace, told: str, state: TrialState
+    tmp_path: Path, place: Worker, told: str, state: TrialState
 ) -> None:
     folder, own = begun(tmp_path, place, tell_raced=told)
     number = stop_one(folder, own)
@@ -181,7 +181,7 @@ def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
 
 
 def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
-    tmp_path: Path, place: Workplace
+    tmp_path: Path, place: Worker
 ) -> None:
     folder, own = begun(tmp_path, place)
     number = stop_one(folder, own)  # and here the driver dies
@@ -194,7 +194,7 @@ def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
     assert folder.known(key) == before, "the same candidate is not raced a second time"
 
 
-def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place: Workplace) -> None:
+def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place: Worker) -> None:
     folder, own = begun(tmp_path, place, trials=None, patience=3, judge=None)
     for i in range(3):
         config = own.suggest(f"t{i}")
@@ -205,7 +205,7 @@ def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place:
     assert own.tally.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
 
 
-def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Workplace) -> None:
+def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Worker) -> None:
     _, own = begun(tmp_path, place, trials=None, seconds=3600.0)
     assert isinstance(own.suggest("a"), dict)
     own.begin -= 3601
@@ -217,7 +217,7 @@ def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Workplace)
 
 
 def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
-    tmp_path: Path, cache: Path, room: Room, place: Workplace
+    tmp_path: Path, cache: Path, room: ClusterCapacity, place: Worker
 ) -> None:
     """Every stopped trial is measured here in full: the one it was stopped for is as good."""
     config = SearchConfig.of({

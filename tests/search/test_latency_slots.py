@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from search.errors import UserError
-from search.nodes import Node, check_target
+from vitpareto.search.errors import UserError
+from vitpareto.search.trials.nodes import Node, check_target
 
 
 def test_a_slot_for_latencies_is_exclusive_and_named_as_the_cluster_names_it() -> None:

@@ -20,15 +20,22 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-import methods
-from methods import Recipe
-from methods.recipe import weights_digest
-from methods.sliced import BlockWidths, Widths, model_widths, sliced_model, widths_of
-from search import embedded, run
-from search.config import SearchConfig
-from search.errors import UserError
-from search.layouts import read_checkpoint
-from search.models import load_model
+from vitpareto import methods
+from vitpareto.methods import Recipe
+from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.slicing.sliced_model import (
+    BlockWidths,
+    Widths,
+    model_widths,
+    sliced_model,
+    widths_of,
+)
+from vitpareto.search.data import embedded
+from vitpareto.search.errors import UserError
+from vitpareto.search.models.checkpoint_layouts import read_checkpoint
+from vitpareto.search.models.loading import load_model
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.trials import run
 
 TNT = Recipe.of("tnt", prune_layers=[2, 4], keep_rates=[0.7, 0.7], similarity_prune=6)
 DYNAMICVIT = Recipe.of("dynamicvit", prune_layers=[3, 6, 9], keep_rates=[0.7, 0.49, 0.343])

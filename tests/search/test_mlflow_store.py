@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from search.errors import UserError
-from search.mlflow_client import _revision, _revisions, ensure_database, open_client, store_uri
+from vitpareto.search.errors import UserError
+from vitpareto.search.tracking.client import (
+    _revision,
+    _revisions,
+    ensure_database,
+    open_client,
+    store_uri,
+)
 
 
 def older(store: Path) -> str:

@@ -13,22 +13,22 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from small import images, vit
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from methods import BadInput, UnsupportedModel
-from search import embedded
-from search.errors import UserError
-from search.models import (
+from tests.search.small import images, vit
+from vitpareto.methods import BadInput, UnsupportedModel
+from vitpareto.search.data import embedded
+from vitpareto.search.errors import UserError
+from vitpareto.search.models.loading import (
     MappedModel,
     architecture,
     fingerprint,
     load_model,
     num_classes,
 )
-from search.weight_files import read_weights_file
+from vitpareto.search.models.weight_files import read_weights_file
 
 #: timm's smallest entry point of the supported family, 5.7 M parameters
 NAME = "deit_tiny_patch16_224"

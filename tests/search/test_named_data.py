@@ -12,9 +12,9 @@ import pytest
 import timm.data
 from PIL import Image
 
-from search.datasets import Data, Preprocess, check_head, open_data
-from search.errors import UserError
-from search.named_data import FASHION_CLASSES, IMAGENETTE_CLASSES, read_idx
+from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
+from vitpareto.search.data.named import FASHION_CLASSES, IMAGENETTE_CLASSES, read_idx
+from vitpareto.search.errors import UserError
 
 EVALUATION = ("calibration", "search", "held-out")
 #: no resize and no crop at 28 px: the decoded pixels are the file's

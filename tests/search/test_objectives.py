@@ -9,16 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import PREPROCESS, images, vit
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
-import methods
-from search.batches import AUGMENTATIONS, TrainImages, augment, choose_augmentation
-from search.datasets import Data, open_data
-from search.decode import Preprocess
-from search.errors import UserError
-from search.objectives import Distillation, check_teacher, supervised, two_heads
+from tests.search.small import PREPROCESS, images, vit
+from vitpareto import methods
+from vitpareto.search.data.datasets import Data, open_data
+from vitpareto.search.data.decoding import Preprocess
+from vitpareto.search.errors import UserError
+from vitpareto.search.training.batches import (
+    AUGMENTATIONS,
+    TrainImages,
+    augment,
+    choose_augmentation,
+)
+from vitpareto.search.training.losses import Distillation, check_teacher, supervised, two_heads
 
 LABELS = torch.tensor([3, 1, 4, 1])
 
@@ -98,7 +103,7 @@ def test_two_heads_are_taught_apart(reduced: bool) -> None:
         assert isinstance(model(batch), Tensor) and isinstance(vit()(batch), Tensor)
 
 
-@pytest.mark.filterwarnings("ignore::methods.Untrained")
+@pytest.mark.filterwarnings("ignore::vitpareto.methods.Untrained")
 def test_dynamicvits_losses_are_the_papers() -> None:
     model = methods.prune(vit(), "dynamicvit", prune_layers=[1, 4], keep_rates=[0.6, 0.3]).train()
     batch = images(4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna._hypervolume import compute_hypervolume
 
-from search.pareto import (
+from vitpareto.search.study.front import (
     Front,
     FrontChange,
     NothingUnderBudget,
@@ -25,7 +25,7 @@ from search.pareto import (
     rank,
     reference_point,
 )
-from search.results import OBJECTIVES, TrialResult, TrialState
+from vitpareto.search.study.results import OBJECTIVES, TrialResult, TrialState
 
 TOP1_GMACS = objectives_named(("top1", "gmacs"))
 #: Hypervolumes are sums and differences of up to a few hundred products: rounding, nothing else.

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from methods.recipe import weights_digest
-from search.artifacts import Artifacts
-from search.prepare import key_of, needs, prepare_once
+from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.training.preparation import key_of, needs, prepare_once
 
 WHAT = {"model": "m", "settings": {"epochs": 2, "lr": 0.1}}
 

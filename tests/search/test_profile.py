@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from small import vit
 from timm.models.vision_transformer import VisionTransformer
 
-from methods.importance import magnitudes
-from methods.plan import least, plan
-from methods.sliced import BlockWidths, Widths, model_widths
-from search.errors import UserError
-from search.profile import (
+from tests.search.small import vit
+from vitpareto.methods.slicing.importance import magnitudes
+from vitpareto.methods.slicing.plan import least, plan
+from vitpareto.methods.slicing.sliced_model import BlockWidths, Widths, model_widths
+from vitpareto.search.errors import UserError
+from vitpareto.search.measure.latency_table import (
     ATTENTION,
     MLP,
     REST,

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from small import images, vit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import methods
-from methods import BadInput, Recipe
-from search import published
-from search.cost import schedule_macs
-from search.counters import COUNTERS, Work, counter, work
-from search.published import Row, matching, recompute, rows
+from tests.search.small import images, vit
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.compare import published
+from vitpareto.search.compare.published import Row, matching, recompute, rows
+from vitpareto.search.measure.cost import schedule_macs
+from vitpareto.search.measure.counting import COUNTERS, Work, counter, work
 
 #: what the project promises, as a share; the last two sources round to 0.1 G of 2 to 3 G
 PROMISED = {
@@ -55,7 +55,7 @@ def test_what_the_issue_asks_to_reproduce_is_there() -> None:
 
 
 def test_the_readme_shows_these_figures() -> None:
-    text = (Path(published.__file__).parent / "README.md").read_text(encoding="utf-8")
+    text = (Path(published.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for row in RECOMPUTED:
         shown = f"| {row.label} | {row.model} | {row.counter} | {row.gflops:.6g} | "
         assert f"{shown}{recompute(row):.4f} |" in text, shown
@@ -86,7 +86,7 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
     return given.checked(given.reshape(methods.model_shape(model), model)[0])
 
 
-@pytest.mark.filterwarnings("ignore::methods.Untrained")
+@pytest.mark.filterwarnings("ignore::vitpareto.methods.Untrained")
 def test_work_is_what_the_modules_do(recipe: Recipe) -> None:
     """Layers and norms by hooks on the modules of a real forward; fvcore's by the closed form."""
     built, found = recipe.build(vit()), work(recipe, vit())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from races import front_of, race_study, simulated
 from scipy.stats import binom
 
-from search.racing import DEFAULT, RULES, Incumbent, Lost, Race, refuted, rungs
+from tests.search.races import front_of, race_study, simulated
+from vitpareto.search.stats.racing import DEFAULT, RULES, Incumbent, Lost, Race, refuted, rungs
 
 ERROR = 0.05
 

@@ -14,13 +14,21 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from methods import BadInput, Recipe
-from search import embedded, published
-from search.datasets import EVALUATION, Preprocess, open_data
-from search.evaluate import evaluate
-from search.published import Row
-from search.reproduce import NO_DATA, Accuracy, Place, Reproduced, reproduce, select
-from search.results import wilson_interval
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.compare import published
+from vitpareto.search.compare.published import Row
+from vitpareto.search.compare.reproduction import (
+    NO_DATA,
+    Accuracy,
+    Place,
+    Reproduced,
+    reproduce,
+    select,
+)
+from vitpareto.search.data import embedded
+from vitpareto.search.data.datasets import EVALUATION, Preprocess, open_data
+from vitpareto.search.measure.accuracy import evaluate
+from vitpareto.search.study.results import wilson_interval
 
 DENSE = Row("dense", "digits", {}, "here", False, "embedded", top1=90.0, timm_tag="digits")
 TOPK = replace(
@@ -204,7 +212,7 @@ def test_bad_input_is_told_before_weights_are_loaded(
     def never(*_: object) -> None:
         raise AssertionError("weights were asked for")
 
-    monkeypatch.setattr("search.reproduce.load_model", never)
+    monkeypatch.setattr("vitpareto.search.compare.reproduction.load_model", never)
     with pytest.raises(BadInput, match=said):
         list(reproduce([DENSE], replace(place, **change)))
 

@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-import methods
-from clusters.local import Room
-from methods import BadInput, Recipe
-from search import run
-from search.config import SearchConfig
-from search.cost import fvcore_macs
-from search.datasets import Preprocess
-from search.errors import UserError
-from search.models import load_model
-from search.pareto import front_of
-from search.results import OBJECTIVES, unpack_bits
-from search.store import StudyFolder
-from search.trial import Workplace, run_trial
-from search.tune import Crew
+from vitpareto import methods
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.errors import UserError
+from vitpareto.search.measure.cost import fvcore_macs
+from vitpareto.search.models.loading import load_model
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import front_of
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import OBJECTIVES, unpack_bits
+from vitpareto.search.trials import run
+from vitpareto.search.trials.trial import Worker, run_trial
+from vitpareto.search.trials.tune import TrialResources
 
 IMAGES = 60
 
@@ -36,13 +36,13 @@ def job(tmp_path: Path, cache: Path, **changed: Any) -> SearchConfig:
     return SearchConfig.of({**given, **changed})
 
 
-def run_study(config: SearchConfig, room: Room, **more: Any) -> tuple[StudyFolder, Any]:
+def run_study(config: SearchConfig, room: ClusterCapacity, **more: Any) -> tuple[StudyFolder, Any]:
     return run.search(run.prepare(config), cpus=room.cpus, gpus=room.gpus, **more)
 
 
 @pytest.fixture(scope="module")
 def study(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: Room
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: ClusterCapacity
 ) -> tuple[StudyFolder, Any, list[Any]]:
     """One study of 22 trials over every method, for the tests that only look at it."""
     told: list[Any] = []
@@ -80,7 +80,7 @@ def test_a_trial_is_what_measuring_its_recipe_by_hand_gives(
 ) -> None:
     """Second implementation: timm model, prune, one plain loop; no search code in between."""
     folder, _, _ = study
-    from search import embedded
+    from vitpareto.search.data import embedded
 
     model = load_model("digits")
     raw, labels = embedded.draw("search")
@@ -118,7 +118,7 @@ def test_the_front_has_latencies_on_a_named_target(
 
 
 def test_the_same_command_again_measures_nothing_twice(
-    study: tuple[StudyFolder, Any, list[Any]], room: Room, cache: Path
+    study: tuple[StudyFolder, Any, list[Any]], room: ClusterCapacity, cache: Path
 ) -> None:
     folder, _, _ = study
     before = {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()}
@@ -132,7 +132,7 @@ def test_the_same_command_again_measures_nothing_twice(
 
 
 def test_another_model_data_or_dtype_is_refused(
-    study: tuple[StudyFolder, Any, list[Any]], cache: Path, room: Room
+    study: tuple[StudyFolder, Any, list[Any]], cache: Path, room: ClusterCapacity
 ) -> None:
     folder, _, _ = study
     store = folder.folder.parent
@@ -145,7 +145,7 @@ def test_another_model_data_or_dtype_is_refused(
 
 
 def test_the_budget_window_holds_for_every_trial_but_dense(
-    tmp_path: Path, cache: Path, room: Room
+    tmp_path: Path, cache: Path, room: ClusterCapacity
 ) -> None:
     dense = methods.model_shape(load_model("digits"))
     gmacs = dense.macs(dense.dense_counts(), "mid-block") / 1e9
@@ -176,7 +176,7 @@ def test_a_study_that_measured_nothing_takes_other_settings(tmp_path: Path, cach
     assert again.folder.identity()["seed"] == 2
 
 
-def test_three_objectives(tmp_path: Path, cache: Path, room: Room) -> None:
+def test_three_objectives(tmp_path: Path, cache: Path, room: ClusterCapacity) -> None:
     config = job(
         tmp_path, cache, objectives="top1,gmacs,params_m", methods="resize,topk", latency="off"
     )
@@ -186,9 +186,11 @@ def test_three_objectives(tmp_path: Path, cache: Path, room: Room) -> None:
     assert tally.hypervolume > 0, "token methods keep the parameters: over three axes it were 0"
 
 
-def test_latency_as_an_objective_is_measured_alone(tmp_path: Path, cache: Path, room: Room) -> None:
+def test_latency_as_an_objective_is_measured_alone(
+    tmp_path: Path, cache: Path, room: ClusterCapacity
+) -> None:
     config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
-    assert Crew.of(config, "cpu", 8, 0) == Crew(workers=1, cpus=8, gpus=0.0)
+    assert TrialResources.of(config, "cpu", 8, 0) == TrialResources(workers=1, cpus=8, gpus=0.0)
     folder, _ = run_study(replace(config, latency="off"), room)
     for result in folder.results():
         assert result.values["latency_ms"] > 0
@@ -205,7 +207,7 @@ def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
 ) -> None:
     config = job(tmp_path, cache, workers=1)
     prepared = run.prepare(config)
-    place = Workplace.open(run.make_task(prepared, epoch="", threads=None))
+    place = Worker.open(run.make_task(prepared, epoch="", threads=None))
     with torch.no_grad():
         next(place.dense.parameters()).fill_(float("nan"))
     with pytest.raises(RuntimeError, match="non-finite logits, first for image 0 of search"):
@@ -214,7 +216,7 @@ def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
 
 def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cache: Path) -> None:
     prepared = run.prepare(job(tmp_path, cache))
-    place = Workplace.open(run.make_task(prepared, epoch="", threads=None))
+    place = Worker.open(run.make_task(prepared, epoch="", threads=None))
     first = run_trial(place, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
     prepared.folder.write(first)
     again = run_trial(place, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
@@ -270,8 +272,11 @@ def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:
         run.prepare(job(tmp_path, cache, device="cuda"))
     config = job(tmp_path, cache, gpus_per_trial=2.0)
     with pytest.raises(UserError, match="a trial asks for 2 GPUs: the cluster has 1"):
-        Crew.of(config, "cuda", 8, 1)
-    assert Crew.of(replace(config, gpus_per_trial=0.25, workers=None), "cuda", 16, 2).workers == 8
+        TrialResources.of(config, "cuda", 8, 1)
+    assert (
+        TrialResources.of(replace(config, gpus_per_trial=0.25, workers=None), "cuda", 16, 2).workers
+        == 8
+    )
 
 
 def test_job_and_identity_are_files_a_person_can_read(

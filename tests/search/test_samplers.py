@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
-from search.samplers import GroupTPE
+from vitpareto.search.study.samplers import GroupTPE
 
 
 def optunas(seed: int) -> optuna.samplers.TPESampler:

@@ -12,16 +12,22 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from timm.models.vision_transformer import VisionTransformer
 
-import methods
-from methods import ModelShape, Recipe
-from search.cost import recipe_macs
-from search.pareto import front_of
-from search.results import OBJECTIVES, TrialResult, pack_bits
-from search.samplers import SAMPLERS
-from search.searcher import INTERRUPTIONS, FrontSearcher, Tally, open_storage, running_trials
-from search.shapes import ShapeFinder
-from search.space import Space
-from search.store import StudyFolder
+from vitpareto import methods
+from vitpareto.methods import ModelShape, Recipe
+from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import front_of
+from vitpareto.search.study.results import OBJECTIVES, TrialResult, pack_bits
+from vitpareto.search.study.samplers import SAMPLERS
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.study.space import Space
+from vitpareto.search.trials.searcher import (
+    INTERRUPTIONS,
+    FrontSearcher,
+    Tally,
+    open_storage,
+    running_trials,
+)
 
 NAMES = ("random", "resize", "tome", "topk")
 

@@ -10,17 +10,17 @@ import pytest
 import ray
 import torch
 
-from methods import Recipe
-from search import run
-from search.candidates import Trainer
-from search.config import SearchConfig
-from search.several import Several
-from search.shares import own_share, ranks, whole_batch
-from search.train import Settings
-from search.trial import Workplace
-from search.tune import Crew
+from vitpareto.methods import Recipe
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.training.data_parallel import own_share, ranks, whole_batch
+from vitpareto.search.training.settings import Settings
+from vitpareto.search.trials import run
+from vitpareto.search.trials.candidates import Trainer
+from vitpareto.search.trials.distributed import DataParallel
+from vitpareto.search.trials.trial import Worker
+from vitpareto.search.trials.tune import TrialResources
 
-TWO = Several(2, cuda=False)
+TWO = DataParallel(2, cuda=False)
 SETTINGS = Settings(epochs=1, lr=3e-4, batch=25)  # odd: the two shares differ
 
 
@@ -33,10 +33,10 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> run.Prepared:
     return run.prepare(SearchConfig.of(job))
 
 
-def trainer(prepared: run.Prepared, several: Several, store: Path) -> Trainer:
+def trainer(prepared: run.Prepared, several: DataParallel, store: Path) -> Trainer:
     training = run.training_of(prepared, SETTINGS, SETTINGS)
     training = replace(training, several=several, store=store, targets=(0.8,))
-    place = Workplace.open(run.make_task(prepared, "", threads=1))
+    place = Worker.open(run.make_task(prepared, "", threads=1))
     return Trainer(training, place.dense, prepared.folder.artifacts)
 
 
@@ -60,7 +60,7 @@ def test_two_processes_train_what_one_trains(
     recipe = Recipe.of("patchmerger", prune_layers=[6], num_tokens=16)
     made: dict[int, dict[str, torch.Tensor]] = {}
     losses = {}
-    for several in (Several(), TWO):
+    for several in (DataParallel(), TWO):
         own = trainer(prepared, several, tmp_path)
         model = own._fresh(recipe, own.dense, SETTINGS)
         checkpoint = tmp_path / str(several.workers) / "state.pt"
@@ -88,7 +88,7 @@ def test_two_processes_prepare_what_one_prepares(
 ) -> None:
     """NViT's way down: the same candidates are cut, and kept where the next study finds them."""
     outcome = {}
-    for several in (Several(), TWO):
+    for several in (DataParallel(), TWO):
         own = trainer(prepared, several, tmp_path / str(several.workers))
         made = own.snapshots()
         assert made.fresh and made.outcome["snapshots"]
@@ -103,7 +103,7 @@ def test_two_processes_prepare_the_heads_that_one_prepares(
 ) -> None:
     """TNT's noise is drawn in the forward: each process draws for its own images."""
     losses = {}
-    for several in (Several(), TWO):
+    for several in (DataParallel(), TWO):
         own = trainer(prepared, several, tmp_path / str(several.workers))
         made = own.heads(own.dense)
         assert made.fresh and made.artifacts.has(made.outcome["weights"])
@@ -123,6 +123,6 @@ def test_what_a_process_raises_is_raised_here(room: Any, tmp_path: Path) -> None
 
 def test_a_trial_on_several_gpus_keeps_a_part_of_one() -> None:
     config = SearchConfig.of({"gpus_per_trial": 4})
-    crew = Crew.of(config, "cuda", 32, 8)
+    crew = TrialResources.of(config, "cuda", 32, 8)
     assert crew.workers == 2 and crew.gpus == 0.1
-    assert Crew.of(replace(config, gpus_per_trial=1.0), "cuda", 32, 8).gpus == 1.0
+    assert TrialResources.of(replace(config, gpus_per_trial=1.0), "cuda", 32, 8).gpus == 1.0

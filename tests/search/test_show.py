@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from methods import BadInput, Recipe
-from search import embedded
-from search.errors import UserError
-from search.models import fingerprint
-from search.results import TrialResult
-from search.show import MOST, Asked, look
-from search.store import StudyFolder
 from tests.search import small
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.search.compare.show import MOST, Asked, look
+from vitpareto.search.data import embedded
+from vitpareto.search.errors import UserError
+from vitpareto.search.models.loading import fingerprint
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.results import TrialResult
 
 TOPK = Recipe.of("topk", keep_rate=0.6, prune_layers=[3, 6, 9])
 RAJNI = Recipe.of("rajni", gamma=0.3, min_tokens=8)

@@ -8,20 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import PREPROCESS, vit
 from torch import Tensor
 
-from methods import BadInput, Recipe, model_shape
-from methods.plan import macs_cost
-from methods.recipe import weights_digest
-from methods.sliced import Widths, model_widths, sliced_model
-from search.artifacts import Artifacts
-from search.batches import TrainImages
-from search.cost import macs
-from search.datasets import Split
-from search.shapes import ShapeFinder
-from search.snapshots import Snapshot, WayDown, reachable, snapshot_of, targets_of
-from search.train import Settings
+from tests.search.small import PREPROCESS, vit
+from vitpareto.methods import BadInput, Recipe, model_shape
+from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.slicing.plan import macs_cost
+from vitpareto.methods.slicing.sliced_model import Widths, model_widths, sliced_model
+from vitpareto.search.data.datasets import Split
+from vitpareto.search.measure.cost import macs
+from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.training.batches import TrainImages
+from vitpareto.search.training.settings import Settings
+from vitpareto.search.training.snapshots import (
+    Snapshot,
+    WayDown,
+    reachable,
+    snapshot_of,
+    targets_of,
+)
 
 TARGETS = (0.85, 0.95)
 

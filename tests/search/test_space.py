@@ -11,16 +11,16 @@ import optuna
 import pytest
 import timm
 import torch
-from small import vit
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-import methods
-from methods import BadInput, ModelShape, Recipe
-from methods.parameters import Choice, Float, Int
-from search.cost import recipe_macs, recipe_of, schedule_macs
-from search.shapes import ShapeFinder
-from search.space import Space, resolve, snapped
+from tests.search.small import vit
+from vitpareto import methods
+from vitpareto.methods import BadInput, ModelShape, Recipe
+from vitpareto.methods.engine.parameters import Choice, Float, Int
+from vitpareto.search.measure.cost import recipe_macs, recipe_of, schedule_macs
+from vitpareto.search.study.shapes import ShapeFinder
+from vitpareto.search.study.space import Space, resolve, snapped
 
 METHODS = tuple(
     n for n in methods.names() if methods.get(n).training != "required" and n != "dense"

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from search import store
-from search.durable import write_atomic
-from search.errors import UserError
-from search.results import (
+from vitpareto.search.errors import UserError
+from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.study import folder as store
+from vitpareto.search.study.folder import SCHEMA, StaleWorker, StudyFolder, studies_in
+from vitpareto.search.study.results import (
     OBJECTIVES,
     Latency,
     TrialResult,
@@ -27,7 +28,6 @@ from search.results import (
     unpack_bits,
     wilson_interval,
 )
-from search.store import SCHEMA, StaleWorker, StudyFolder, studies_in
 
 TOME = {"tokens": {"method": "tome", "r": 13}}
 

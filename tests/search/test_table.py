@@ -6,15 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-import methods
-from methods import BadInput, ModelShape, Recipe, UnsupportedModel
-from methods.base import Preset
-from methods.parameters import Float
-from methods.staged import StagedMethod
-from search.cost import recipe_macs
-from search.counters import counter, work
-from search.models import fresh_model
-from search.table import AT_MOST, GIVEN, KEPT, NEAREST, Bench, CostRow, cost_rows, setting_at
+from vitpareto import methods
+from vitpareto.methods import BadInput, ModelShape, Recipe, UnsupportedModel
+from vitpareto.methods.engine import method
+from vitpareto.methods.engine.method import Preset
+from vitpareto.methods.engine.parameters import Float
+from vitpareto.methods.engine.staged import StagedMethod
+from vitpareto.search.compare.cost_table import (
+    AT_MOST,
+    GIVEN,
+    KEPT,
+    NEAREST,
+    Bench,
+    CostRow,
+    cost_rows,
+    setting_at,
+)
+from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.counting import counter, work
+from vitpareto.search.models.loading import fresh_model
 
 CLOSED = Bench(rounds=0)
 
@@ -117,7 +127,7 @@ def test_a_new_method_needs_nothing_but_its_file(monkeypatch: pytest.MonkeyPatch
         def resolve(self, choices, shape):
             return {"keep_rate": 1 - choices["dropped"], "prune_layers": (3, 6, 9)}
 
-    monkeypatch.setitem(methods.base._REGISTRY, "odd", Odd())
+    monkeypatch.setitem(method._REGISTRY, "odd", Odd())
     setting = setting_at("odd", 0.75, *SMALL)
     assert setting.rule == NEAREST and setting.recipe.tokens is not None
     assert setting.recipe.tokens.params["keep_rate"] == pytest.approx(0.75, abs=0.005)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
-from search.tails import Seen, hypergeometric, least_of, most_of
+from vitpareto.search.stats.hypergeometric import Seen, hypergeometric, least_of, most_of
 
 ROUNDING = 1e-9
 

@@ -20,16 +20,18 @@ from typing import Any
 import pytest
 import yaml
 
-from dashboards.mlflow_server import serve
-from search import mlflow_client, mlflow_runs, tracking
-from search.errors import UserError
-from search.mlflow_client import open_client
-from search.mlflow_runs import STUDY_ID, curve_of, experiment_of, ranks_of
-from search.pareto import Front, objectives_named, reference_point
-from search.results import TrialResult
-from search.searcher import Tally
-from search.store import StudyFolder
-from search.tracking import Page, SyncReport, Tracker, sync
+from vitpareto.dashboards.mlflow_server import serve
+from vitpareto.search.errors import UserError
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import Front, objectives_named, reference_point
+from vitpareto.search.study.results import TrialResult
+from vitpareto.search.tracking import client as mlflow_client
+from vitpareto.search.tracking import mirror as tracking
+from vitpareto.search.tracking import runs as mlflow_runs
+from vitpareto.search.tracking.client import open_client
+from vitpareto.search.tracking.mirror import Page, SyncReport, Tracker, sync
+from vitpareto.search.tracking.runs import STUDY_ID, curve_of, experiment_of, ranks_of
+from vitpareto.search.trials.searcher import Tally
 
 AXES = objectives_named(("top1", "gmacs"))
 IMAGE = {"images": 8, "bits": "/w=="}
@@ -212,7 +214,7 @@ def _curve(study: Study) -> list[mlflow_runs.CurvePoint]:
 
 
 def test_latencies_timed_at_the_end_arrive_with_it(study: Study) -> None:
-    from search.results import Latency
+    from vitpareto.search.study.results import Latency
 
     with Tracker(study.folder) as tracker:
         study.one(tracker.hear)
@@ -514,7 +516,7 @@ def test_a_database_is_built_by_one_process_and_put_in_place_whole(tmp_path: Pat
     (tmp_path / ".mlflow.db.left").write_bytes(b"by one that was killed")
     program = (
         "import pathlib, sys, warnings; warnings.simplefilter('ignore');"
-        "from search.mlflow_client import *;"
+        "from vitpareto.search.tracking.client import *;"
         "store = pathlib.Path(sys.argv[1]); ensure_database(store);"
         "print(len(open_client(store_uri(store)).search_experiments()))"
     )

@@ -13,36 +13,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small import image_folder
 
-import methods
-from clusters.local import Room
-from dashboards.tables import front_rows
-from methods import BadInput, Recipe
-from methods.nvit import NViT
-from methods.sliced import Widths, model_widths
-from search import run
-from search.candidates import Trainer
-from search.config import SearchConfig
-from search.cost import fvcore_macs, macs
-from search.errors import UserError
-from search.evaluate import evaluate
-from search.export import choose_trial, export
-from search.mlflow_runs import runs_of
-from search.models import load_model
-from search.pareto import front_of, objectives_named
-from search.preparations import prepare_shared, reuse
-from search.prepare import needs
-from search.profile import measure_profile
-from search.recover import NotRecovered, Recovery
-from search.results import TrialResult, unpack_bits
-from search.run import Prepared, make_task, training_of
-from search.show import Asked
-from search.store import StudyFolder
-from search.train import Settings, train
-from search.training import Epoch
-from search.trial import STATE, Workplace, run_trial
-from search.verify import verify
+from tests.search.small import image_folder
+from vitpareto import methods
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.dashboards.tables import front_rows
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods.slicing.sliced_model import Widths, model_widths
+from vitpareto.methods.structure.nvit import NViT
+from vitpareto.search.compare.show import Asked
+from vitpareto.search.errors import UserError
+from vitpareto.search.export.bundle import choose_trial, export
+from vitpareto.search.export.verification import verify
+from vitpareto.search.measure.accuracy import evaluate
+from vitpareto.search.measure.cost import fvcore_macs, macs
+from vitpareto.search.measure.latency_table import measure_profile
+from vitpareto.search.models.loading import load_model
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.results import TrialResult, unpack_bits
+from vitpareto.search.tracking.runs import runs_of
+from vitpareto.search.training.loop import Epoch
+from vitpareto.search.training.preparation import needs
+from vitpareto.search.training.settings import Settings, train
+from vitpareto.search.trials import run
+from vitpareto.search.trials.candidates import Trainer
+from vitpareto.search.trials.preparations import prepare_shared, reuse
+from vitpareto.search.trials.recovery import NotRecovered, Recovery
+from vitpareto.search.trials.run import Prepared, make_task, training_of
+from vitpareto.search.trials.trial import STATE, Worker, run_trial
 
 METHODS = "nvit,patchmerger,rajni,tnt,topk"
 CLASSES = tuple("0123456789")
@@ -76,7 +76,7 @@ class Study:
         return [r for r in self.results if set(r.method.split("+")) & set(steps)]
 
 
-def run_study(config: SearchConfig, room: Room) -> Study:
+def run_study(config: SearchConfig, room: ClusterCapacity) -> Study:
     said: list[str] = []
     prepared = run.prepare(config)
     folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, say=said.append)
@@ -84,7 +84,9 @@ def run_study(config: SearchConfig, room: Room) -> Study:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path, room: Room) -> Study:
+def study(
+    tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path, room: ClusterCapacity
+) -> Study:
     return run_study(job(tmp_path_factory.mktemp("store"), data, cache), room)
 
 
@@ -128,7 +130,7 @@ def test_what_can_be_shared_is_trained_once(study: Study) -> None:
 
 
 def test_another_study_of_the_store_finds_what_was_prepared(
-    study: Study, data: Path, cache: Path, room: Room
+    study: Study, data: Path, cache: Path, room: ClusterCapacity
 ) -> None:
     store = study.folder.folder.parent
     before = {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")}
@@ -188,7 +190,7 @@ def test_a_trained_trial_keeps_no_checkpoint_and_says_how_it_was_trained(study: 
 
 
 def test_the_same_command_again_trains_nothing(
-    study: Study, data: Path, cache: Path, room: Room
+    study: Study, data: Path, cache: Path, room: ClusterCapacity
 ) -> None:
     again = run_study(job(study.folder.folder.parent, data, cache), room)
     assert again.said == [] and again.tally.ended == "16 trials measured"
@@ -253,9 +255,9 @@ def prepared(tmp_path: Path, data: Path, cache: Path) -> Prepared:
     return run.prepare(job(tmp_path, data, cache, methods="patchmerger,tnt", space={}))
 
 
-def place_of(prepared: Prepared, trial: Settings, dtype: str = "float32") -> Workplace:
+def place_of(prepared: Prepared, trial: Settings, dtype: str = "float32") -> Worker:
     task = make_task(prepared, epoch="", threads=None)
-    return Workplace.open(replace(task, training=training_of(prepared, trial), dtype=dtype))
+    return Worker.open(replace(task, training=training_of(prepared, trial), dtype=dtype))
 
 
 MERGE = Recipe.of("patchmerger", prune_layers=(3, 6), num_tokens=(20, 8))
@@ -309,7 +311,7 @@ def test_a_study_in_bfloat16_trains_in_float32(prepared: Prepared) -> None:
 
 
 def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
-    tmp_path: Path, data: Path, cache: Path, room: Room
+    tmp_path: Path, data: Path, cache: Path, room: ClusterCapacity
 ) -> None:
     config = job(tmp_path, data, cache, methods="nvit", lr=10.0, space={"nvit.cost": [0.2, 0.9]},
                  prepare_epochs=400, train_batch=30)  # fmt: skip
@@ -335,7 +337,7 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
     config = job(tmp_path, data, cache, methods="nvit", profile=profile, latency_batch=32)
     prepared = run.prepare(config)
     assert prepared.identity["profile"] == table.digest
-    place = Workplace.open(make_task(prepared, epoch="", threads=None))
+    place = Worker.open(make_task(prepared, epoch="", threads=None))
     made = place.trainer.snapshots()
     cost = table.cost(65)
     whole = cost(model_widths(dense))
@@ -383,7 +385,7 @@ def test_a_latency_table_that_nobody_reads_is_refused(
 
 @pytest.fixture(scope="module")
 def recovered(
-    study: Study, room: Room, cache: Path, tmp_path_factory: pytest.TempPathFactory
+    study: Study, room: ClusterCapacity, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]]:
     """A copy of the study with three of its trials recovered."""
     folder = StudyFolder(tmp_path_factory.mktemp("recovered") / "s")
@@ -415,7 +417,9 @@ def test_a_recovered_trial_stands_beside_what_it_was(
 
 
 def test_it_is_written_once_and_not_mixed(
-    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]], cache: Path, room: Room
+    recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
+    cache: Path,
+    room: ClusterCapacity,
 ) -> None:
     folder, heard = recovered
     again = Recovery.of(folder, epochs=2, trials=[a.trial for _, a in heard], cache=str(cache))
@@ -433,7 +437,7 @@ def test_an_interrupted_recovery_goes_on(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
     tmp_path: Path,
     cache: Path,
-    room: Room,
+    room: ClusterCapacity,
 ) -> None:
     """As after a kill: one result is missing, and its training had come to its first epoch."""
     folder, heard = recovered
@@ -445,7 +449,7 @@ def test_an_interrupted_recovery_goes_on(
     assert [r.trial for r in recovery.todo] == [after.trial]
     task = make_task(recovery.prepared, "", None)
     training = training_of(recovery.prepared, recovery.settings)
-    place = Workplace.open(replace(task, training=training))
+    place = Worker.open(replace(task, training=training))
     before = Recipe.from_dict(recovery.todo[0].resolved)
     model = before.build(place.dense, weights=copy.artifacts.load(str(before.weights)))
     state = copy.folder / "recovered" / "training" / f"{after.trial:06d}" / STATE
@@ -458,7 +462,7 @@ def test_an_interrupted_recovery_goes_on(
 
 
 def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
-    study: Study, tmp_path: Path, cache: Path, room: Room
+    study: Study, tmp_path: Path, cache: Path, room: ClusterCapacity
 ) -> None:
     copy = StudyFolder(tmp_path / "s")
     shutil.copytree(study.folder.folder, copy.folder)

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import vit
 from torch import Tensor, nn
 
-import methods
-from search.checkpoints import Checkpoint
-from search.errors import UserError
-from search.objectives import supervised
-from search.training import State, fit
+from tests.search.small import vit
+from vitpareto import methods
+from vitpareto.search.errors import UserError
+from vitpareto.search.training.checkpoints import Checkpoint
+from vitpareto.search.training.loop import State, fit
+from vitpareto.search.training.losses import supervised
 
 METHODS = {
     "dense": {},
@@ -74,7 +74,7 @@ def trained(
     return model
 
 
-pytestmark = pytest.mark.filterwarnings("ignore::methods.Untrained")
+pytestmark = pytest.mark.filterwarnings("ignore::vitpareto.methods.Untrained")
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 from scipy.stats import beta, norm
 
-from search.certificates import ERROR, Record, attach
-from search.intervals import paired_difference
-from search.results import TrialResult, pack_bits
-from search.verdict import controls_of, is_control, verdict
+from vitpareto.search.stats.intervals import paired_difference
+from vitpareto.search.study.certificates import ERROR, Record, attach
+from vitpareto.search.study.results import TrialResult, pack_bits
+from vitpareto.search.study.verdict import controls_of, is_control, verdict
 
 OBJECTIVES = ("top1", "gmacs")
 #: chance that a bound on a simulated share is wrong

@@ -1,0 +1,329 @@
+"""Recipe: what is done to a model, as a few lines of YAML in and out, and built into a model.
+
+At most one structural step and at most one token step:
+
+    structure: {method: resize, size: 160}
+    tokens: {method: tome, r: 13, inflection: 0}
+    weights: 0123456789abcdef
+
+`weights` names by content what was trained: the complete state dict of the built model. An empty
+recipe is the dense model. A recipe is checked against a model's dimensions before anything is built
+or any image is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from vitpareto.methods.engine.method import Method, get
+from vitpareto.methods.engine.parameters import BadInput, nearest
+from vitpareto.methods.engine.shape import ModelShape, model_shape
+from vitpareto.methods.engine.vit import check_supported, reduced
+from vitpareto.methods.engine.weights import load_strictly, weights_digest
+
+__all__ = ["Recipe", "Step", "Untrained", "YamlLoader", "prune", "weights_digest"]
+
+
+class Untrained(UserWarning):
+    """A method with trained parts was built without weights: they are fresh ones."""
+
+
+#: what `weights_digest` gives
+_DIGEST = re.compile(r"[0-9a-f]{16}\Z")
+
+
+class YamlLoader(yaml.SafeLoader):
+    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5), and a digest of
+    16 digits as the text that it is, not as a number.
+    """
+
+
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+for _digit in "0123456789":
+    # first, before the resolvers of whole and real numbers: no parameter has 16 digits
+    YamlLoader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", _DIGEST))
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method and its parameters, as given (checked against a model only when one is there)."""
+
+    method: str
+    params: dict[str, Any]
+
+    @property
+    def declared(self) -> Method:
+        return get(self.method)
+
+    def plain(self) -> dict[str, Any]:
+        """A dict for YAML and JSON: lists for tuples, what is None left out."""
+        out: dict[str, Any] = {"method": self.method}
+        for name, value in self.params.items():
+            if value is not None:
+                out[name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """At most one structural and one token step; `Recipe()` is dense.
+
+    weights: the digest (`weights_digest`) of the state dict that the built model holds, for what
+    was trained; None: the dense model's own weights, and fresh ones where the method has its own.
+    """
+
+    structure: Step | None = None
+    tokens: Step | None = None
+    weights: str | None = None
+
+    @classmethod
+    def of(cls, method: str, **params: Any) -> Recipe:
+        """The one-step recipe of a method by name; "dense" gives the empty one."""
+        declared = get(method)
+        checked = declared.check(params)
+        if method == "dense":
+            return cls()
+        step = Step(method, checked)
+        return cls(structure=step) if declared.kind == "structure" else cls(tokens=step)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> Recipe:
+        """From what `to_dict` or a YAML file gave. BadInput names what is wrong."""
+        if data is None:
+            return cls()
+        if not isinstance(data, Mapping):
+            raise BadInput(f"a recipe is a mapping with structure and tokens, got {data!r}")
+        steps: dict[str, Step | None] = {}
+        weights: str | None = None
+        for part, step in data.items():
+            if part not in ("structure", "tokens", "weights"):
+                known = nearest(part, ["structure", "tokens", "weights"])
+                raise BadInput(f"a recipe has no part {part!r}{known}")
+            if step is None:
+                continue
+            if part == "weights":
+                if not isinstance(step, str) or not _DIGEST.match(step):
+                    raise BadInput(
+                        f"recipe.weights is {step!r}: accepted are the 16 hex digits of a state "
+                        "dict's digest"
+                    )
+                weights = step
+                continue
+            if not isinstance(step, Mapping) or "method" not in step:
+                raise BadInput(f"recipe.{part} needs a method and its parameters, got {step!r}")
+            declared = get(str(step["method"]))
+            if declared.name == "dense":
+                continue
+            if declared.kind != part:
+                raise BadInput(
+                    f"{declared.name} is a {declared.kind} method: it cannot be the {part}"
+                )
+            params = {k: v for k, v in step.items() if k != "method"}
+            steps[part] = Step(declared.name, declared.check(params))
+        return cls(**steps, weights=weights)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """From YAML text; BadInput if it is not YAML or not a recipe."""
+        try:
+            data = yaml.load(text, YamlLoader)
+        except yaml.YAMLError as error:
+            raise BadInput(f"the recipe is not YAML: {error}") from None
+        return cls.from_dict(data)
+
+    def to_dict(self) -> dict[str, Any]:
+        parts = {"structure": self.structure, "tokens": self.tokens}
+        out: dict[str, Any] = {p: step.plain() for p, step in parts.items() if step is not None}
+        if self.weights is not None:
+            out["weights"] = self.weights
+        return out
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+
+    @property
+    def method(self) -> str:
+        """The token method's name, or the structural one's, or "dense"."""
+        step = self.tokens or self.structure
+        return step.method if step is not None else "dense"
+
+    def __str__(self) -> str:
+        """One line for tables: `tome r=13 inflection=0`, `tnt … weights=0123456789abcdef`."""
+        steps = [s for s in (self.structure, self.tokens) if s is not None]
+        words = []
+        for step in steps:
+            plain = step.plain()
+            words.append(str(plain.pop("method")))
+            words += [f"{name}={_short(value)}" for name, value in plain.items()]
+        words = words or ["dense"]
+        if self.weights is not None:
+            words.append(f"weights={self.weights}")
+        return " ".join(words)
+
+    # -- on a model ----------------------------------------------------------------------------
+
+    def reshape(
+        self,
+        shape: ModelShape,
+        model: nn.Module,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> tuple[ModelShape, nn.Module]:
+        """The model after the structural step (a copy if there is one) and its shape.
+
+        weights: the state dict that the recipe names, asked for where the step's dimensions are
+        read from it. Its values are not loaded here.
+        """
+        if self.structure is None:
+            return shape, model
+        declared = self.structure.declared
+        params = declared.check(self.structure.params, shape)
+        if self.weights is not None and weights is None and declared.shaped_by_weights(params):
+            raise self._unweighed("its dimensions are")
+        changed = declared.restructure(copy.deepcopy(model), params, weights)
+        return model_shape(changed), changed
+
+    def _unweighed(self, what: str) -> BadInput:
+        return BadInput(
+            f"{what} in the weights {self.weights}, which the recipe names: give weights=, the "
+            "state dict with that digest"
+        )
+
+    def checked(self, shape: ModelShape) -> Recipe:
+        """The same recipe with every parameter checked and completed for a model of this shape."""
+        tokens = self.tokens
+        if tokens is not None:
+            tokens = Step(tokens.method, tokens.declared.check(tokens.params, shape))
+        return replace(self, tokens=tokens)
+
+    def key(self, shape: ModelShape) -> str:
+        """16 hex digits: equal for settings that make the same candidate of a model of this shape.
+
+        `shape` is that after the structural step.
+        """
+        parts: dict[str, Any] = {}
+        if self.structure is not None:
+            declared = self.structure.declared
+            parts["structure"] = [declared.name, declared.signature(self.structure.params, shape)]
+        if self.tokens is not None:
+            declared = self.tokens.declared
+            params = declared.check(self.tokens.params, shape)
+            if not declared.is_dense(params, shape):
+                parts["tokens"] = [declared.name, declared.signature(params, shape)]
+        if self.weights is not None:
+            parts["weights"] = self.weights
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def build(
+        self,
+        model: nn.Module,
+        calibration: Tensor | Iterable[Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> nn.Module:
+        """A new model with this recipe applied; `model` is left as it was.
+
+        calibration: normalised images [M, 3, H, W], or batches of them, for methods that ask for
+        them and whose recipe does not hold the outcome yet. weights: a complete state dict for the
+        built model; a recipe that names weights asks for those, by their digest. Raises
+        UnsupportedModel, BadInput; warns (Untrained) where trained parts are fresh.
+        """
+        check_supported(model)
+        done = getattr(model, "recipe", None)
+        if done is not None and done != Recipe():
+            raise BadInput(
+                f"the model is already reduced ({done}): give the dense model, and both parts in "
+                "one recipe"
+            )
+        if self.weights is not None:
+            if weights is None:
+                raise self._unweighed("what was trained is")
+            given = weights_digest(weights)
+            if given != self.weights:
+                raise BadInput(
+                    f"the recipe names the weights {self.weights}, those given are {given}"
+                )
+        before = model_shape(model)
+        shape, changed = self.reshape(before, model, weights)
+        recipe = self.checked(shape)
+        if recipe.structure is not None and weights is None:
+            declared, params = recipe.structure.declared, recipe.structure.params
+            if declared.training == "required" and not declared.is_dense(params, before):
+                _warn_untrained(declared)
+        if recipe.tokens is None:
+            built = reduced(changed, None, recipe)
+        else:
+            declared, params = recipe.tokens.declared, recipe.tokens.params
+            if declared.needs_calibration(params):
+                if calibration is None:
+                    raise BadInput(
+                        f"{declared.name} with {_short(params)} needs calibration images: give "
+                        "calibration=, or the counts= that an earlier calibration found"
+                    )
+                seen = reduced(changed, None).eval()
+                if weights is not None:  # what is calibrated is the model as it will be
+                    own = {k: v for k, v in weights.items() if not k.startswith("reduction.")}
+                    load_strictly(seen, own)
+                with torch.no_grad():
+                    images = [calibration] if isinstance(calibration, Tensor) else calibration
+                    params = declared.calibrate(seen, params, images)
+                recipe = replace(recipe, tokens=Step(declared.name, params))
+            reduction = declared.reduction(params, shape)
+            reference = next(changed.parameters())
+            built = reduced(changed, reduction.to(reference.device, reference.dtype), recipe)
+            untrained = declared.training == "required" and weights is None
+            if untrained and not declared.is_dense(params, shape):
+                _warn_untrained(declared)
+        if weights is not None:
+            load_strictly(built, weights)
+        return cast(nn.Module, built)
+
+
+def _warn_untrained(method: Method) -> None:
+    warnings.warn(
+        f"{method.name} needs training: without weights= it starts from fresh parts; costs and "
+        "shapes are right, accuracy is not",
+        Untrained,
+        stacklevel=3,
+    )
+
+
+def _short(value: Any) -> str:
+    """A value for one line of a table."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_short(v) for v in value) + "]"
+    if isinstance(value, Mapping):
+        return " ".join(f"{k}={_short(v)}" for k, v in value.items() if v is not None)
+    return str(value)
+
+
+def prune(
+    model: nn.Module,
+    method: str,
+    calibration: Tensor | Iterable[Tensor] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    **params: Any,
+) -> nn.Module:
+    """A new model pruned by one method: `prune(model, "tome", r=13)`. `model` is left as it was.
+
+    The result takes images [B, 3, H, W] and gives logits [B, classes]; `trace=True` gives
+    (logits, Trace) (`methods.engine.vit.Trace`). See `Recipe.build` for `calibration` and
+    `weights`.
+    """
+    return Recipe.of(method, **params).build(model, calibration, weights)

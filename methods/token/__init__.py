@@ -1,0 +1,1 @@
+"""The token methods, one published method per file. Imports `methods.engine` only."""

@@ -1,0 +1,195 @@
+"""ATS, Adaptive Token Sampling (Fayyaz, Abbasi Koohpayegani, Rezaei Jafari, Sengupta, Vaezi Joze,
+Sommerlade, Pirsiavash and Gall, "Adaptive Token Sampling for Efficient Vision Transformers",
+ECCV 2022, arXiv:2111.15667): samples patches by their significance, each image its own number.
+
+In the published code the other images of a batch have a say; here padding is masked, so that an
+image's logits are those of the image alone. While a program is exported, every image is padded to
+the schedule's bound: the program has fixed shapes, and its logits are these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Paper, Preset, register
+from vitpareto.methods.engine.parameters import BadInput, Float, Int, IntOrList, Layers
+from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.engine.significance import significance
+from vitpareto.methods.engine.tokens import Tokens, check_layers, keep_chosen, rising, scale_layers
+from vitpareto.methods.engine.vit import Attended, Reduction
+
+#: the published code's DeiT-S: every block from the fourth on
+PUBLISHED_STAGES: dict[str, Any] = {"first": 0.25, "stages": 9, "spacing": 1 / PUBLISHED_DEPTH}
+
+
+def sample(share: Tensor, valid: Tensor | None, targets: int) -> tuple[Tensor, Tensor]:
+    """Inverse transform sampling: which ranks of each image are picked, and whose ranks they are.
+
+    share [B, n]: significance, 0 for padding; valid [B, n]. The cumulated significances, sorted
+    upwards, are scaled to 0..1; of `targets` values spaced evenly from the smallest above 0 to 1
+    each picks the nearest (in the middle: the lower). Equal significances rank by position.
+
+    Returns (picked [B, n] bool over ranks, order [B, n]: the patch of each rank, padding last).
+    At least one rank is picked, the most significant. n operations an image, no table of n times
+    `targets` distances: a rank is picked if a target falls between the middles to its neighbours.
+    """
+    n = share.shape[1]
+    if valid is None:
+        last = share.new_full((share.shape[0], 1), n - 1, dtype=torch.int64)
+    else:
+        last = valid.sum(dim=1, keepdim=True) - 1
+        share = share.masked_fill(~valid, float("inf"))
+    mass, order = rising(share)
+    rank = torch.arange(n, device=share.device)
+    cdf = mass.masked_fill(rank > last, 0.0).cumsum(dim=1)
+    tiny = torch.finfo(cdf.dtype).tiny
+    low, high = cdf[:, :1], cdf[:, -1:]
+    cdf = (cdf - low) / (high - low).clamp(min=tiny)
+    first = torch.where(cdf > 0, cdf, 1.0).amin(dim=1, keepdim=True)
+    step = ((1 - first) / max(1, targets - 1)).clamp(min=tiny)
+    # how many targets lie at or below the middle between a rank and the next
+    middle = (cdf[:, :-1] + cdf[:, 1:]) / 2
+    below = (((middle - first) / step).floor() + 1).clamp(0, targets)
+    below = torch.where(rank[:-1] >= last, float(targets), below)
+    ends = below.new_zeros(share.shape[0], 1)
+    below = torch.cat([ends, below, ends + targets], dim=1)
+    # not "more than", so that an image of NaN keeps its patches, and its logits say what happened
+    return ~(below[:, 1:] <= below[:, :-1]), order
+
+
+class AtsReduction(Reduction):
+    """targets: how many samples are drawn; caps: the most patches that each prune layer leaves."""
+
+    def __init__(self, targets: int, caps: dict[int, int]):
+        super().__init__()
+        self.targets, self.caps = targets, caps
+
+    def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
+        """Significance [B, n]; None where there is nothing to choose."""
+        if block not in self.caps or tokens.patches == 1:
+            return None
+        return significance(tokens, attended)
+
+    def reduce(self, block: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        if seen is None:
+            return tokens
+        cap = min(self.caps[block], tokens.patches)
+        picked, order = sample(seen, tokens.valid, self.targets)
+        place = picked.to(torch.int64).cumsum(dim=1)
+        found = place[:, -1]
+        kept = picked & (found[:, None] - place < cap)
+        chosen = torch.zeros_like(kept).scatter(1, order, kept)
+        left = found.clamp(max=cap)
+        tokens = replace(tokens, figures={"picked": found, "kept": left})
+        if torch.compiler.is_exporting():
+            return keep_chosen(tokens, chosen, cap)
+        least, most = torch.stack(left.aminmax()).tolist()
+        out = keep_chosen(tokens, chosen, most)
+        # no mask where it would hide nothing: it costs the flash kernel on CUDA
+        return replace(out, valid=None) if least == most else out
+
+
+@register
+class Ats(Method):
+    """Keeps the patches that inverse transform sampling of their significance picks.
+
+    As many samples are drawn as the image had patches; several pick the same patch, and how many
+    differ is each image's own. Of more than `max_tokens` picks the most significant stay.
+    """
+
+    name = "ats"
+    summary = "sample patches by class attention x value norm; each image keeps its own number"
+    paper = Paper(
+        "Adaptive Token Sampling for Efficient Vision Transformers",
+        "Fayyaz, Abbasi Koohpayegani, Rezaei Jafari, Sengupta, Vaezi Joze, Sommerlade, Pirsiavash, "
+        "Gall",
+        2022,
+        "https://arxiv.org/abs/2111.15667",
+    )
+    parameters = (
+        Layers("prune_layers", "blocks that sample; default: from a quarter of the depth on, each "
+               "twelfth of it", default=None),
+        IntOrList("max_tokens", "most patches that each prune layer leaves, or one number for "
+                  "each; default: as many as are picked", default=None, low=1, each="prune layer"),
+    )  # fmt: skip
+    space = (
+        Float("first", "first prune layer, as a fraction of the depth", low=0.0, high=0.75),
+        Int("stages", "number of prune layers", low=1, high=9),
+        Float("spacing", "blocks between prune layers, as a fraction of the depth",
+              low=1 / 12, high=1 / 3, when=("stages", tuple(range(2, 10)))),
+        Float("max_tokens_fraction", "most patches left, as a fraction of the initial ones",
+              low=0.1, high=1.0),
+    )  # fmt: skip
+    presets = (
+        Preset(
+            "every block",
+            {**PUBLISHED_STAGES, "max_tokens_fraction": 1.0},
+            "ATS's published DeiT-S configuration",
+        ),
+    )
+    identity = {"prune_layers": ()}
+
+    def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        layers = scale_layers(
+            shape.depth, choices["first"], choices["stages"], choices.get("spacing", 0.0)
+        )
+        most = max(1, round(choices["max_tokens_fraction"] * shape.patches))
+        return {"prune_layers": layers, "max_tokens": most if most < shape.patches else None}
+
+    def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
+        # what is None is to be the default
+        checked = super().check({k: v for k, v in params.items() if v is not None})
+        if shape is not None:
+            if checked["prune_layers"] is None:
+                checked["prune_layers"] = scale_layers(shape.depth, **PUBLISHED_STAGES)
+            self.check_shape(checked, shape)
+        return checked
+
+    def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
+        layers, most = params["prune_layers"], params["max_tokens"]
+        check_layers(shape.depth, layers, self.name)
+        if isinstance(most, Sequence) and len(most) != len(layers):
+            raise BadInput(
+                f"ats.max_tokens has {len(most)} entries: prune_layers has {len(layers)}, accepted "
+                "is one number, or one a prune layer"
+            )
+
+    def caps(self, params: dict[str, Any], shape: ModelShape) -> dict[int, int]:
+        """The most patches that each prune layer can leave: earlier caps bind later layers."""
+        layers, most = params["prune_layers"], params["max_tokens"]
+        each = most if isinstance(most, Sequence) else [most or shape.patches] * len(layers)
+        out, n = {}, shape.patches
+        for block, cap in zip(layers, each, strict=True):
+            out[block] = n = min(n, cap)
+        return out
+
+    def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...] | None:
+        """None: images decide, unless there is no prune layer."""
+        return None if params["prune_layers"] else shape.dense_counts()
+
+    def bounds(
+        self, params: dict[str, Any], shape: ModelShape
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Fewest: one, the most significant; most: the cap."""
+        caps = self.caps(params, shape)
+        low, high = [shape.patches], [shape.patches]
+        for block in range(shape.depth):
+            low.append(1 if block in caps else low[-1])
+            high.append(caps.get(block, high[-1]))
+        return tuple(low[1:]), tuple(high[1:])
+
+    def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
+        """The class row at each prune layer that has a choice."""
+        before = (shape.patches, *counts[:-1])
+        return sum(shape.row_macs(b, before[b]) for b in params["prune_layers"] if before[b] > 1)
+
+    def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        return {"caps": [list(cap) for cap in self.caps(params, shape).items()]}
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> AtsReduction:
+        return AtsReduction(shape.patches, self.caps(params, shape))

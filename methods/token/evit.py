@@ -1,0 +1,175 @@
+"""EViT (Liang, Ge, Tong, Song, Wang and Xie, "Not All Patches are What You Need: Expediting Vision
+Transformers via Token Reorganizations", ICLR 2022, arXiv:2202.07800): keeps the patches to which
+the class token attends most and fuses the others into one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitpareto.methods.engine.method import Paper, Preset, register
+from vitpareto.methods.engine.parameters import BadInput, Choice
+from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.engine.staged import (
+    STAGED_PARAMETERS,
+    STAGED_SPACE,
+    StagedMethod,
+    chosen_layers,
+)
+from vitpareto.methods.engine.tokens import (
+    Tokens,
+    check_layers,
+    gather,
+    keep,
+    regroup,
+    top_k,
+    with_prefix,
+)
+from vitpareto.methods.engine.vit import Attended, Reduction
+
+
+def patches_kept(n: int, keep_rate: float) -> int:
+    """`ceil(keep_rate * n)`, with a millionth of a patch taken for the rounding of the product:
+    0.55 * 100 is 55.00000000000001 in binary, and 55 patches are kept.
+    """
+    return max(1, math.ceil(round(keep_rate * n, 6)))
+
+
+def keep_and_fuse(tokens: Tokens, index: Tensor, attention: Tensor) -> Tokens:
+    """The patches at index [B, k] stay; the others become one, `sum a_j x_j`, last in the sequence.
+
+    attention [B, n]: a, not renormalised, so that the fused token is a weighted sum and no mean: it
+    gets no `size`, and pooling counts it as one patch. In a trace it holds all that went into it;
+    the figure `fused` [B] is how many of the block's patches did. Where one did, its group alone
+    could not tell the fused token from a patch that stayed.
+    """
+    patches = tokens.x[:, tokens.prefix :]
+    fused = attention.scatter(1, index, 0.0)[:, None] @ patches
+    group = tokens.group
+    if group is not None:
+        left = index.shape[1]
+        place = torch.arange(left, device=index.device).expand_as(index)
+        moved = index.new_full((index.shape[0], tokens.patches), left).scatter(1, index, place)
+        group = regroup(group, moved)
+    x = torch.cat([gather(tokens.x, with_prefix(index, tokens.prefix)), fused], dim=1)
+    went = torch.full_like(index[:, 0], tokens.patches - index.shape[1])
+    return replace(tokens, x=x, group=group, figures={"fused": went})
+
+
+class EViTReduction(Reduction):
+    """Score: the class row's mean over heads, `a_j = mean_h a_j^h`."""
+
+    def __init__(self, kept: tuple[int, ...], fuse: bool):
+        """kept: patches that stay in each block, the fused one not counted."""
+        super().__init__()
+        self.kept, self.fuse = kept, fuse
+
+    def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
+        """a [B, n]; None where nothing is dropped."""
+        if self.kept[block] >= tokens.patches:
+            return None
+        return attended.class_row()[..., tokens.prefix :].mean(dim=1)
+
+    def reduce(self, block: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        if seen is None:
+            return tokens
+        index = top_k(seen, self.kept[block])
+        return keep_and_fuse(tokens, index, seen) if self.fuse else keep(tokens, index)
+
+
+@register
+class EViT(StagedMethod):
+    """Each prune layer keeps the `ceil(n * keep_rate)` patches of highest a; with `fuse` the others
+    become one patch more. It competes at the next prune layer by its own attention. Where nothing
+    is dropped nothing is fused; where one patch is dropped it is still replaced by `a_j x_j`, as
+    published, though that saves no token.
+    """
+
+    name = "evit"
+    summary = "keep the patches with the highest class attention (mean over heads), fuse the others"
+    paper = Paper(
+        "Not All Patches are What You Need: Expediting Vision Transformers via Token "
+        "Reorganizations",
+        "Liang, Ge, Tong, Song, Wang, Xie",
+        2022,
+        "https://arxiv.org/abs/2202.07800",
+    )
+    parameters = (
+        *STAGED_PARAMETERS,
+        Choice("fuse", "the dropped patches become one token, weighted by attention", default=True,
+               choices=(True, False)),
+    )  # fmt: skip
+    space = (*STAGED_SPACE, Choice("fuse", "dropped patches become one", choices=(True, False)))
+    presets = tuple(
+        Preset(
+            f"{round(100 * rate)}%",
+            {"keep_rate": rate, "first": 0.25, "stages": 3, "spacing": 0.25, "fuse": True},
+            "EViT README, DeiT-S",
+        )
+        for rate in (0.7, 0.5)
+    )
+
+    def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        return {
+            "keep_rate": round(choices["keep_rate"], 4),
+            "prune_layers": chosen_layers(choices, shape),
+            "fuse": choices["fuse"],
+        }
+
+    def kept(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
+        """Patches that stay in each block, the fused one not counted; all that enter it where
+        nothing is dropped. BadInput for a schedule that is impossible.
+        """
+        counts, fused = params.get("counts"), int(params["fuse"])
+        layers = () if counts is not None else params["prune_layers"]
+        check_layers(shape.depth, layers, self.name)
+        out, n = [], shape.patches
+        for block in range(shape.depth):
+            stay = n
+            if counts is not None and counts[block] < n:
+                stay = counts[block] - fused
+                if stay < 1:
+                    raise BadInput(
+                        f"evit.counts leaves {counts[block]} of {n} patches after block {block}: "
+                        "accepted is at least 2 with fuse (one kept and the fused one), or "
+                        "fuse=False"
+                    )
+            elif block in layers:
+                stay = patches_kept(n, params["keep_rate"])
+            out.append(stay)
+            n = self._after(n, stay, fused)
+        return tuple(out)
+
+    def _after(self, n: int, stay: int, fused: int) -> int:
+        """Patches left of the n that enter a block in which `stay` stay."""
+        return stay + fused if stay < n else n
+
+    def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
+        """The fused patch included."""
+        out, n = [], shape.patches
+        for stay in self.kept(params, shape):
+            n = self._after(n, stay, int(params["fuse"]))
+            out.append(n)
+        return tuple(out)
+
+    def is_dense(self, params: dict[str, Any], shape: ModelShape) -> bool:
+        return self.kept(params, shape) == shape.dense_counts()
+
+    def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        return {"kept": self.kept(params, shape), "fuse": params["fuse"]}
+
+    def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
+        """The class row, and n * C for the fused token, in every block that drops."""
+        before, total = (shape.patches, *counts[:-1]), 0
+        for block, (n, stay) in enumerate(zip(before, self.kept(params, shape), strict=True)):
+            if stay < n:
+                total += shape.row_macs(block, n) + int(params["fuse"]) * n * shape.dim
+        return total
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> EViTReduction:
+        return EViTReduction(self.kept(params, shape), params["fuse"])

@@ -1,0 +1,152 @@
+"""PatchMerger (Renggli, Susano Pinto, Houlsby, Mustafa, Puigcerver and Riquelme, "Learning to Merge
+Tokens in Vision Transformers", 2022, arXiv:2202.12015): learned queries mix all patches into fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitpareto.methods.engine.method import Method, Paper, Preset, register
+from vitpareto.methods.engine.parameters import BadInput, Float, IntOrList, Layers
+from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_a_layer, chosen_layers
+from vitpareto.methods.engine.tokens import Tokens, check_layers, regroup
+from vitpareto.methods.engine.vit import Reduction
+
+
+class Merger(nn.Module):
+    """`softmax(Q LN(x)^T / sqrt(C)) LN(x)`: x [B, n, C] -> [B, M, C], with queries Q [M, C].
+
+    Q starts as N(0, 1), so that logits have variance 1 and no two outputs are alike.
+    """
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(outputs, dim))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # as in the blocks
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """(merged [B, M, C], each output's weights over the patches [B, M, n])."""
+        x = self.norm(patches)
+        logits = F.linear(x, self.queries).transpose(1, 2)
+        weight = (logits * self.queries.shape[1] ** -0.5).softmax(dim=-1)
+        return weight @ x, weight
+
+
+class PatchMergerReduction(Reduction):
+    """outputs[i] tokens take the place of all patches after block layers[i].
+
+    An original patch counts as held by the output that weighs it most; an output may hold none.
+    The outputs are no means over disjoint patches: they have no size.
+    """
+
+    site = "after-block"
+
+    def __init__(self, dim: int, layers: tuple[int, ...], outputs: tuple[int, ...]):
+        super().__init__()
+        self.stages = {block: stage for stage, block in enumerate(layers)}
+        self.mergers = nn.ModuleList(Merger(dim, m) for m in outputs)
+
+    def reduce(self, block: int, tokens: Tokens, seen: None) -> Tokens:
+        if block not in self.stages:
+            return tokens
+        prefix, patches = tokens.x[:, : tokens.prefix], tokens.x[:, tokens.prefix :]
+        merged, weight = self.mergers[self.stages[block]](patches)
+        group = tokens.group
+        if group is not None:
+            group = regroup(group, weight.argmax(dim=1))
+        # autocast may have merged in another dtype: the tokens keep theirs
+        x = torch.cat([prefix, merged.to(patches.dtype)], dim=1)
+        return replace(tokens, x=x, group=group)
+
+
+@register
+class PatchMerger(Method):
+    """After each prune layer `num_tokens` mixtures of all patches replace them; prefix passes."""
+
+    name = "patchmerger"
+    summary = "replace all patches by a few learned mixtures of them"
+    paper = Paper(
+        "Learning to Merge Tokens in Vision Transformers",
+        "Renggli, Susano Pinto, Houlsby, Mustafa, Puigcerver, Riquelme",
+        2022,
+        "https://arxiv.org/abs/2202.12015",
+    )
+    site = "after-block"
+    training = "required"
+    mixes = True
+    parameters = (
+        Layers("prune_layers", "blocks after which patches are merged"),
+        IntOrList("num_tokens", "patches left there, at most as many as there are", low=1,
+                  each="prune layer"),
+    )  # fmt: skip
+    space = (
+        Float("rate", "patches left at each prune layer, as a fraction of those there",
+              low=0.04, high=0.95, log=True),
+        *LAYERS_SPACE,
+    )  # fmt: skip
+    presets = tuple(
+        Preset(
+            f"{round(100 * rate)}%",
+            {"rate": rate, "first": 1 / 6, "stages": 3, "spacing": 0.25},
+            "TRAM's table, PatchMerger rows",
+        )
+        for rate in (0.75, 0.5)
+    )
+    identity = {"prune_layers": (), "num_tokens": 1}
+
+    def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        layers, n = chosen_layers(choices, shape), shape.patches
+        outputs: list[int] = []
+        for _ in layers:
+            if n == 1 and outputs:
+                break  # nothing is left to merge
+            n = max(1, int(n * choices["rate"]))
+            outputs.append(n)
+        return {"prune_layers": layers[: len(outputs)], "num_tokens": tuple(outputs)}
+
+    def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
+        checked = super().check(params)
+        if isinstance(checked["num_tokens"], tuple):
+            check_one_a_layer(checked, "num_tokens", self.name)
+        return checked if shape is None else super().check(checked, shape)
+
+    def outputs(self, params: dict[str, Any]) -> tuple[int, ...]:
+        """Patches left at each prune layer."""
+        several = params["num_tokens"]
+        return several if isinstance(several, tuple) else (several,) * len(params["prune_layers"])
+
+    def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
+        layers = params["prune_layers"]
+        check_layers(shape.depth, layers, self.name)
+        left = dict(zip(layers, self.outputs(params), strict=True))
+        counts, n = [], shape.patches
+        for block in range(shape.depth):
+            if left.get(block, n) > n:
+                raise BadInput(
+                    f"patchmerger.num_tokens asks for {left[block]} patches after block {block}: "
+                    f"accepted is at most the {n} that are there"
+                )
+            n = left.get(block, n)
+            counts.append(n)
+        return tuple(counts)
+
+    def is_dense(self, params: dict[str, Any], shape: ModelShape) -> bool:
+        # as many outputs as patches are still mixtures
+        return not params["prune_layers"]
+
+    def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
+        """LayerNorm, scores and mixtures: (5 n + 2 M n) C at every prune layer."""
+        before = (shape.patches, *counts[:-1])
+        return sum((5 + 2 * counts[b]) * before[b] * shape.dim for b in params["prune_layers"])
+
+    def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        return {"prune_layers": params["prune_layers"], "num_tokens": self.outputs(params)}
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> PatchMergerReduction:
+        return PatchMergerReduction(shape.dim, params["prune_layers"], self.outputs(params))

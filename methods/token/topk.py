@@ -1,0 +1,45 @@
+"""TopK: keeps the patches to which the class token attends most, as TRAM's published comparison
+defines it (the "TopK" rows of the table in TRAM's README), training-free.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vitpareto.methods.engine.method import Paper, register
+from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.engine.staged import (
+    StagedMethod,
+    StagedReduction,
+    pruned_blocks,
+    staged_presets,
+)
+from vitpareto.methods.engine.tokens import Tokens
+from vitpareto.methods.engine.vit import Attended
+
+
+class TopKReduction(StagedReduction):
+    """Score: the class row's maximum over heads, restricted to patches."""
+
+    def score(self, block: int, tokens: Tokens, attended: Attended) -> Tensor:
+        return attended.class_row()[..., tokens.prefix :].amax(dim=1)
+
+
+@register
+class TopK(StagedMethod):
+    """Score `max_h a_j^h`; each prune layer keeps the `int(n * keep_rate)` highest."""
+
+    name = "topk"
+    summary = "keep the patches with the highest class attention (maximum over heads)"
+    paper = Paper(
+        "TopK pruning by class attention, as compared in TRAM", "as defined in TRAM's README"
+    )
+    presets = staged_presets("TRAM's table, TopK rows")
+
+    def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
+        return sum(shape.row_macs(b, n) for b, n in pruned_blocks(counts, shape))
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> TopKReduction:
+        return TopKReduction(self.counts(params, shape))

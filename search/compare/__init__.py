@@ -1,0 +1,1 @@
+"""Published figures, cost tables and token traces, without a study."""

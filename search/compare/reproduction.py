@@ -1,0 +1,236 @@
+"""Published accuracies of untrained methods, measured again: ours beside theirs, on all images.
+
+The same loading, preprocessing and evaluation as a study's; only the splits are put together again,
+since nothing is decided here. A row that cannot be run says why and has no number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from vitpareto import methods
+from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods.engine.parameters import nearest
+from vitpareto.search.compare.published import Row, recompute
+from vitpareto.search.data.datasets import EVALUATION, Data, Preprocess, check_head, open_data
+from vitpareto.search.errors import UserError
+from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
+from vitpareto.search.measure.cost import schedule_macs
+from vitpareto.search.models.loading import WAY_OUT, fresh_model, load_model, num_classes
+from vitpareto.search.study.results import wilson_interval
+
+NO_DATA = "no data"
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percent of `images` whose top class is right, with its 95 % interval, and the dense model's;
+    gmacs: an image's mean, as `search.measure.cost` counts; unreadable: images listed and not
+    decoded.
+    """
+
+    top1: float
+    top1_low: float
+    top1_high: float
+    dense_top1: float
+    gmacs: float
+    images: int
+    unreadable: int
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A published row beside ours. gflops: recomputed as its source counts (`published.recompute`);
+    accuracy: None where it was not measured, `why` says the reason.
+    """
+
+    row: Row
+    gflops: float | None
+    accuracy: Accuracy | None
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how rows are measured. `weights`: a folder with TIMM_TAG.safetensors (or .pth) that
+    are taken instead of timm's downloads; `decode` hears (images decoded, images in all), `seen`
+    (what is measured, images seen, images in all).
+    """
+
+    data: str
+    cache: Path
+    weights: Path | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch: int = 64
+    decode: Callable[[int, int], None] | None = None
+    seen: Callable[[str, int, int], None] | None = None
+
+
+def select(rows: Sequence[Row], models: Sequence[str] = ()) -> tuple[Row, ...]:
+    """Rows of these models (all where none is named); BadInput for a model that no row has."""
+    known = {row.model for row in rows}
+    for name in models:
+        if name not in known:
+            raise BadInput(f"nothing is published of {name!r}{nearest(name, known)}")
+    return tuple(row for row in rows if not models or row.model in models)
+
+
+def is_measurable(row: Row) -> bool:
+    """Whether the row is an accuracy that follows from public weights and a setting alone."""
+    return not row.trained and row.top1 is not None and row.recipe is not None
+
+
+def _unmeasurable(row: Row) -> str:
+    if row.trained:
+        return "fine-tuned by its source"
+    return "no top-1 is published" if row.top1 is None else row.why
+
+
+def reproduce(rows: Sequence[Row], place: Place | None) -> Iterator[Reproduced]:
+    """Every row, those of one model and preprocessing together, each as soon as it is measured.
+
+    place None: nothing is measured. Raises UserError, before anything is downloaded or decoded,
+    where the data cannot be these models' (no such folder, other classes).
+    """
+    groups: dict[tuple[str, float | None], list[Row]] = {}
+    for row in rows:
+        if not is_measurable(row):
+            yield Reproduced(row, recompute(row), None, _unmeasurable(row))
+        elif place is None:
+            yield Reproduced(row, recompute(row), None, NO_DATA)
+        else:
+            groups.setdefault((row.timm_tag or row.model, row.crop_pct), []).append(row)
+    if place is None:
+        return
+    if place.weights is not None and not place.weights.is_dir():
+        raise UserError(f"weights folder {place.weights} is not there")
+    opened = {key: _open(*key, place) for key in groups}
+    for key, (preprocess, data, head) in opened.items():
+        tag, group = key[0], groups[key]
+        try:
+            model = load_model(tag, _weights_file(place.weights, tag))
+        except UserError as error:
+            why = str(error).removesuffix(WAY_OUT)  # here it is --weights-dir
+            yield from (Reproduced(row, recompute(row), None, why) for row in group)
+            continue
+        model = model.to(place.device, DTYPES[place.dtype])
+        bench = _Bench(place, model, preprocess, data, head)
+        for row in group:
+            try:
+                yield Reproduced(row, recompute(row), bench.measure(row))
+            except NonFiniteLogits as error:
+                yield Reproduced(row, recompute(row), None, str(error))
+
+
+def _open(
+    tag: str, crop_pct: float | None, place: Place
+) -> tuple[Preprocess, Data, tuple[int, ...] | None]:
+    """The images as the row's source shows them, and the logits that stand for their labels."""
+    with torch.device("meta"):
+        skeleton = fresh_model(tag)
+    preprocess = Preprocess.of(skeleton)
+    if crop_pct is not None:
+        preprocess = replace(preprocess, crop_pct=crop_pct)
+    data = open_data(place.data, preprocess, cache=place.cache, progress=place.decode)
+    return preprocess, data, check_head(num_classes(skeleton), data)
+
+
+def _weights_file(folder: Path | None, tag: str) -> Path | None:
+    """The file for these weights; None: timm's own. UserError where the folder has none."""
+    if folder is None:
+        return None
+    for suffix in WEIGHT_FILES:
+        if (folder / f"{tag}{suffix}").is_file():
+            return folder / f"{tag}{suffix}"
+    raise UserError(f"no {tag}.safetensors (or .pth) in {folder}")
+
+
+class _Bench:
+    """One dense model and all its images; the dense model is measured once."""
+
+    def __init__(
+        self,
+        place: Place,
+        dense: nn.Module,
+        preprocess: Preprocess,
+        data: Data,
+        head: tuple[int, ...] | None,
+    ) -> None:
+        self.place, self.dense, self.preprocess, self.head = place, dense, preprocess, head
+        self.splits = [data.split(name) for name in EVALUATION]
+        self.images = sum(len(split) for split in self.splits)
+        self.unreadable = sum(len(split.corrupt) for split in self.splits)
+        self.dense_right: np.ndarray | None = None
+
+    def measure(self, row: Row) -> Accuracy:
+        """A method that calibrates does so on part of these images, without their labels."""
+        assert row.recipe is not None, "only measurable rows come here"
+        if self.dense_right is None:
+            self.dense_right = self._right(self.dense, f"{row.timm_tag}, dense")[0]
+        batches = batches_of(
+            self.splits[EVALUATION.index("calibration")],
+            self.preprocess,
+            batch=self.place.batch,
+            device=self.place.device,
+            dtype=DTYPES[self.place.dtype],
+        )
+        model = row.recipe.build(self.dense, calibration=(images for images, _ in batches))
+        if row.recipe == Recipe():
+            right, alone = self.dense_right, None
+        else:
+            right, alone = self._right(model, row.label)
+        recipe: Recipe = model.recipe  # type: ignore[assignment]
+        shape = methods.model_shape(model)
+        counts: tuple[int, ...] | None = shape.dense_counts()
+        if recipe.tokens is not None:
+            counts = recipe.tokens.declared.counts(recipe.tokens.params, shape)
+        macs = alone if counts is None else schedule_macs(recipe, shape, counts)
+        assert macs is not None, "an input-adaptive model's evaluation gives its cost"
+        low, high = wilson_interval(int(right.sum()), len(right))
+        return Accuracy(
+            top1=100 * float(right.mean()),
+            top1_low=low,
+            top1_high=high,
+            dense_top1=100 * float(self.dense_right.mean()),
+            gmacs=macs / 1e9,
+            images=len(right),
+            unreadable=self.unreadable,
+        )
+
+    def _right(self, model: nn.Module, what: str) -> tuple[np.ndarray, float | None]:
+        """Whether each image's top class is right, bool [M], and the mean MACs an image where
+        images decide them.
+        """
+        right: list[np.ndarray] = []
+        macs: list[float] = []
+        done = 0
+
+        def progress(images: int) -> None:
+            nonlocal done
+            done += images
+            if self.place.seen is not None:
+                self.place.seen(what, done, self.images)
+
+        for split in self.splits:
+            found = evaluate(
+                model,
+                split,
+                self.preprocess,
+                batch=self.place.batch,
+                device=self.place.device,
+                dtype=DTYPES[self.place.dtype],
+                head_indices=self.head,
+                progress=progress,
+            )
+            right.append(found.top1)
+            if found.macs_mean is not None:
+                macs.append(found.macs_mean * len(found.top1))
+        return np.concatenate(right), sum(macs) / self.images if macs else None

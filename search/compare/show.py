@@ -1,0 +1,213 @@
+"""A recipe shown on images: from names and files to what `search.compare.token_trace` follows.
+
+Images are files, or the first of a data set's search split; models run on the CPU, in float32.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+
+from vitpareto import methods
+from vitpareto.methods import Recipe, Untrained
+from vitpareto.search.compare.token_trace import Followed, follow
+from vitpareto.search.data import embedded
+from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
+from vitpareto.search.data.decoding import UNREADABLE
+from vitpareto.search.errors import UserError
+from vitpareto.search.measure.accuracy import batches_of
+from vitpareto.search.models.loading import fingerprint, load_model, num_classes
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job import SearchConfig
+
+#: Images of a data set that are followed where no file is named, and the most that are at all.
+IMAGES, MOST = 4, 64
+CALIBRATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A recipe on a model. data: the set that names classes, calibrates and gives images where no
+    file is named; None: the embedded one, as far as one is needed. fingerprint: what the model
+    must be, where a study measured it. trained: the weights that the recipe names.
+    """
+
+    recipe: Recipe
+    model: str = embedded.NAME
+    weights: Path | None = None
+    data: str | None = None
+    seed: int = 0
+    fingerprint: str | None = None
+    trained: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def of_trial(cls, folder: StudyFolder, number: int) -> Asked:
+        """A trial of a study. UserError: there is none of that number, or it was not measured."""
+        results = folder.results()
+        result = next((r for r in results if r.trial == number), None)
+        if result is None:
+            span = f"{results[0].trial} to {results[-1].trial}" if results else "none yet"
+            raise UserError(f"study {folder.name} has no trial {number}; its trials are {span}")
+        if result.state not in ("finished", "raced_out"):
+            raise UserError(f"trial {number} of {folder.name} is {result.state}: {result.reason}")
+        job = SearchConfig.of({**folder.job(), "store": folder.store})
+        recipe = Recipe.from_dict(result.resolved or result.recipe)
+        known = str(folder.identity()["model_fingerprint"])
+        trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)
+        return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)
+
+
+def look(
+    asked: Asked,
+    files: Sequence[Path] = (),
+    *,
+    images: int | None = None,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Followed:
+    """Follow the files, or the first `images` (default 4) of the data's search split.
+
+    Where the recipe needs calibration, it gets the data's calibration split, or, with files and no
+    data named, those files; a note says so. Raises UserError (also where a study's model is no
+    longer what it was) and whatever the recipe raises.
+    """
+    if files and images is not None:
+        raise UserError("--images counts images of the data: with image files named there are none")
+    if len(files) > MOST or (images is not None and not 1 <= images <= MOST):
+        raise UserError(f"{len(files) or images} images asked for: accepted is 1 to {MOST}")
+    for file in files:
+        _check_there(file)
+    dense = load_model(asked.model, asked.weights)
+    if asked.fingerprint is not None and (now := fingerprint(dense)) != asked.fingerprint:
+        raise UserError(
+            f"the study measured a model with fingerprint {asked.fingerprint}; {asked.model} with "
+            f"its weights is now {now} (another timm version?)"
+        )
+    shape, _ = asked.recipe.reshape(methods.model_shape(dense), dense, asked.trained)
+    recipe = asked.recipe.checked(shape)
+    preprocess = Preprocess.of(dense)
+    # the embedded set knows its own model's classes, and nobody else's
+    known = asked.data is not None or asked.model == embedded.NAME
+    spec = asked.data or (embedded.NAME if known or not files else None)
+    data = None
+    if spec is not None:
+        data = open_data(spec, preprocess, cache=cache, seed=asked.seed, progress=progress)
+    classes, head = _classes(dense, asked, data if known else None)
+    names = [str(Path(*file.parts[-2:])) for file in files]
+    truths: list[str | None] = [None] * len(files)
+    if files:
+        pictures = [read_image(file) for file in files]
+        transform = preprocess.transform()
+        raw = torch.stack([transform(p).permute(1, 2, 0) for p in pictures])
+    else:
+        assert data is not None and spec is not None
+        count = min(IMAGES if images is None else images, data.sizes["search"])
+        # a prefix of the split alone is decoded
+        few = open_data(
+            spec, preprocess, cache=cache, seed=asked.seed, images=count, progress=progress
+        ).split("search")
+        raw, labels = few.batch(0, len(few))
+        place = Path(spec.partition(":")[0]).name
+        names = [f"{place} search {i}" for i in range(len(few))]
+        truths = [classes[i] if known and classes else None for i in labels.tolist()]
+    shown = preprocess.normalise(raw)
+    notes: list[str] = []
+    pruned = _build(recipe, dense, data, preprocess, shown, notes, asked.trained)
+    return follow(
+        dense,
+        pruned,
+        shown,
+        model=asked.model,
+        names=names,
+        truths=truths,
+        classes=classes,
+        head_indices=head,
+        notes=notes,
+    )
+
+
+def _check_there(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"image {file} {'is a folder' if file.is_dir() else 'is not there'}")
+
+
+def read_image(file: Path) -> Image.Image:
+    """RGB; UserError where the file is not there or no image."""
+    _check_there(file)
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except UNREADABLE as error:
+        raise UserError(f"image {file} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _build(
+    recipe: Recipe,
+    dense: nn.Module,
+    data: Data | None,
+    preprocess: Preprocess,
+    shown: Tensor,
+    notes: list[str],
+    trained: Mapping[str, Tensor] | None,
+) -> nn.Module:
+    """The pruned model; what it was calibrated on, and parts left untrained, go to `notes`."""
+    calibration: Iterator[Tensor] | None = None
+    step = recipe.tokens
+    if step is not None and step.declared.needs_calibration(step.params):
+        if data is None:
+            calibration = iter(shown.split(CALIBRATION_BATCH))
+            notes.append(
+                f"{step.method} is calibrated on the images shown ({len(shown)}): name --data, or "
+                "give the recipe the counts= of an earlier calibration"
+            )
+        else:
+            split = data.split("calibration")
+            batches = batches_of(
+                split,
+                preprocess,
+                batch=CALIBRATION_BATCH,
+                device="cpu",
+                dtype=torch.float32,
+            )
+            calibration = (images for images, _ in batches)
+            notes.append(
+                f"{step.method} is calibrated on the {len(split)} calibration images of {data.spec}"
+            )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", Untrained)
+        built = recipe.build(dense, calibration=calibration, weights=trained).eval()
+    for warning in caught:
+        if issubclass(warning.category, Untrained):
+            notes.append(str(warning.message))
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    return built
+
+
+def _classes(
+    dense: nn.Module, asked: Asked, data: Data | None
+) -> tuple[Sequence[str] | None, tuple[int, ...] | None]:
+    """(class names, the logits they stand for); None for what is not known."""
+    outputs = num_classes(dense)
+    if data is not None:
+        head = check_head(outputs, data)
+        if data.head_indices is not None:
+            return _imagenet_names(data.head_indices), head
+        return data.classes, head
+    # a head of 1,000 in a user's own weights may be anything
+    own = asked.weights is not None or asked.model.startswith("local-dir:")
+    return (_imagenet_names(range(outputs)) if outputs == 1000 and not own else None), None
+
+
+def _imagenet_names(indices: Sequence[int]) -> list[str]:
+    info = ImageNetInfo("imagenet-1k")
+    return [info.index_to_description(i).split(",")[0] for i in indices]

@@ -1,0 +1,1 @@
+"""Data sets by folder, name and shard: decoding, splits, and the embedded images."""

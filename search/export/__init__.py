@@ -1,0 +1,1 @@
+"""Bundles to deploy: written, verified, quantised and timed."""

@@ -1,0 +1,3 @@
+"""Atomic writes, locks, cache folders and object storage. The only room that imports fsspec and
+pyarrow.
+"""

@@ -1,0 +1,177 @@
+"""Correctness of a model, image by image, on a slice of a split; nothing is aggregated here."""
+
+from __future__ import annotations
+
+import errno
+import gc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vitpareto import methods
+from vitpareto.search.data.datasets import Preprocess, Split
+from vitpareto.search.measure.cost import padded_counts, recipe_of, schedule_macs
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+#: what torch's CPU allocator and oneDNN say, which have no error of their own for it
+UNNAMED = (
+    "DefaultCPUAllocator: can't allocate",
+    "could not create a primitive",
+    "could not create a memory object",
+)
+
+T = TypeVar("T")
+
+
+class NonFiniteLogits(RuntimeError):
+    """The model gave NaN or infinite logits: its accuracy would be a meaningless number."""
+
+
+class OutOfMemory(RuntimeError):
+    """Not even a single image fits."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory is what was missing, on a GPU or in the machine."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    known = (torch.OutOfMemoryError, MemoryError)
+    return isinstance(error, known) or any(text in str(error) for text in UNNAMED)
+
+
+def fitting(batch: int, attempt: Callable[[int], T]) -> tuple[int, T]:
+    """The largest of batch, batch/2, batch/4, … that memory suffices for, and what `attempt` gives
+    at it. Raises OutOfMemory where one image is too many, and whatever else `attempt` raises.
+    """
+    while True:
+        try:
+            return batch, attempt(batch)
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not out_of_memory(error):
+                raise
+            why = str(error).strip().splitlines()[0] if str(error).strip() else "no memory"
+        # only here, where the error and with it the frames that hold tensors are gone
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if batch == 1:
+            raise OutOfMemory(f"out of memory with a single image: {why}")
+        batch //= 2
+
+
+@dataclass(frozen=True)
+class Correctness:
+    """top1, top5: bool [M], image i of the slice right. macs: per image as run, padding included;
+    macs_each: [M], of every image alone (both None unless images decide the cost).
+    """
+
+    top1: np.ndarray
+    top5: np.ndarray
+    macs: float | None = None
+    macs_each: np.ndarray | None = None
+
+    @property
+    def macs_mean(self) -> float | None:
+        """Per image alone."""
+        return None if self.macs_each is None else float(self.macs_each.mean())
+
+    def then(self, later: Correctness) -> Correctness:
+        """This slice and the one after it."""
+        images, more = len(self.top1), len(later.top1)
+        macs = each = None
+        if self.macs is not None and later.macs is not None:
+            macs = (images * self.macs + more * later.macs) / (images + more)
+        if self.macs_each is not None and later.macs_each is not None:
+            each = np.concatenate([self.macs_each, later.macs_each])
+        return Correctness(
+            np.concatenate([self.top1, later.top1]),
+            np.concatenate([self.top5, later.top5]),
+            macs,
+            each,
+        )
+
+
+def batches_of(
+    split: Split,
+    preprocess: Preprocess,
+    *,
+    batch: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised batches [B, 3, H, W] of images start..stop-1 of a split, with labels [B]."""
+    stop = len(split) if stop is None else min(stop, len(split))
+    for first in range(start, stop, batch):
+        raw, labels = split.batch(first, min(first + batch, stop))
+        yield preprocess.normalise(raw.to(device), dtype), labels.to(device)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    preprocess: Preprocess,
+    *,
+    batch: int,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    head_indices: tuple[int, ...] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Correctness:
+    """Correctness of `model` on images start..stop-1. `head_indices` restricts the logits.
+
+    Raises NonFiniteLogits, naming the first image, and ValueError for a slice without images.
+    """
+    recipe, adaptive = recipe_of(model), False
+    shape = None
+    if recipe.tokens is not None:
+        shape = methods.model_shape(model)
+        adaptive = recipe.tokens.declared.counts(recipe.tokens.params, shape) is None
+    columns = None if head_indices is None else torch.tensor(head_indices, device=device)
+    top1: list[Tensor] = []
+    top5: list[Tensor] = []
+    as_run, alone, seen = 0.0, list[int](), 0
+    for images, labels in batches_of(
+        split, preprocess, batch=batch, device=device, dtype=dtype, start=start, stop=stop
+    ):
+        if adaptive and shape is not None:
+            logits, trace = model(images, trace=True)
+            counts = torch.stack(trace.tokens, dim=1) - shape.prefix
+            as_run += len(images) * schedule_macs(
+                recipe, shape, padded_counts(trace.tokens, shape.prefix)
+            )
+            alone += [schedule_macs(recipe, shape, row) for row in counts.tolist()]
+        else:
+            logits = model(images)
+        logits = logits.float()
+        if columns is not None:
+            logits = logits[:, columns]
+        finite = logits.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            bad = start + seen + int((~finite).nonzero()[0, 0])
+            raise NonFiniteLogits(f"non-finite logits, first for image {bad} of {split.name}")
+        order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        top1.append(order[:, 0].cpu())
+        top5.append(order.any(dim=1).cpu())
+        seen += len(images)
+        if progress is not None:
+            progress(len(images))
+    if not seen:
+        end = len(split) if stop is None else stop
+        raise ValueError(f"no images {start}..{end} in the {len(split)} of '{split.name}'")
+    return Correctness(
+        torch.cat(top1).numpy(),
+        torch.cat(top5).numpy(),
+        as_run / seen if adaptive else None,
+        np.array(alone, dtype=np.float64) if adaptive else None,
+    )

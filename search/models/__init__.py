@@ -1,0 +1,1 @@
+"""Loading models: timm names, weight files, checkpoint layouts, and weights by digest."""

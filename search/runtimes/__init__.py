@@ -1,0 +1,1 @@
+"""What runs a model: eager, compiled, CUDA graph, torch.export and onnxruntime."""

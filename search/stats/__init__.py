@@ -1,0 +1,3 @@
+"""Intervals, exact tests, confidence sequences and racing rules on arrays. The only room that
+imports scipy.
+"""

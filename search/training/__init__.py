@@ -1,0 +1,3 @@
+"""Gradient training: losses, the loop, checkpoints, fine-tuning, and training shared by many
+trials.
+"""
