@@ -29,7 +29,7 @@ from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_da
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SMALL = Preprocess((3, 16, 16), (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), "bicubic", 0.9, "center")
 EVALUATION = ("calibration", "search", "held-out")
 

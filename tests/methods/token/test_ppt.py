@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from test_ats import first_share
 from torch import Tensor
 
 from tests.methods.method_settings import CASES, pruned, recorded
 from tests.methods.tiny_models import MODELS, dense, images
+from tests.methods.token.test_ats import first_share
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.engine.tokens import Tokens, bipartite_match, keep, merge_matched

@@ -74,7 +74,9 @@ def test_every_prefix_is_nearly_balanced(split: str) -> None:
 
 
 def test_the_weights_are_small_and_the_model_is_described(model: nn.Module) -> None:
-    stored = files("vitpareto.search.data").joinpath("weights", "digits_vit.safetensors").read_bytes()
+    stored = (
+        files("vitpareto.search.data").joinpath("weights", "digits_vit.safetensors").read_bytes()
+    )
     assert len(stored) < 1_900_000
     data = timm.data.resolve_model_data_config(model)
     assert data["input_size"] == (3, 64, 64) and data["crop_pct"] == 1.0
