@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig
 

@@ -13,8 +13,8 @@ Every module of this folder is imported here, so registering a method in its one
 import importlib
 import pkgutil
 
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset, get, names, register
-from vitpareto.methods.engine.parameters import BadInput
 from vitpareto.methods.engine.recipe import Recipe, Step, Untrained, prune, weights_digest
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.vit import Trace, UnsupportedModel, check_supported
@@ -24,6 +24,7 @@ for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
 
 __all__ = [
     "BadInput",
+    "Code",
     "Method",
     "ModelShape",
     "Paper",

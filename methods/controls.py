@@ -13,8 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import Method, Preset, register
-from vitpareto.methods.engine.parameters import BadInput, Float, Int
+from vitpareto.methods.engine.parameters import Float, Int
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens

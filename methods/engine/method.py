@@ -14,7 +14,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.parameters import BadInput, Counts, Parameter, check_values, nearest
+from vitpareto.methods.engine.errors import BadInput, nearest
+from vitpareto.methods.engine.parameters import Counts, Parameter, check_values
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.vit import Reduction
 

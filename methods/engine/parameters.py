@@ -7,16 +7,13 @@ a finding carries over). Knows nothing of Optuna: `search.study.space` translate
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
-class BadInput(ValueError):
-    """Something the caller gave is wrong; the message names it, what came and what is accepted."""
+from vitpareto.methods.engine.errors import BadInput, nearest
 
 
 class Required:
@@ -27,16 +24,6 @@ class Required:
 
 
 REQUIRED = Required()
-
-
-def nearest(word: object, known: Iterable[str]) -> str:
-    """`": did you mean 'x'?"` for the closest known word, or the whole list where none is close."""
-    known = sorted(known)
-    # YAML keys may be numbers
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    if close:
-        return f": did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known) or 'none'}"
 
 
 @dataclass(frozen=True)

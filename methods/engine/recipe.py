@@ -26,8 +26,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from vitpareto.methods.engine.errors import BadInput, nearest
 from vitpareto.methods.engine.method import Method, get
-from vitpareto.methods.engine.parameters import BadInput, nearest
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.vit import check_supported, reduced
 from vitpareto.methods.engine.weights import load_strictly, weights_digest

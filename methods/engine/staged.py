@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
-from vitpareto.methods.engine.parameters import BadInput, Counts, Float, Int, Layers, Parameter
+from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers, Parameter
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.tokens import Tokens, keep, scale_layers, staged_counts, top_k
 from vitpareto.methods.engine.vit import Attended, Reduction

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.errors import BadInput
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.head_maximum import attend_by_head
-from vitpareto.methods.engine.parameters import BadInput
 from vitpareto.methods.engine.sliced_block import SlicedAttention, SlicedBlock, fused_attention
 from vitpareto.methods.engine.tokens import Tokens
 

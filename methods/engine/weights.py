@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.errors import BadInput
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -15,7 +15,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.shape import block_shape, model_shape, norm_cost
 from vitpareto.methods.slicing.importance import BlockScores, Scores
 from vitpareto.methods.slicing.sliced_model import sliced_model

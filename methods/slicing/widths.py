@@ -14,7 +14,7 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.sliced_block import SlicedAttention
 from vitpareto.methods.engine.vit import UnsupportedModel, check_supported
 

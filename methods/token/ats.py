@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Paper, Preset, register
-from vitpareto.methods.engine.parameters import BadInput, Float, Int, IntOrList, Layers
+from vitpareto.methods.engine.parameters import Float, Int, IntOrList, Layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.significance import significance
 from vitpareto.methods.engine.tokens import Tokens, check_layers, keep_chosen, rising, scale_layers

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import Paper, Preset, register
-from vitpareto.methods.engine.parameters import BadInput, Choice
+from vitpareto.methods.engine.parameters import Choice
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import (
     STAGED_PARAMETERS,

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import Method, Paper, Preset, register
-from vitpareto.methods.engine.parameters import BadInput, Float, IntOrList, Layers
+from vitpareto.methods.engine.parameters import Float, IntOrList, Layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_a_layer, chosen_layers
 from vitpareto.methods.engine.tokens import Tokens, check_layers, regroup

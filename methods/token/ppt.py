@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset, get, register
-from vitpareto.methods.engine.parameters import BadInput, Counts, Float, Int, Layers
+from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.significance import significance
 from vitpareto.methods.engine.staged import STAGED_SPACE, pruned_blocks

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import (
     PUBLISHED_PATCHES,
     Method,
@@ -23,7 +24,7 @@ from vitpareto.methods.engine.method import (
     batches,
     register,
 )
-from vitpareto.methods.engine.parameters import BadInput, Choice, Counts, Float, Int, Layers
+from vitpareto.methods.engine.parameters import Choice, Counts, Float, Int, Layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import pruned_blocks
 from vitpareto.methods.engine.tokens import Tokens, check_layers, keep, keep_padded, top_k

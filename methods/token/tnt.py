@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import (
     PUBLISHED_DEPTH,
     PUBLISHED_PATCHES,
@@ -20,7 +21,7 @@ from vitpareto.methods.engine.method import (
     Preset,
     register,
 )
-from vitpareto.methods.engine.parameters import BadInput, Float, Int, Layers, Rates
+from vitpareto.methods.engine.parameters import Float, Int, Layers, Rates
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import check_one_a_layer, chosen_layers, pruned_blocks
 from vitpareto.methods.engine.tokens import Tokens, gather, keep, staged_counts, top_k

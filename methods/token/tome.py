@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset, register
-from vitpareto.methods.engine.parameters import BadInput, Choice, Counts, Float, IntOrList
+from vitpareto.methods.engine.parameters import Choice, Counts, Float, IntOrList
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import pruned_blocks
 from vitpareto.methods.engine.tokens import Tokens, bipartite_match, merge_matched

@@ -16,7 +16,7 @@ from torch import nn
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.compare.published import Row, recompute
 from vitpareto.search.data.datasets import EVALUATION, Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError

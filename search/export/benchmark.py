@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.verification import Measured, check_files, fresh_dense, normalised
 from vitpareto.search.measure.cost import latency

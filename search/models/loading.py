@@ -17,7 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitpareto.methods import ModelShape, Recipe, check_supported, model_shape
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.data import embedded
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import replacing

@@ -33,7 +33,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import elsewhere, found_in, latest, there, write_atomic
 from vitpareto.search.files.object_store import Remote, store_folder

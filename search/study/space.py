@@ -15,7 +15,8 @@ import optuna
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, Step
-from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter, nearest
+from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
 from vitpareto.search.errors import UserError
 
 #: beneath a token method: nothing; and the word of `space` and `fixed` for what may lie there

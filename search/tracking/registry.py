@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import knee_trial
 from vitpareto.search.export.verification import Measured, check_files, normalised

@@ -17,7 +17,7 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitpareto.methods.engine.parameters import nearest
+from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.data.decoding import Preprocess, Split
 from vitpareto.search.errors import UserError
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitpareto.methods.engine.parameters import BadInput
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.tokens import (
     Tokens,
     bipartite_match,

@@ -1,0 +1,69 @@
+"""The error for input that the caller can correct, with a code and attributes for programs.
+
+Messages are for people and may change; tests and callers read `code` and `details`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import enum
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+
+class Code(enum.StrEnum):
+    """What kind of rule the input breaks."""
+
+    INVALID = "invalid"  # only while a call site has no code of its own
+    UNKNOWN_NAME = "unknown-name"  # a name that is not registered or declared
+    WRONG_TYPE = "wrong-type"  # a value of another type or form
+    OUT_OF_RANGE = "out-of-range"  # a number or choice outside what is accepted
+    MISSING = "missing"  # something required was not given
+    CONFLICT = "conflict"  # two inputs that exclude each other
+    DUPLICATE = "duplicate"  # a name given twice
+    NOT_FOUND = "not-found"  # a file, study, trial or job that does not exist
+    EXISTS = "exists"  # an output that must not exist yet
+    UNREADABLE = "unreadable"  # a file that exists and cannot be read or parsed
+    UNWRITABLE = "unwritable"  # an output that cannot be written
+    UNSUPPORTED = "unsupported"  # a model, device or combination that cannot be handled
+    MISMATCH = "mismatch"  # two things that must be equal differ
+    UNAVAILABLE = "unavailable"  # a service, device or package that does not answer
+    BUSY = "busy"  # held by another process
+    SECRET = "secret"  # a credential where it would be stored in clear text
+    EMPTY = "empty"  # nothing is left to do or to choose from
+
+
+E = TypeVar("E", bound="BadInput")
+
+
+class BadInput(ValueError):
+    """Input that the caller can correct.
+
+    Args:
+        message: what must be true, what came, and the nearest match or the fix.
+        code: the kind of rule that is broken.
+        details: what the message names, for example `name="r", got=-1`. Values must pickle.
+    """
+
+    def __init__(self, message: str, code: Code = Code.INVALID, **details: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.details = details
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # keyword arguments are lost by the default, and these errors cross process boundaries
+        return _rebuilt, (type(self), str(self), self.code, self.details)
+
+
+def _rebuilt(kind: type[E], message: str, code: Code, details: dict[str, Any]) -> E:
+    return kind(message, code, **details)
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """`": did you mean 'x'?"` for the closest known word, or all of them where none is close."""
+    known = sorted(known)
+    # YAML keys may be numbers
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    if close:
+        return f": did you mean {close[0]!r}?"
+    return f"; known: {', '.join(known) or 'none'}"
