@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vitpareto.methods import Recipe
 from vitpareto.search.export.benchmark import Timed
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.study.certificates import flipped, order_changes
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import (
@@ -25,7 +26,7 @@ from vitpareto.search.study.front import (
     reference_of,
     reference_point,
 )
-from vitpareto.search.study.results import OBJECTIVES, Latency, TrialResult
+from vitpareto.search.study.results import OBJECTIVES, TrialResult
 
 
 def front_rows(

@@ -24,8 +24,8 @@ from vitpareto.search.compare.published import matching, recompute
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES
 from vitpareto.search.measure.cost import fvcore_macs, latency, parameters, peak_mb, recipe_macs
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.loading import fresh_model
-from vitpareto.search.study.results import Latency
 
 #: search choices that are a rate: the fraction of the patches kept at each prune layer
 RATES = ("keep_rate", "rate")

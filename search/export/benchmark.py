@@ -21,9 +21,9 @@ from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.verification import Measured, check_files, fresh_dense, normalised
 from vitpareto.search.measure.cost import latency
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.runtimes.backends import Run, check_runtime, compiled, onnx_session
 from vitpareto.search.runtimes.programs import Deployed, write_programs
-from vitpareto.search.study.results import Latency
 
 #: what runs model.onnx, what runs model.pt2, and that compiled
 RUNTIMES = ("onnxruntime", "torch.export", "torch.compile")

@@ -33,10 +33,10 @@ from torch import Tensor
 from vitpareto.search.data.datasets import Preprocess, Split
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.measure.cost import latency
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.runtimes.backends import Run, onnx_session
 from vitpareto.search.stats.intervals import paired_difference
 from vitpareto.search.study.certificates import ERROR, flips
-from vitpareto.search.study.results import Latency
 
 FILE = "model.int8.onnx"
 #: calibration images, and images a call

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe
-from vitpareto.search.study.results import Latency
+from vitpareto.search.measure.latency import Latency
 
 with warnings.catch_warnings():
     # fvcore scripts a loss function when it is imported, which torch deprecates

@@ -37,8 +37,9 @@ from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import elsewhere, found_in, latest, there, write_atomic
 from vitpareto.search.files.object_store import Remote, store_folder
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.weight_store import Artifacts
-from vitpareto.search.study.results import Latency, TrialResult
+from vitpareto.search.study.results import TrialResult
 
 SCHEMA = 1
 LOCK_ATTEMPTS = 4

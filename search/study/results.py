@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vitpareto.search.measure.latency import Latency
+
 TrialState = Literal["finished", "raced_out", "failed", "running"]
 
 
@@ -71,20 +73,6 @@ def unpack_bits(text: str, images: int) -> np.ndarray:
     if (images + 7) // 8 != len(raw):
         raise ValueError(f"{len(raw)} bytes do not hold the correctness of {images} images")
     return np.unpackbits(raw, count=images).astype(bool)
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Candidate and dense timed in turn on one target. Milliseconds per batch."""
-
-    p50_ms: float
-    p95_ms: float
-    dense_p50_ms: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    rounds: int
-    target: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import ray
 
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import UserError
-from vitpareto.search.study.results import Latency
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.trials.nodes import alive, check_target
 from vitpareto.search.trials.trial import Task, Worker
 

@@ -30,6 +30,7 @@ from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_da
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.object_store import is_remote
 from vitpareto.search.measure.cost import device_name, recipe_macs
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.latency_table import Profile
 from vitpareto.search.models.checkpoint_layouts import read_checkpoint
 from vitpareto.search.models.loading import (
@@ -45,7 +46,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import IDENTITY, TRAINING_IDENTITY, SearchConfig
 from vitpareto.search.study.optuna_storage import close, open_storage
-from vitpareto.search.study.results import OBJECTIVES, Latency, TrialResult
+from vitpareto.search.study.results import OBJECTIVES, TrialResult
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.training.preparation import needs

@@ -34,10 +34,11 @@ from vitpareto.search.measure.cost import (
     recipe_macs,
     schedule_macs,
 )
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.loading import MappedModel
 from vitpareto.search.runtimes.backends import Run, prepared
 from vitpareto.search.study.folder import StaleWorker, StudyFolder
-from vitpareto.search.study.results import Latency, TrialResult, pack_bits, wilson_interval
+from vitpareto.search.study.results import TrialResult, pack_bits, wilson_interval
 from vitpareto.search.trials.candidates import Made, Trainer, Training
 from vitpareto.search.trials.nodes import split_here
 

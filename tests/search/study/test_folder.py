@@ -18,11 +18,11 @@ from scipy.stats import binomtest
 
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.measure.latency import Latency
 from vitpareto.search.study import folder as store
 from vitpareto.search.study.folder import SCHEMA, StaleWorker, StudyFolder, studies_in
 from vitpareto.search.study.results import (
     OBJECTIVES,
-    Latency,
     TrialResult,
     pack_bits,
     unpack_bits,

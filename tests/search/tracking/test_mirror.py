@@ -214,7 +214,7 @@ def _curve(study: Study) -> list[mlflow_runs.CurvePoint]:
 
 
 def test_latencies_timed_at_the_end_arrive_with_it(study: Study) -> None:
-    from vitpareto.search.study.results import Latency
+    from vitpareto.search.measure.latency import Latency
 
     with Tracker(study.folder) as tracker:
         study.one(tracker.hear)
