@@ -9,9 +9,12 @@ import contextlib
 import logging
 import os
 import socket
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 #: read by Ray when it is imported: quiet, no usage reports, and no result files of its own
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -27,6 +30,7 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
+from vitpareto.search.code_identity import PACKAGE, link_code
 from vitpareto.search.errors import UserError
 from vitpareto.search.trials.nodes import Node, alive
 
@@ -49,14 +53,24 @@ class ClusterCapacity:
 
 @contextlib.contextmanager
 def local_cluster(workers: int | None = None) -> Iterator[ClusterCapacity]:
-    """A private Ray on this machine, gone when the block ends; a running one is joined and left.
+    """Start a private Ray on this machine and shut it down when the block ends.
 
-    workers: at least so many CPUs are promised, also on a smaller machine.
+    A Ray that this process has joined already is used and left as it is.
+
+    Args:
+        workers: the number of CPUs to offer at least, also on a smaller machine.
     """
-    joined = ray.is_initialized()
-    if not joined:
-        cpus = max(os.cpu_count() or 1, workers or 1)
-        with warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        if not ray.is_initialized():
+            stack.enter_context(_started(max(os.cpu_count() or 1, workers or 1)))
+        resources = ray.cluster_resources()
+        yield ClusterCapacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+@contextlib.contextmanager
+def _started(cpus: int) -> Iterator[None]:
+    with _code_folder() as folder:
+        with warnings.catch_warnings(), _worker_path(folder):
             # Ray forks helpers while threads run; it did so before Python began to warn
             warnings.simplefilter("ignore", ResourceWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -69,18 +83,41 @@ def local_cluster(workers: int | None = None) -> Iterator[ClusterCapacity]:
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
-        where = ray.util.get_node_ip_address()
-        if where != "127.0.0.1":
-            log.warning(
-                "Ray listens on %s: import vitpareto.clusters.connect before ray for loopback",
-                where,
-            )
-    try:
-        resources = ray.cluster_resources()
-        yield ClusterCapacity(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
-    finally:
-        if not joined:
+        try:
+            address = ray.util.get_node_ip_address()
+            if address != "127.0.0.1":
+                log.warning(
+                    "Ray listens on %s: import vitpareto.clusters.connect before ray for loopback",
+                    address,
+                )
+            yield
+        finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _code_folder() -> Iterator[Path]:
+    """A temporary folder that holds the package of this process, by links, and nothing else."""
+    with tempfile.TemporaryDirectory(prefix="vitpareto-code-") as name:
+        link_code(Path(name) / PACKAGE)
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _worker_path(folder: Path) -> Iterator[None]:
+    """While Ray is started or joined, make `folder` the first entry of the workers' `sys.path`.
+
+    Ray puts the driver's working directory and the folder of its script there. Modules of the same
+    names in these folders would replace those that the driver runs.
+    """
+    before, script = os.getcwd(), sys.argv[0] if sys.argv else ""
+    os.chdir(folder)
+    sys.argv[:1] = [str(folder / "driver")]
+    try:
+        yield
+    finally:
+        sys.argv[:1] = [script]
+        os.chdir(before)
 
 
 @contextlib.contextmanager
@@ -107,24 +144,25 @@ def joined_cluster(address: str) -> Iterator[ClusterCapacity]:
                 f"no Ray answers at {address} ({error}): accepted is HOST:PORT of a head, or auto "
                 "on one of its nodes"
             ) from error
-    try:
-        with warnings.catch_warnings(), _silent_stderr():
-            warnings.simplefilter("ignore", ResourceWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                configure_logging=True,
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(f"the Ray at {address} cannot be joined: {_reason(error)}") from error
-    try:
-        resources = ray.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-        yield ClusterCapacity(cpus, gpus, tuple(alive()))
-    finally:
-        ray.shutdown()
+    with _code_folder() as folder:
+        try:
+            with warnings.catch_warnings(), _silent_stderr(), _worker_path(folder):
+                warnings.simplefilter("ignore", ResourceWarning)
+                warnings.simplefilter("ignore", DeprecationWarning)
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    configure_logging=True,
+                    logging_level=logging.ERROR,
+                )
+        except (ConnectionError, RuntimeError) as error:
+            raise UserError(f"the Ray at {address} cannot be joined: {_reason(error)}") from error
+        try:
+            resources = ray.cluster_resources()
+            cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+            yield ClusterCapacity(cpus, gpus, tuple(alive()))
+        finally:
+            ray.shutdown()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import logging
 import os
 import shutil
@@ -24,13 +23,10 @@ from typing import Any
 import yaml
 
 from vitpareto.methods.engine.errors import nearest
+from vitpareto.search.code_identity import PACKAGE, copy_code
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig
 
-#: what a cluster runs: the package, under its import name
-CODE = "vitpareto"
-#: its sub-packages, which an editable install keeps in folders of their own
-FOLDERS = ("methods", "search", "clusters", "dashboards")
 #: where the files that a job names lie in the package, and its job file
 INPUTS, JOB = "inputs", "job.yaml"
 #: Ray's limit of a package; its own name for it is GCS_STORAGE_MAX_SIZE
@@ -84,7 +80,7 @@ def pack(job: Mapping[str, Any], package: Path) -> SearchConfig:
     kind, _, place = str(packed.get("model") or "").partition(":")
     if kind == "local-dir" and Path(place).is_dir():
         packed["model"] = f"local-dir:{_take(Path(place), package)}"
-    copy_code(package / CODE)
+    copy_code(package / PACKAGE)
     (package / JOB).write_text(yaml.safe_dump(packed, sort_keys=False), encoding="utf-8")
     size = sum(f.stat().st_size for f in package.rglob("*") if f.is_file()) / 2**20
     if size >= LIMIT_MB:
@@ -113,16 +109,6 @@ def _take(source: Path, package: Path) -> str:
     else:
         shutil.copyfile(source, package / there)
     return str(there)
-
-
-def copy_code(target: Path) -> None:
-    """Copy the installed package to the folder `target`, sub-packages below it."""
-    ignored = shutil.ignore_patterns("__pycache__", "*.png", "*.ipynb")
-    for name in (CODE, *(f"{CODE}.{folder}" for folder in FOLDERS)):
-        found = importlib.util.find_spec(name)
-        assert found is not None and found.origin is not None, name
-        below = target.joinpath(*name.split(".")[1:])
-        shutil.copytree(Path(found.origin).parent, below, ignore=ignored, dirs_exist_ok=True)
 
 
 def settle(job: Mapping[str, Any], package: Path, study: Path) -> dict[str, Any]:

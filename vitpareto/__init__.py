@@ -13,11 +13,17 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitpareto import clusters, dashboards, methods, search
     from vitpareto.methods import Recipe, Trace, prune
+
+# in a checkout the sub-packages lie beside this folder: they belong together, whatever else is
+# installed
+if (Path(__file__).parent.parent / "setup.py").is_file():
+    __path__.append(str(Path(__file__).parent.parent))
 
 #: public names and the module that defines each; a package stands for itself
 _PUBLIC = {

@@ -17,6 +17,8 @@ import ray
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from vitpareto.methods import Code
+from vitpareto.search import code_identity
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import discard, latest, write_atomic
@@ -26,6 +28,42 @@ from vitpareto.search.trials.trial import Task
 
 #: whose versions decide numbers: the same on every node
 SAME = ("torch", "timm", "torchvision", "pillow", "onnxruntime", "optuna", "vitpareto")
+
+
+def check_code() -> None:
+    """Have a worker on every node say which code it would run.
+
+    The question is sent by value: a node with another version could not answer one that names a
+    function of this version.
+
+    Raises:
+        UserError: a node has other code than this process, or none; names the nodes.
+    """
+    ray.cloudpickle.register_pickle_by_value(code_identity)
+    expected, nodes = code_identity.code_fingerprint(), alive()
+    try:
+        asked = ray.remote(code_identity.describe_code)
+        answers = [
+            asked.options(
+                num_cpus=0,
+                max_retries=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
+            ).remote()
+            for node in nodes
+        ]
+        found = dict(zip((n.address for n in nodes), ray.get(answers), strict=True))
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(code_identity)
+    wrong = {at: (code, folder) for at, (code, folder) in found.items() if code != expected}
+    if wrong:
+        listed = "; ".join(f"{at}: {where} ({code})" for at, (code, where) in wrong.items())
+        raise UserError(
+            f"workers must run the driver's code (fingerprint {expected}); other code is on "
+            f"{listed}. Install the same vitpareto on every node, or submit the search as a job",
+            Code.MISMATCH,
+            expected=expected,
+            nodes=sorted(wrong),
+        )
 
 
 def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> None:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe
 from vitpareto.methods.engine.parameters import Float
+from vitpareto.search.code_identity import code_fingerprint
 from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.object_store import is_remote
@@ -57,7 +58,7 @@ from vitpareto.search.trials.certification import certify_front
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.early_stopping import EarlyStopping
 from vitpareto.search.trials.latency_actor import timing_on
-from vitpareto.search.trials.node_checks import check_nodes
+from vitpareto.search.trials.node_checks import check_code, check_nodes
 from vitpareto.search.trials.nodes import (
     Node,
     alive,
@@ -318,6 +319,7 @@ def search(
     """
     config, folder = prepared.config, prepared.folder
     crew = TrialResources.of(config, prepared.device, cpus, gpus, alive())
+    check_code()
     with folder.locked(), contextlib.ExitStack() as stack:
         if not folder.exists:  # a study without its job could not be continued by name alone
             folder.write_job(config.plain())
@@ -421,6 +423,7 @@ def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
         training=_training(prepared),
         peak_first="peak_mb" in config.objectives,
         store=config.store if is_remote(config.store) else None,
+        code=code_fingerprint(),
     )
 
 

@@ -8,6 +8,8 @@ elsewhere (`search.trials.early_stopping`).
 from __future__ import annotations
 
 import functools
+import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -21,8 +23,10 @@ from ray import tune
 from torch import nn
 
 from vitpareto import methods
-from vitpareto.methods import ModelShape, Recipe
+from vitpareto.methods import Code, ModelShape, Recipe
+from vitpareto.search.code_identity import describe_code
 from vitpareto.search.data.datasets import Data, Preprocess, Split
+from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import forget
 from vitpareto.search.files.object_store import store_folder
 from vitpareto.search.measure.accuracy import DTYPES, Correctness, batches_of, evaluate, fitting
@@ -84,6 +88,8 @@ class Task:
     data: Data | None = None
     #: the actor that measures latencies, where they hold for another device than the trial's
     timer: Any = None
+    #: fingerprint of the driver's code (`code_identity.code_fingerprint`)
+    code: str = ""
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -122,7 +128,8 @@ class Worker:
 
     @classmethod
     def open(cls, task: Task) -> Worker:
-        """Raises UserError where this node's images are not the study's."""
+        """Raises UserError where this process's code or images are not the study's."""
+        check_own_code(task.code)
         if task.threads is not None:
             torch.set_num_threads(task.threads)
         made_on = {**task.provenance, "device": device_name(task.device)}
@@ -193,6 +200,21 @@ class Worker:
         raw, _ = self.task.search.batch(0, min(count, len(self.task.search)))
         images = self.task.preprocess.normalise(raw.to(self.task.device), DTYPES[self.task.dtype])
         return images[torch.arange(count, device=images.device) % len(images)]
+
+
+def check_own_code(expected: str) -> None:
+    """Raises UserError if this process runs other code than the driver."""
+    found, folder = describe_code()
+    if expected and found != expected:
+        raise UserError(
+            f"worker {os.getpid()} on {socket.gethostname()} runs other code than the driver: "
+            f"{folder} with fingerprint {found or 'none'}, the driver's is {expected}. Install the "
+            "same vitpareto on every node",
+            Code.MISMATCH,
+            expected=expected,
+            got=found,
+            folder=folder,
+        )
 
 
 def outside_by(result: TrialResult, task: Task) -> float:

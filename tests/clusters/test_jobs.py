@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from vitpareto.clusters import jobs
-from vitpareto.clusters.jobs import FOLDERS, INPUTS, Head, Job, described, pack, settle
+from vitpareto.clusters.jobs import INPUTS, Head, Job, described, pack, settle
+from vitpareto.search.code_identity import SUBPACKAGES
 from vitpareto.search.errors import UserError
 
 
@@ -51,7 +52,7 @@ def test_a_package_runs_by_itself(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert all(Path(f).is_relative_to(package) for f in done.stdout.split()), done.stdout
-    assert len(done.stdout.split()) == 1 + len(FOLDERS)
+    assert len(done.stdout.split()) == 1 + len(SUBPACKAGES)
     assert (
         package / "vitpareto" / "search" / "data" / "weights" / "digits_vit.safetensors"
     ).is_file()
