@@ -13,11 +13,16 @@ Every module of this folder is imported here, so registering a method in its one
 import importlib
 import pkgutil
 
+from vitpareto.methods.engine.build import Untrained
 from vitpareto.methods.engine.errors import BadInput, Code
-from vitpareto.methods.engine.method import Method, Paper, Preset, get, names, register
-from vitpareto.methods.engine.recipe import Recipe, Step, Untrained, prune, weights_digest
+from vitpareto.methods.engine.method import Method, Paper, Preset
+from vitpareto.methods.engine.recipe import Recipe, prune
+from vitpareto.methods.engine.reduced_model import UnsupportedModel, check_supported
+from vitpareto.methods.engine.reduction import Trace
+from vitpareto.methods.engine.registry import get, names, register
 from vitpareto.methods.engine.shape import ModelShape, model_shape
-from vitpareto.methods.engine.vit import Trace, UnsupportedModel, check_supported
+from vitpareto.methods.engine.step import Step
+from vitpareto.methods.engine.weights import weights_digest
 
 for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
     importlib.import_module(_module.name)

@@ -1,23 +1,21 @@
-"""What a method is, and the registry in which each file of this folder enters its own.
+"""What a pruning method declares: name, paper, parameters, search space, presets and cost.
 
-A method declares its name, paper, parameters, search space, presets, schedule and extra MACs in
-one file; everything else (search space, command line, tests, tables) reads them here. Registering
-is all it takes: `@register` above the class.
+The search space, the command line, the tests and the tables read these declarations; methods are
+listed in `engine.registry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, nearest
+from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.parameters import Counts, Parameter, check_values
+from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.vit import Reduction
 
 #: Presets are published for this depth and patch count and scale from there.
 PUBLISHED_DEPTH, PUBLISHED_PATCHES = 12, 196
@@ -180,35 +178,3 @@ class Method:
     def refuses_export(self, params: dict[str, Any], shape: ModelShape) -> str:
         """Why no program of fixed shape is this model, and what to take instead; "": one is."""
         return ""
-
-
-_REGISTRY: dict[str, Method] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(method: M) -> M:
-    """Class decorator: enters the method under its name. A name taken twice is a bug."""
-    assert method.name not in _REGISTRY, f"method {method.name!r} is registered twice"
-    _REGISTRY[method.name] = method()
-    return method
-
-
-def names(kind: str | None = None) -> tuple[str, ...]:
-    """All registered methods (of one kind), dense first, controls next, then by name."""
-    chosen = [m for m in _REGISTRY.values() if kind is None or m.kind == kind]
-    chosen.sort(key=lambda m: (m.name != "dense", not m.control, m.name))
-    return tuple(m.name for m in chosen)
-
-
-def get(name: str) -> Method:
-    """The method of that name; BadInput with the nearest name if there is none."""
-    if name not in _REGISTRY:
-        raise BadInput(f"unknown method {name!r}{nearest(name, _REGISTRY)}")
-    return _REGISTRY[name]
-
-
-def batches(images: Tensor | Iterable[Tensor], size: int = 64) -> list[Tensor]:
-    """Calibration images as batches: a tensor [M, 3, H, W] is cut, an iterable is taken."""
-    if isinstance(images, Tensor):
-        return list(torch.split(images, size))
-    return list(images)

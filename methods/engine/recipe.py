@@ -16,67 +16,26 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import torch
 import yaml
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, nearest
-from vitpareto.methods.engine.method import Method, get
-from vitpareto.methods.engine.shape import ModelShape, model_shape
-from vitpareto.methods.engine.vit import check_supported, reduced
-from vitpareto.methods.engine.weights import load_strictly, weights_digest
-
-__all__ = ["Recipe", "Step", "Untrained", "YamlLoader", "prune", "weights_digest"]
-
-
-class Untrained(UserWarning):
-    """A method with trained parts was built without weights: they are fresh ones."""
-
-
-#: what `weights_digest` gives
-_DIGEST = re.compile(r"[0-9a-f]{16}\Z")
-
-
-class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5), and a digest of
-    16 digits as the text that it is, not as a number.
-    """
-
-
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+from vitpareto.methods.engine.build import (
+    calibrated,
+    check_weights,
+    missing_weights,
+    warn_if_untrained,
 )
-for _digit in "0123456789":
-    # first, before the resolvers of whole and real numbers: no parameter has 16 digits
-    YamlLoader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", _DIGEST))
-
-
-@dataclass(frozen=True)
-class Step:
-    """A method and its parameters, as given (checked against a model only when one is there)."""
-
-    method: str
-    params: dict[str, Any]
-
-    @property
-    def declared(self) -> Method:
-        return get(self.method)
-
-    def plain(self) -> dict[str, Any]:
-        """A dict for YAML and JSON: lists for tuples, what is None left out."""
-        out: dict[str, Any] = {"method": self.method}
-        for name, value in self.params.items():
-            if value is not None:
-                out[name] = list(value) if isinstance(value, tuple) else value
-        return out
+from vitpareto.methods.engine.errors import BadInput, Code, nearest
+from vitpareto.methods.engine.recipe_yaml import DIGEST, YamlLoader
+from vitpareto.methods.engine.reduced_model import check_supported, reduced
+from vitpareto.methods.engine.registry import get
+from vitpareto.methods.engine.shape import ModelShape, model_shape
+from vitpareto.methods.engine.step import Step, short
+from vitpareto.methods.engine.weights import load_strictly
 
 
 @dataclass(frozen=True)
@@ -117,7 +76,7 @@ class Recipe:
             if step is None:
                 continue
             if part == "weights":
-                if not isinstance(step, str) or not _DIGEST.match(step):
+                if not isinstance(step, str) or not DIGEST.match(step):
                     raise BadInput(
                         f"recipe.weights is {step!r}: accepted are the 16 hex digits of a state "
                         "dict's digest"
@@ -169,7 +128,7 @@ class Recipe:
         for step in steps:
             plain = step.plain()
             words.append(str(plain.pop("method")))
-            words += [f"{name}={_short(value)}" for name, value in plain.items()]
+            words += [f"{name}={short(value)}" for name, value in plain.items()]
         words = words or ["dense"]
         if self.weights is not None:
             words.append(f"weights={self.weights}")
@@ -193,15 +152,9 @@ class Recipe:
         declared = self.structure.declared
         params = declared.check(self.structure.params, shape)
         if self.weights is not None and weights is None and declared.shaped_by_weights(params):
-            raise self._unweighed("its dimensions are")
+            raise missing_weights(self.weights, "its dimensions")
         changed = declared.restructure(copy.deepcopy(model), params, weights)
         return model_shape(changed), changed
-
-    def _unweighed(self, what: str) -> BadInput:
-        return BadInput(
-            f"{what} in the weights {self.weights}, which the recipe names: give weights=, the "
-            "state dict with that digest"
-        )
 
     def checked(self, shape: ModelShape) -> Recipe:
         """The same recipe with every parameter checked and completed for a model of this shape."""
@@ -246,71 +199,30 @@ class Recipe:
         done = getattr(model, "recipe", None)
         if done is not None and done != Recipe():
             raise BadInput(
-                f"the model is already reduced ({done}): give the dense model, and both parts in "
-                "one recipe"
+                f"model must be dense (got one reduced by {done}): give the dense model, and both "
+                "steps in one recipe",
+                Code.CONFLICT,
+                name="model",
+                got=str(done),
             )
-        if self.weights is not None:
-            if weights is None:
-                raise self._unweighed("what was trained is")
-            given = weights_digest(weights)
-            if given != self.weights:
-                raise BadInput(
-                    f"the recipe names the weights {self.weights}, those given are {given}"
-                )
+        check_weights(self.weights, weights)
         before = model_shape(model)
         shape, changed = self.reshape(before, model, weights)
         recipe = self.checked(shape)
-        if recipe.structure is not None and weights is None:
-            declared, params = recipe.structure.declared, recipe.structure.params
-            if declared.training == "required" and not declared.is_dense(params, before):
-                _warn_untrained(declared)
-        if recipe.tokens is None:
-            built = reduced(changed, None, recipe)
-        else:
-            declared, params = recipe.tokens.declared, recipe.tokens.params
-            if declared.needs_calibration(params):
-                if calibration is None:
-                    raise BadInput(
-                        f"{declared.name} with {_short(params)} needs calibration images: give "
-                        "calibration=, or the counts= that an earlier calibration found"
-                    )
-                seen = reduced(changed, None).eval()
-                if weights is not None:  # what is calibrated is the model as it will be
-                    own = {k: v for k, v in weights.items() if not k.startswith("reduction.")}
-                    load_strictly(seen, own)
-                with torch.no_grad():
-                    images = [calibration] if isinstance(calibration, Tensor) else calibration
-                    params = declared.calibrate(seen, params, images)
-                recipe = replace(recipe, tokens=Step(declared.name, params))
-            reduction = declared.reduction(params, shape)
+        if recipe.structure is not None:
+            warn_if_untrained(recipe.structure, before, weights)
+        reduction = None
+        if recipe.tokens is not None:
+            step = calibrated(recipe.tokens, changed, calibration, weights)
+            recipe = replace(recipe, tokens=step)
             reference = next(changed.parameters())
-            built = reduced(changed, reduction.to(reference.device, reference.dtype), recipe)
-            untrained = declared.training == "required" and weights is None
-            if untrained and not declared.is_dense(params, shape):
-                _warn_untrained(declared)
+            reduction = step.declared.reduction(step.params, shape)
+            reduction = reduction.to(reference.device, reference.dtype)
+            warn_if_untrained(step, shape, weights)
+        built = reduced(changed, reduction, recipe)
         if weights is not None:
             load_strictly(built, weights)
         return cast(nn.Module, built)
-
-
-def _warn_untrained(method: Method) -> None:
-    warnings.warn(
-        f"{method.name} needs training: without weights= it starts from fresh parts; costs and "
-        "shapes are right, accuracy is not",
-        Untrained,
-        stacklevel=3,
-    )
-
-
-def _short(value: Any) -> str:
-    """A value for one line of a table."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(_short(v) for v in value) + "]"
-    if isinstance(value, Mapping):
-        return " ".join(f"{k}={_short(v)}" for k, v in value.items() if v is not None)
-    return str(value)
 
 
 def prune(

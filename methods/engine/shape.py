@@ -22,8 +22,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vitpareto.methods.engine.reduced_model import check_supported
 from vitpareto.methods.engine.sliced_block import SlicedAttention
-from vitpareto.methods.engine.vit import check_supported
 
 
 def norm_cost(module: nn.Module) -> int:

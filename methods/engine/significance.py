@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.tokens import Tokens
-from vitpareto.methods.engine.vit import Attended
 
 
 def significance(tokens: Tokens, attended: Attended) -> Tensor:

@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers, Parameter
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.schedules import scale_layers, staged_counts
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.tokens import Tokens, keep, scale_layers, staged_counts, top_k
-from vitpareto.methods.engine.vit import Attended, Reduction
+from vitpareto.methods.engine.tokens import Tokens, keep, top_k
 
 #: every third block of 12
 PUBLISHED_LAYERS = (3, 6, 9)

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.reduced_model import UnsupportedModel, check_supported
 from vitpareto.methods.engine.sliced_block import SlicedAttention
-from vitpareto.methods.engine.vit import UnsupportedModel, check_supported
 
 #: MLPs whose hidden width can be set: the layers into it; `fc2` leads out
 INTO_HIDDEN = {Mlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x")}

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import Method, Paper, Preset, register
+from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, Parameter
+from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.slicing.importance import Objective, importances, magnitudes, top
 from vitpareto.methods.slicing.plan import Cost, check_reachable, even, macs_cost, plan

@@ -16,13 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Paper, Preset, register
+from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, Int, IntOrList, Layers
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import check_layers, scale_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.significance import significance
-from vitpareto.methods.engine.tokens import Tokens, check_layers, keep_chosen, rising, scale_layers
-from vitpareto.methods.engine.vit import Attended, Reduction
+from vitpareto.methods.engine.tokens import Tokens, keep_chosen, rising
 
 #: the published code's DeiT-S: every block from the fourth on
 PUBLISHED_STAGES: dict[str, Any] = {"first": 0.25, "stages": 9, "spacing": 1 / PUBLISHED_DEPTH}

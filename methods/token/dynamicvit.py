@@ -12,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import Method, Paper, Preset, register
+from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, Layers, Rates
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import check_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import (
     LAYERS_SPACE,
@@ -21,8 +24,7 @@ from vitpareto.methods.engine.staged import (
     chosen_layers,
     pruned_blocks,
 )
-from vitpareto.methods.engine.tokens import Tokens, check_layers, keep, top_k
-from vitpareto.methods.engine.vit import Reduction
+from vitpareto.methods.engine.tokens import Tokens, keep, top_k
 
 
 def _initialise(module: nn.Module) -> None:

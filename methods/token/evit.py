@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import Paper, Preset, register
+from vitpareto.methods.engine.method import Paper, Preset
 from vitpareto.methods.engine.parameters import Choice
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import check_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import (
     STAGED_PARAMETERS,
@@ -22,16 +26,7 @@ from vitpareto.methods.engine.staged import (
     StagedMethod,
     chosen_layers,
 )
-from vitpareto.methods.engine.tokens import (
-    Tokens,
-    check_layers,
-    gather,
-    keep,
-    regroup,
-    top_k,
-    with_prefix,
-)
-from vitpareto.methods.engine.vit import Attended, Reduction
+from vitpareto.methods.engine.tokens import Tokens, gather, keep, regroup, top_k, with_prefix
 
 
 def patches_kept(n: int, keep_rate: float) -> int:

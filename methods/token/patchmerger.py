@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import Method, Paper, Preset, register
+from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, IntOrList, Layers
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import check_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_a_layer, chosen_layers
-from vitpareto.methods.engine.tokens import Tokens, check_layers, regroup
-from vitpareto.methods.engine.vit import Reduction
+from vitpareto.methods.engine.tokens import Tokens, regroup
 
 
 class Merger(nn.Module):

@@ -11,23 +11,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset, get, register
+from vitpareto.methods.engine.merging import bipartite_match
+from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import get, register
+from vitpareto.methods.engine.schedules import check_layers, scale_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.significance import significance
 from vitpareto.methods.engine.staged import STAGED_SPACE, pruned_blocks
-from vitpareto.methods.engine.tokens import (
-    Tokens,
-    bipartite_match,
-    check_layers,
-    gather,
-    keep,
-    regroup,
-    rising,
-    scale_layers,
-)
-from vitpareto.methods.engine.vit import Attended, Reduction
+from vitpareto.methods.engine.tokens import Tokens, gather, keep, regroup, rising
 
 PUBLISHED_STAGES: dict[str, Any] = {"first": 0.25, "stages": 3, "spacing": 0.25}
 #: 7e-5 at 196 patches, as threshold * patches²: normalised significances shrink with 1 / patches

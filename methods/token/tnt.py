@@ -19,13 +19,14 @@ from vitpareto.methods.engine.method import (
     Method,
     Paper,
     Preset,
-    register,
 )
 from vitpareto.methods.engine.parameters import Float, Int, Layers, Rates
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import staged_counts
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import check_one_a_layer, chosen_layers, pruned_blocks
-from vitpareto.methods.engine.tokens import Tokens, gather, keep, staged_counts, top_k
-from vitpareto.methods.engine.vit import Reduction
+from vitpareto.methods.engine.tokens import Tokens, gather, keep, top_k
 
 #: of 12: the noise of training comes after the first blocks alone, and trains their heads
 PUBLISHED_NOISY = 5

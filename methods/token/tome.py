@@ -8,13 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset, register
+from vitpareto.methods.engine.merging import bipartite_match, merge_matched
+from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Choice, Counts, Float, IntOrList
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import pruned_blocks
-from vitpareto.methods.engine.tokens import Tokens, bipartite_match, merge_matched
-from vitpareto.methods.engine.vit import Attended, Reduction
+from vitpareto.methods.engine.tokens import Tokens
 
 
 def merge_schedule(r: int | tuple[int, ...], inflection: float, depth: int) -> tuple[int, ...]:

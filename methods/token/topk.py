@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from vitpareto.methods.engine.method import Paper, register
+from vitpareto.methods.engine.attention import Attended
+from vitpareto.methods.engine.method import Paper
+from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import (
     StagedMethod,
@@ -17,7 +19,6 @@ from vitpareto.methods.engine.staged import (
     staged_presets,
 )
 from vitpareto.methods.engine.tokens import Tokens
-from vitpareto.methods.engine.vit import Attended
 
 
 class TopKReduction(StagedReduction):

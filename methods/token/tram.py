@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitpareto.methods.engine.method import Paper, register
+from vitpareto.methods.engine.attention import Attended
+from vitpareto.methods.engine.method import Paper
+from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import (
     StagedMethod,
@@ -21,7 +23,6 @@ from vitpareto.methods.engine.staged import (
     staged_presets,
 )
 from vitpareto.methods.engine.tokens import Tokens
-from vitpareto.methods.engine.vit import Attended
 
 
 def second_order_degree(peak: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vitpareto import methods
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.vit import Trace
+from vitpareto.methods.engine.reduction import Trace
 from vitpareto.search.data.datasets import Preprocess, Split, check_head, open_data
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.readme import more_programs, readme, resize_rule

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods import Recipe
+from vitpareto.methods.engine.build import Untrained
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.recipe import Untrained
 from vitpareto.methods.engine.weights import load_strictly
 from vitpareto.methods.slicing.sliced_model import Widths, sliced_model, widths_of
 from vitpareto.search.errors import UserError

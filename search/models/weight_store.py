@@ -16,7 +16,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import replacing, there, wait_for_room, write_atomic
 

@@ -15,7 +15,7 @@ import yaml
 from vitpareto import methods
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter, check_values
-from vitpareto.methods.engine.recipe import YamlLoader
+from vitpareto.methods.engine.recipe_yaml import YamlLoader
 from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache

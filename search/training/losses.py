@@ -17,8 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitpareto.methods.engine.forward import (
+    ReducedVisionTransformer,
+    ReducedVisionTransformerDistilled,
+)
 from vitpareto.methods.engine.tokens import Tokens
-from vitpareto.methods.engine.vit import ReducedVisionTransformer, ReducedVisionTransformerDistilled
 from vitpareto.search.errors import UserError
 from vitpareto.search.models.loading import num_classes
 from vitpareto.search.training.loop import Objective

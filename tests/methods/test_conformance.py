@@ -25,8 +25,8 @@ from tests.methods.method_settings import (
 )
 from tests.methods.tiny_models import MODELS, dense, images, vit
 from vitpareto import methods
-from vitpareto.methods.engine import vit as vit_module
-from vitpareto.methods.engine.vit import Reduction
+from vitpareto.methods.engine import forward
+from vitpareto.methods.engine.reduction import Reduction
 
 every_model = pytest.mark.parametrize("kind", MODELS)
 some_pairs = pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_checkpointing_restores_the_device_s_draws(monkeypatch):
         seen.append([type(a) for a in args])
         return function(*args)
 
-    monkeypatch.setattr(vit_module, "checkpoint", recorded_checkpoint)
+    monkeypatch.setattr(forward, "checkpoint", recorded_checkpoint)
     reduced(images(dense("class"), 2))
     assert seen == [[torch.Tensor]] * len(reduced.blocks)
 

@@ -13,8 +13,9 @@ from tests.methods.decisions import Decisions
 from tests.methods.method_settings import CASES, PAIRS, Case, pruned, recorded
 from tests.methods.tiny_models import dense, images, vit
 from vitpareto import methods
-from vitpareto.methods.engine.tokens import Tokens, bipartite_match, merge_matched
-from vitpareto.methods.engine.vit import Attended
+from vitpareto.methods.engine.attention import Attended
+from vitpareto.methods.engine.merging import bipartite_match, merge_matched
+from vitpareto.methods.engine.tokens import Tokens
 from vitpareto.methods.token.ppt import merge_or_keep
 
 some_pairs = pytest.mark.parametrize(

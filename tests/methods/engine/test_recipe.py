@@ -11,8 +11,9 @@ import torch
 
 from tests.methods.method_settings import CASES, Case, recorded
 from tests.methods.tiny_models import MODELS, dense, images, vit
+from tests.refusals import refused
 from vitpareto import methods
-from vitpareto.methods import ModelShape, Recipe, Step
+from vitpareto.methods import Code, ModelShape, Recipe, Step
 
 
 def shape(kind: str = "class") -> ModelShape:
@@ -100,11 +101,11 @@ def test_trained_parts_are_asked_for_by_their_digest():
     built = recipe.build(model, weights=state)
     assert built.recipe == recipe
     assert torch.equal(recorded(built, batch)[0], recorded(trained, batch)[0])
-    with pytest.raises(methods.BadInput, match=rf"{recipe.weights}, which the recipe names: give"):
+    with refused(Code.MISSING, name="weights", expected=recipe.weights):
         recipe.build(model)
     other = {**state, "cls_token": state["cls_token"] + 1}
     given = methods.weights_digest(other)
-    with pytest.raises(methods.BadInput, match=rf"{recipe.weights}, those given are {given}"):
+    with refused(Code.MISMATCH, name="weights", expected=recipe.weights, got=given):
         recipe.build(model, weights=other)
 
 

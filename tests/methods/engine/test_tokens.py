@@ -8,19 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.errors import BadInput
-from vitpareto.methods.engine.tokens import (
-    Tokens,
-    bipartite_match,
-    keep,
-    keep_padded,
-    merge_matched,
-    scale_layers,
-    staged_counts,
-    top_k,
-)
-from vitpareto.methods.engine.vit import Attended
-from vitpareto.methods.token.rajni import RajniReduction, ranking, read
+from vitpareto.methods.engine.merging import bipartite_match, merge_matched
+from vitpareto.methods.engine.schedules import scale_layers, staged_counts
+from vitpareto.methods.engine.tokens import Tokens, keep, keep_padded, top_k
+from vitpareto.methods.token.rajni.reduction import RajniReduction
+from vitpareto.methods.token.rajni.scores import ranking, read
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

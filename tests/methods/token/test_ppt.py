@@ -12,7 +12,8 @@ from tests.methods.tiny_models import MODELS, dense, images
 from tests.methods.token.test_ats import first_share
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.methods.engine.tokens import Tokens, bipartite_match, keep, merge_matched
+from vitpareto.methods.engine.merging import bipartite_match, merge_matched
+from vitpareto.methods.engine.tokens import Tokens, keep
 from vitpareto.methods.token.ppt import merge_or_keep
 from vitpareto.search.measure.cost import recipe_macs
 

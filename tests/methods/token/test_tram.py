@@ -11,9 +11,9 @@ from tests.methods.method_settings import recorded
 from tests.methods.tiny_models import dense, images
 from vitpareto import methods
 from vitpareto.methods.engine import head_maximum as by_head
+from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.head_maximum import attend_by_head
 from vitpareto.methods.engine.tokens import Tokens
-from vitpareto.methods.engine.vit import Attended
 from vitpareto.methods.token.tram import TramReduction, second_order_degree
 
 

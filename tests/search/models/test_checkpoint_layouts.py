@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vitpareto import methods
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.methods.slicing.sliced_model import (
     BlockWidths,
     Widths,

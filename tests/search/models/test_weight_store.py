@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.search.small import vit
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.errors import UserError
 from vitpareto.search.models.weight_store import Artifacts
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.models.weight_store import Artifacts
 from vitpareto.search.training.preparation import key_of, needs, prepare_once
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.search.small import PREPROCESS, vit
 from vitpareto.methods import BadInput, Recipe, model_shape
-from vitpareto.methods.engine.recipe import weights_digest
+from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.methods.slicing.plan import macs_cost
 from vitpareto.methods.slicing.sliced_model import Widths, model_widths, sliced_model
 from vitpareto.search.data.datasets import Split

@@ -1,0 +1,23 @@
+"""The dense model as a method: the reference of every comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.reduction import Reduction
+from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.shape import ModelShape
+
+
+@register
+class Dense(Method):
+    """The model as it is. Always trial 0; it is the identity, so it needs no identity setting."""
+
+    name = "dense"
+    summary = "the model as it is"
+    control = True
+    identity = {}
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> Reduction:
+        return Reduction()
