@@ -1,9 +1,14 @@
-"""The errors a user can mend: bad input, told in one message and shown without a traceback."""
+"""The error of this package for input that the user can correct.
+
+The command line prints its message without a traceback. May import `vitpareto.methods` alone.
+"""
 
 from __future__ import annotations
 
-from vitpareto.methods import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code, nearest
+
+__all__ = ["BadInput", "Code", "UserError", "nearest"]
 
 
 class UserError(BadInput):
-    """Bad input: one message, no traceback."""
+    """Input that the user can correct: a job, a command line, a file or the environment."""

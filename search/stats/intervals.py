@@ -1,14 +1,13 @@
-"""Exact intervals for what was counted on held-out images, and how several share one error.
+"""Confidence intervals and exact tests for counts, and how several of them share one error.
 
-Pure arithmetic: nothing here knows a trial, a split or a file. Images are independent draws from
-those the model will meet (the target is the accuracy there, not on these images), as opposed to
-`search.stats.confidence_sequences`, whose target is a finite set. Accuracies are in percent,
-differences in points.
+For images that are independent draws from those the model will meet, so that the target is the
+accuracy there, not on these images; `search.stats.confidence_sequences` is for a finite set.
+Accuracies are in percent, differences in points. May not know trials, splits or files.
 
-One interval is exact: it misses with probability `error` at most, at every number of images and
-every accuracy, no normal approximation. DataParallel share the error by Bonferroni's inequality,
-which needs no assumption on how their accuracies depend on each other. Sidak's product would need
-one, and at 20 intervals would give each 0.00256 where Bonferroni gives 0.0025.
+The exact intervals miss with probability `error` at most, for every number of images and every
+accuracy, without a normal approximation. Several share the error by Bonferroni's inequality, which
+needs no assumption on how their accuracies depend on each other. Sidak's product needs one, and for
+20 intervals gives each 0.00256 where Bonferroni gives 0.0025.
 """
 
 from __future__ import annotations
@@ -20,87 +19,114 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import betainc, betaincinv
-from scipy.stats import binom
+from scipy.special import betainc, ndtr
+from scipy.stats import binom, binomtest
+
+from vitpareto.search.errors import BadInput, Code
 
 Floats = NDArray[np.float64]
 
-#: of a paired interval's error, the part that bounds how often the two disagree
+#: The normal quantile of a two-sided 95 % interval. Rounded: results on disk were made with it.
+Z95 = 1.959964
+#: The confidence level of exactly this quantile, so that intervals on disk are reproduced.
+LEVEL = float(2 * ndtr(Z95) - 1)
+#: Part of a paired interval's error that bounds the rate of disagreements.
 NUISANCE = 0.1
-#: mass of a binomial distribution that a sum leaves out; it is added to the tail
+#: Mass of a binomial distribution that a sum leaves out; it is added to the tail.
 LEFT_OUT = 1e-9
-#: of an end that is looked for, as a fraction; ends are rounded outwards
+#: Precision of an interval's end, as a fraction; ends are rounded outwards.
 PRECISION = 1e-6
-#: what the first round of several gets of the error; later ones halve the rest
+#: Part of the error that the first round of intervals gets; each later round gets half of the rest.
 FIRST_ROUND = 0.9
 
 
-def clopper_pearson(right: int, images: int, error: float) -> tuple[float, float]:
-    """Accuracy in percent: [low, high] misses it with probability `error` at most, half of it on
-    either side.
+@lru_cache(maxsize=4096)
+def wilson_interval(correct: int, images: int) -> tuple[float, float]:
+    """Return Wilson's 95 % score interval for an accuracy, in percent.
+
+    Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 22, 1927).
+    """
+    _check(correct, images)
+    interval = binomtest(correct, images).proportion_ci(LEVEL, method="wilson")
+    accuracy = correct / images
+    # at 0 and 1, where an end is the accuracy itself, rounding must not exclude it
+    return 100 * min(accuracy, float(interval.low)), 100 * max(accuracy, float(interval.high))
+
+
+@lru_cache(maxsize=4096)
+def clopper_pearson(correct: int, images: int, error: float) -> tuple[float, float]:
+    """Return the exact interval for an accuracy, in percent, with half of `error` on either side.
 
     Clopper and Pearson, "The use of confidence or fiducial limits" (Biometrika 26, 1934).
     """
-    _check(right, images, error)
-    low = 0.0 if right == 0 else float(betaincinv(right, images - right + 1, error / 2))
-    high = 1.0 if right == images else float(betaincinv(right + 1, images - right, 1 - error / 2))
-    return 100 * low, 100 * high
+    _check(correct, images, error)
+    interval = binomtest(correct, images).proportion_ci(1 - error, method="exact")
+    return 100 * float(interval.low), 100 * float(interval.high)
 
 
 @lru_cache(maxsize=4096)
 def paired_difference(gained: int, lost: int, images: int, error: float) -> tuple[float, float]:
-    """Difference of two accuracies on the same images in points: [low, high], exact.
+    """Return the exact interval for the difference of two accuracies on the same images, in points.
 
-    gained: images that the first has right and the second wrong; lost: the other way round.
+    With p, q the probabilities of a gain and of a loss, S = gained - lost has mean n(p - q); the
+    rate of disagreements, p + q, is a nuisance parameter. It is at most u except for NUISANCE of
+    the error (Berger and Boos, JASA 89, 1994), and for a given difference the probability of so
+    extreme an S is largest at u: for p + q <= 1/2, n + S is a sum of 2n independent Bernoulli
+    variables, so that its mode is less than 1 from its mean (Darroch, Ann. Math. Stat. 35, 1964);
+    and by the derivative of a binomial's tail the probability of S <= t grows with p + q if, for
+    n - 1 images, P(S = t + 1) >= P(S = t): below the mode. If they may disagree on more than half
+    of all images, p and q are bounded separately.
 
-    With p, q the chances of the two, S = gained - lost has mean n(p - q); how often they disagree,
-    p + q, is a nuisance. It is at most u, but for NUISANCE of the error (Berger and Boos, JASA 89,
-    1994), and for a given difference the chance that S is so far out is largest at u: where p + q
-    <= 1/2, n + S is a sum of 2n independent Bernoulli variables, so that its mode is less than 1
-    from its mean (Darroch, Ann. Math. Stat. 35, 1964); and by the derivative of a binomial's tail
-    the chance of S <= t grows with p + q where, for n - 1 images, P(S = t + 1) >= P(S = t): below
-    the mode. Where they may disagree on more than half of all images, p and q are bounded apart.
+    Args:
+        gained: images that the first model alone has right.
+        lost: images that the second model alone has right.
+        images: number of images.
+        error: probability of a miss.
     """
     if min(gained, lost) < 0:
-        raise ValueError(f"images are counted from 0, got {gained} gained and {lost} lost")
+        raise BadInput(
+            f"gained and lost must be at least 0 (got {gained} and {lost})",
+            Code.OUT_OF_RANGE, gained=gained, lost=lost,
+        )  # fmt: skip
     _check(gained + lost, images, error)
-    most = _upper(gained + lost, images, NUISANCE * error)
+    most = _upper_bound(gained + lost, images, NUISANCE * error)
     if most > 0.5:
         ends = [clopper_pearson(count, images, error / 2) for count in (gained, lost)]
         return ends[0][0] - ends[1][1], ends[0][1] - ends[1][0]
     tail = (1 - NUISANCE) * error / 2
-    disagree = _spread(images, most)
-    high = _highest(gained - lost, images, most, tail, disagree)
-    low = -_highest(lost - gained, images, most, tail, disagree)
+    disagreements = _distribution(images, most)
+    high = _largest_difference(gained - lost, images, most, tail, disagreements)
+    low = -_largest_difference(lost - gained, images, most, tail, disagreements)
     return 100 * low, 100 * high
 
 
-def _spread(images: int, chance: float) -> tuple[Floats, Floats]:
-    """Numbers of images that a binomial distribution can come to, and the chance of each."""
-    ends = binom.ppf(LEFT_OUT / 2, images, chance), binom.isf(LEFT_OUT / 2, images, chance)
+def _distribution(images: int, rate: float) -> tuple[Floats, Floats]:
+    """Return the likely counts of a binomial distribution, and their probabilities."""
+    ends = binom.ppf(LEFT_OUT / 2, images, rate), binom.isf(LEFT_OUT / 2, images, rate)
     counts = np.arange(int(ends[0]), int(ends[1]) + 1, dtype=np.float64)
-    return counts, binom.pmf(counts, images, chance)
+    return counts, binom.pmf(counts, images, rate)
 
 
-def at_most(t: int, up: float, disagree: tuple[Floats, Floats]) -> float:
-    """P(S <= t); of those images that disagree each adds 1 with chance `up`, or takes 1 away."""
-    counts, chances = disagree
+def _probability_at_most(t: int, up: float, disagreements: tuple[Floats, Floats]) -> float:
+    """Return P(S <= t), where each disagreement adds 1 with probability `up` and else -1."""
+    counts, probabilities = disagreements
     ups = np.floor((counts + t) / 2)
     inside = (ups >= 0) & (ups < counts)
     at, of = np.where(inside, ups, 0), np.where(inside, counts, 1)
     below = np.where(inside, betainc(of - at, at + 1, 1 - up), ups >= counts)
-    return min(1.0, float(chances @ below) + LEFT_OUT)
+    return min(1.0, float(probabilities @ below) + LEFT_OUT)
 
 
-def _highest(
-    t: int, images: int, most: float, tail: float, disagree: tuple[Floats, Floats]
+def _largest_difference(
+    t: int, images: int, most: float, tail: float, disagreements: tuple[Floats, Floats]
 ) -> float:
-    """The largest difference, as a fraction, at which S <= t still has a chance above `tail`."""
-    # below it the nuisance's worst case is not known to be `most`
+    """Return the largest difference, as a fraction, for which P(S <= t) is above `tail`."""
+    # below it `most` is not known to be the nuisance parameter's worst case
     low = max(-most, (t + 2) / max(1, images - 1))
 
     def beyond(difference: float) -> float:
-        return math.log(at_most(t, (1 + difference / most) / 2, disagree) / tail)
+        up = (1 + difference / most) / 2
+        return math.log(_probability_at_most(t, up, disagreements) / tail)
 
     if low >= most:
         return most
@@ -110,18 +136,20 @@ def _highest(
     return min(most, found + PRECISION)
 
 
-def mcnemar(against: int, disagree: int) -> float:
-    """Chance of at least `against` of `disagree` disagreements where both are as likely (one-sided
-    exact test: McNemar, Psychometrika 12, 1947, conditional on how many there are).
+def mcnemar(against: int, disagreements: int) -> float:
+    """Return the probability of at least `against` of the disagreements if both are as likely.
+
+    One-sided exact test (McNemar, Psychometrika 12, 1947), conditional on their number.
     """
-    return float(binom.sf(against - 1, disagree, 0.5))
+    return float(binom.sf(against - 1, disagreements, 0.5))
 
 
-def holm(chances: Sequence[float], error: float) -> NDArray[np.bool_]:
-    """Which hypotheses are rejected, none falsely but with probability `error`, whatever they have
-    to do with each other (Holm, Scand. J. Stat. 6, 1979).
+def holm(p_values: Sequence[float], error: float) -> NDArray[np.bool_]:
+    """Return which hypotheses are rejected, with probability `error` at most of a false rejection.
+
+    Holds for any dependence between the tests (Holm, Scand. J. Stat. 6, 1979).
     """
-    p = np.asarray(chances, dtype=np.float64)
+    p = np.asarray(p_values, dtype=np.float64)
     order = np.argsort(p, kind="stable")
     small = p[order] <= error / (len(p) - np.arange(len(p)))
     rejected = np.zeros(len(p), dtype=bool)
@@ -129,24 +157,32 @@ def holm(chances: Sequence[float], error: float) -> NDArray[np.bool_]:
     return rejected
 
 
-def shares(sizes: Sequence[int], error: float) -> list[float]:
-    """The error of one interval in each round, of `sizes` intervals each, with `error` in all.
+def errors_by_round(sizes: Sequence[int], error: float) -> list[float]:
+    """Return the error of each interval by round, for rounds of `sizes` intervals.
 
-    Whether there is a later round may depend on what earlier ones showed (somebody looked, and
-    went on), so no round may change what an earlier one was given.
+    The sum over all intervals is at most `error`. A later round does not change the error of an
+    earlier one, because whether it takes place may depend on what the earlier one showed.
     """
     rest = (1 - FIRST_ROUND) * error
     parts = (FIRST_ROUND * error if i == 0 else rest * 0.5**i for i in range(len(sizes)))
     return [part / max(1, size) for part, size in zip(parts, sizes, strict=True)]
 
 
-def _upper(count: int, images: int, error: float) -> float:
-    """One-sided upper bound on a chance."""
-    return 1.0 if count == images else float(betaincinv(count + 1, images - count, 1 - error))
+def _upper_bound(count: int, images: int, error: float) -> float:
+    """Return the exact one-sided upper bound on a rate."""
+    test = binomtest(count, images, alternative="less")
+    return float(test.proportion_ci(1 - error, method="exact").high)
 
 
-def _check(count: int, images: int, error: float) -> None:
-    if not 0 <= count <= images or images < 1:
-        raise ValueError(f"{count} of {images} images: accepted is 0 <= count <= images, 1 or more")
-    if not 0 < error < 1 or math.isnan(error):
-        raise ValueError(f"the error is {error}: accepted is 0 < error < 1")
+def _check(count: int, images: int, error: float | None = None) -> None:
+    if images < 1 or not 0 <= count <= images:
+        raise BadInput(
+            f"a count must be 0 to the number of images, which is at least 1 (got {count} of "
+            f"{images})",
+            Code.OUT_OF_RANGE, count=count, images=images,
+        )  # fmt: skip
+    if error is not None and not 0 < error < 1:
+        raise BadInput(
+            f"error must be between 0 and 1 (got {error})",
+            Code.OUT_OF_RANGE, name="error", got=error,
+        )  # fmt: skip

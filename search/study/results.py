@@ -18,50 +18,6 @@ from vitpareto.search.measure.latency import Latency
 TrialState = Literal["finished", "raced_out", "failed", "running"]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """One axis of the search.
-
-    `direction` is "maximize" or "minimize"; `unit` is what a column header shows.
-    """
-
-    name: str
-    unit: str
-    direction: Literal["maximize", "minimize"]
-    label: str
-
-    @property
-    def sign(self) -> int:
-        """+1 where less is better, -1 where more is better: `sign * value` is always minimised."""
-        return 1 if self.direction == "minimize" else -1
-
-
-#: Every quantity a trial can be judged by, under the name it has in results, columns and metrics.
-OBJECTIVES: dict[str, Objective] = {
-    o.name: o
-    for o in (
-        Objective("top1", "%", "maximize", "top-1 accuracy"),
-        Objective("top5", "%", "maximize", "top-5 accuracy"),
-        Objective("gmacs", "G", "minimize", "GMACs per image"),
-        Objective("params_m", "M", "minimize", "parameters"),
-        Objective("latency_ms", "ms", "minimize", "latency per batch, p50"),
-        Objective("images_per_s", "1/s", "maximize", "throughput"),
-        Objective("peak_mb", "MB", "minimize", "peak memory"),
-    )
-}
-
-
-def wilson_interval(correct: int, images: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval for a proportion, in percent (Wilson 1927; 95 % at the default z)."""
-    if images <= 0:
-        raise ValueError(f"an interval needs at least one image, got {images}")
-    p, zz = correct / images, z * z
-    centre = (p + zz / (2 * images)) / (1 + zz / images)
-    half = z / (1 + zz / images) * math.sqrt(p * (1 - p) / images + zz / (4 * images * images))
-    # it always holds p; at 0 and 1, where p is its end, rounding must not leave it out
-    return 100 * max(0.0, min(p, centre - half)), 100 * min(1.0, max(p, centre + half))
-
-
 def pack_bits(correct: np.ndarray) -> str:
     """Per-image correctness, bool [M], as base64 text: one bit an image, first image first."""
     return base64.b64encode(np.packbits(np.asarray(correct, dtype=bool)).tobytes()).decode("ascii")
