@@ -31,14 +31,9 @@ from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.measure.cost import recipe_macs
 from vitpareto.search.study.certificates import flipped, measured
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import (
-    ACCURACIES,
-    front_of,
-    knee_of,
-    objectives_named,
-    reference_of,
-)
-from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.study.front import front_of, knee_of, reference_of
+from vitpareto.search.study.objectives import ACCURACIES, OBJECTIVES, objectives_named
+from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.verdict import only_controls, recipe_line, verdict
 
 #: the accuracy on held-out images, beside the objectives' names

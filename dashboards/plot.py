@@ -23,8 +23,9 @@ from matplotlib.markers import CARETDOWN
 from matplotlib.transforms import ScaledTranslation
 
 from vitpareto.dashboards.styles import CONTROL_FRONT, CONTROLS, DENSE, Style, is_control, styles_of
-from vitpareto.search.study.front import ACCURACIES, front_of, knee_of, objectives_named
-from vitpareto.search.study.results import Objective, TrialResult
+from vitpareto.search.study.front import front_of, knee_of
+from vitpareto.search.study.objectives import ACCURACIES, Objective, objectives_named
+from vitpareto.search.study.results import TrialResult
 
 #: What the file name may end in.
 SUFFIXES = (".png", ".svg")

@@ -16,17 +16,12 @@ from rich.table import Table
 from vitpareto.methods import Recipe
 from vitpareto.search.export.benchmark import Timed
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.stats.pareto import hypervolume
 from vitpareto.search.study.certificates import flipped, order_changes
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import (
-    ACCURACIES,
-    front_of,
-    hypervolume,
-    knee_of,
-    reference_of,
-    reference_point,
-)
-from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.study.front import front_of, knee_of, reference_of, reference_point
+from vitpareto.search.study.objectives import ACCURACIES, OBJECTIVES
+from vitpareto.search.study.results import TrialResult
 
 
 def front_rows(

@@ -189,7 +189,8 @@ def demo_command(
     """
     from vitpareto.search.export.bundle import export, knee_trial
     from vitpareto.search.export.verification import verify
-    from vitpareto.search.study.front import front_of, objectives_named
+    from vitpareto.search.study.front import front_of
+    from vitpareto.search.study.objectives import objectives_named
 
     given = {"name": "demo", "trials": trials, "store": store, "cache": cache, "latency_batch": 32,
              # its digits stand on whole patches, which no smaller input keeps
@@ -412,7 +413,8 @@ def _verdict(folder: StudyFolder, max_gmacs: float | None = None) -> str:
 def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
     from vitpareto.dashboards.tables import damage_table, front_table
     from vitpareto.search.study.certificates import measured, order_note, why_not
-    from vitpareto.search.study.front import front_of, objectives_named
+    from vitpareto.search.study.front import front_of
+    from vitpareto.search.study.objectives import objectives_named
 
     notes, recovered = ["* knee"] if any(r["knee"] for r in rows) else [], rows[0]["recovered"]
     if images := next((r["certified_images"] for r in rows if r["certified_images"]), None):
@@ -956,7 +958,7 @@ def export_command(
     from vitpareto.search.export.bundle import choose_trial, export
     from vitpareto.search.files.object_store import check_empty, is_remote, upload
     from vitpareto.search.study.certificates import measured
-    from vitpareto.search.study.front import objectives_named
+    from vitpareto.search.study.objectives import objectives_named
     from vitpareto.search.tracking.registry import check_aliases, register
 
     folder = _find(store, name)

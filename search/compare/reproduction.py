@@ -23,7 +23,7 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
 from vitpareto.search.measure.cost import schedule_macs
 from vitpareto.search.models.loading import WAY_OUT, fresh_model, load_model, num_classes
-from vitpareto.search.study.results import wilson_interval
+from vitpareto.search.stats.intervals import wilson_interval
 
 NO_DATA = "no data"
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")

@@ -50,17 +50,12 @@ from vitpareto.search.models.loading import (
     num_classes,
 )
 from vitpareto.search.runtimes.programs import Deployed, traced, write_onnx, write_programs
+from vitpareto.search.study.choice import NothingUnderBudget, choose
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import (
-    NothingUnderBudget,
-    choose,
-    front_of,
-    knee_of,
-    objectives_named,
-    reference_of,
-)
+from vitpareto.search.study.front import front_of, knee_of, reference_of
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import OBJECTIVES, Objective, TrialResult, unpack_bits
+from vitpareto.search.study.objectives import OBJECTIVES, Objective, objectives_named
+from vitpareto.search.study.results import TrialResult, unpack_bits
 
 if TYPE_CHECKING:
     from vitpareto.search.export.int8 import Int8

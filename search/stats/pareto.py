@@ -165,7 +165,7 @@ def hypervolume(points: ArrayLike, reference: ArrayLike, signs: Sequence[int]) -
 
 
 def _first_layer(gains: Floats) -> NDArray[np.int64]:
-    """Return the indices of the distinct, non-dominated rows of `gains` [M, K], larger is better."""
+    """Return the indices of the distinct, non-dominated rows of `gains` [M, K]; more is better."""
     unique, first = np.unique(-gains, axis=0, return_index=True)
     return first[_ranks_of_sorted(unique, deepest=1) == 0]
 

@@ -18,10 +18,10 @@ import numpy as np
 
 from vitpareto.search.stats.intervals import (
     clopper_pearson,
+    errors_by_round,
     holm,
     mcnemar,
     paired_difference,
-    shares,
 )
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import Certified, TrialResult, WorstClass, unpack_bits
@@ -61,7 +61,7 @@ class Record:
 
     def errors(self) -> dict[int, float]:
         """What each trial's interval has of the error."""
-        each = shares([len(trials) for trials in self.rounds], ERROR)
+        each = errors_by_round([len(trials) for trials in self.rounds], ERROR)
         return {t: error for trials, error in zip(self.rounds, each, strict=True) for t in trials}
 
 

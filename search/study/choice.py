@@ -95,9 +95,7 @@ def choose(
             )  # fmt: skip
     finished = [r for r in results if r.state == "finished"]
     for result in finished:
-        values_of(
-            result.values, (OBJECTIVES["top1"], OBJECTIVES["gmacs"]), f"trial {result.trial}"
-        )
+        values_of(result.values, (OBJECTIVES["top1"], OBJECTIVES["gmacs"]), f"trial {result.trial}")
     certified = min_top1 is not None and any(r.certified is not None for r in finished)
     budget = _Budget(bounds, certified)
     measured = [r for r in finished if budget.applies(r)]

@@ -21,8 +21,8 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache
 from vitpareto.search.measure.accuracy import DTYPES
 from vitpareto.search.runtimes.backends import RUNTIMES
+from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import check_url
-from vitpareto.search.study.results import OBJECTIVES
 from vitpareto.search.study.samplers import SAMPLERS
 from vitpareto.search.training.preparation import needs
 

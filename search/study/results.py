@@ -6,7 +6,6 @@ Data only: nothing here measures, reads or writes anything.
 from __future__ import annotations
 
 import base64
-import math
 import time
 from dataclasses import dataclass, field
 from typing import Any, Literal

@@ -18,14 +18,9 @@ from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.stats.intervals import paired_difference
 from vitpareto.search.study.certificates import ERROR, flips
-from vitpareto.search.study.front import (
-    ACCURACIES,
-    front_of,
-    knee_of,
-    objectives_named,
-    reference_of,
-)
-from vitpareto.search.study.results import OBJECTIVES, Objective, TrialResult, unpack_bits
+from vitpareto.search.study.front import front_of, knee_of, reference_of
+from vitpareto.search.study.objectives import ACCURACIES, OBJECTIVES, Objective, objectives_named
+from vitpareto.search.study.results import TrialResult, unpack_bits
 
 
 def only_controls(recipe: Mapping[str, Any]) -> bool:

@@ -34,9 +34,10 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.study.certificates import measured, order_note, why_not
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import trials_in_all
-from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.study.objectives import OBJECTIVES, objectives_named
+from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.verdict import verdict
 from vitpareto.search.tracking import client as mlflow_client
 from vitpareto.search.tracking import runs as mlflow_runs

@@ -25,7 +25,8 @@ from vitpareto.search.export.bundle import knee_trial
 from vitpareto.search.export.verification import Measured, check_files, normalised
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.front import front_of
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking import client as mlflow_client
 from vitpareto.search.tracking.mirror import connect, shown_uri, sync, tracking_uri

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from vitpareto.methods import Recipe
-from vitpareto.search.study.front import Front, front_of, objectives_named, rank, reference_point
+from vitpareto.search.stats.pareto import rank
+from vitpareto.search.study.front import Front, front_of, reference_point
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking.client import TIMEOUT_S
 from vitpareto.search.tracking.views import view_tags

@@ -23,7 +23,7 @@ from vitpareto.search.data.datasets import Data, Preprocess, open_data
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of, evaluate
 from vitpareto.search.models.loading import fingerprint, fresh_model, load_model, num_classes
-from vitpareto.search.study.results import wilson_interval
+from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.losses import check_teacher
 from vitpareto.search.training.record import Accuracy, Trained, finished, keep

@@ -17,7 +17,8 @@ from vitpareto.methods import Recipe
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.study.certificates import Record
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named, reference_of
+from vitpareto.search.study.front import front_of, reference_of
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.verdict import controls_of, verdict
 from vitpareto.search.trials.trial import Task, Worker, measure_built

@@ -16,7 +16,8 @@ import numpy as np
 from vitpareto.methods import Recipe
 from vitpareto.search.stats.confidence_sequences import cost_floor
 from vitpareto.search.stats.racing import Incumbent, Race
-from vitpareto.search.study.results import Objective, TrialResult, pack_bits, unpack_bits
+from vitpareto.search.study.objectives import Objective
+from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.verdict import only_controls
 from vitpareto.search.trials.trial import Rung
 

@@ -22,8 +22,9 @@ from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import forget
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.training.settings import Settings
 from vitpareto.search.trials.certification import certify_front

@@ -46,8 +46,9 @@ from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import IDENTITY, TRAINING_IDENTITY, SearchConfig
+from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import close, open_storage
-from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.training.preparation import needs

@@ -25,8 +25,9 @@ from vitpareto.methods import BadInput, ModelShape, Recipe
 from vitpareto.search.measure.cost import recipe_macs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point
+from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import frozen_trials, open_storage, study_name
-from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.samplers import make_sampler
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.early_stopping import EarlyStopping

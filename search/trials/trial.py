@@ -41,8 +41,9 @@ from vitpareto.search.measure.cost import (
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.loading import MappedModel
 from vitpareto.search.runtimes.backends import Run, prepared
+from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.folder import StaleWorker, StudyFolder
-from vitpareto.search.study.results import TrialResult, pack_bits, wilson_interval
+from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.trials.candidates import Made, Trainer, Training
 from vitpareto.search.trials.nodes import split_here
 

@@ -33,11 +33,13 @@ from ray.tune.search.optuna import OptunaSearch
 from tests.benchmarks.pool import Nearest, Pool, build
 from vitpareto.methods import BadInput
 from vitpareto.search.models.loading import load_model
+from vitpareto.search.stats.pareto import non_dominated
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import Front, non_dominated, reference_point
+from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import OBJECTIVES, TrialResult, pack_bits
+from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.early_stopping import EarlyStopping

@@ -30,7 +30,7 @@ from vitpareto.clusters.connect import local_cluster  # isort: skip  # before ra
 from vitpareto import methods
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.results import OBJECTIVES
+from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.tracking.mirror import Tracker

@@ -20,7 +20,8 @@ import numpy as np
 from ray import tune
 
 from vitpareto.search.files.atomic import write_atomic
-from vitpareto.search.study.results import TrialResult, pack_bits, wilson_interval
+from vitpareto.search.stats.intervals import wilson_interval
+from vitpareto.search.study.results import TrialResult, pack_bits
 
 
 @dataclass(frozen=True)

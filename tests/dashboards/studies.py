@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from vitpareto.methods import Recipe
+from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.results import TrialResult, pack_bits, wilson_interval
+from vitpareto.search.study.results import TrialResult, pack_bits
 
 IMAGES = 400
 #: a recipe of each method at a rate

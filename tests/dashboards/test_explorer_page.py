@@ -10,13 +10,8 @@ from tests.browser import Tab
 from tests.dashboards.studies import write_study
 from vitpareto.dashboards.explorer_page import explorer, write_explorer
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import (
-    Front,
-    front_of,
-    objectives_named,
-    reference_of,
-    reference_point,
-)
+from vitpareto.search.study.front import Front, front_of, reference_of, reference_point
+from vitpareto.search.study.objectives import objectives_named
 
 AXES = objectives_named(("top1", "gmacs"))
 

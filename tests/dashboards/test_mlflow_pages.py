@@ -12,7 +12,8 @@ from tests.dashboards.studies import write_study
 from vitpareto.dashboards.explorer_page import write_explorer
 from vitpareto.dashboards.mlflow_server import Served, serve
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.front import front_of
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.tracking.mirror import Page, sync
 from vitpareto.search.tracking.views import saved_views
 

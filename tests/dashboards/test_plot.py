@@ -19,8 +19,10 @@ from matplotlib.figure import Figure
 
 from vitpareto.dashboards.plot import PublishedPoint, front_figure, plot_front
 from vitpareto.dashboards.styles import CONTROLS
-from vitpareto.search.study.front import front_of, objectives_named
-from vitpareto.search.study.results import TrialResult, TrialState, wilson_interval
+from vitpareto.search.stats.intervals import wilson_interval
+from vitpareto.search.study.front import front_of
+from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.results import TrialResult, TrialState
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from vitpareto.search.stats.pareto import non_dominated
 from vitpareto.search.stats.racing import Incumbent, Race, Rule, rungs
-from vitpareto.search.study.front import non_dominated
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from vitpareto.search.compare.reproduction import (
 from vitpareto.search.data import embedded
 from vitpareto.search.data.datasets import EVALUATION, Preprocess, open_data
 from vitpareto.search.measure.accuracy import evaluate
-from vitpareto.search.study.results import wilson_interval
+from vitpareto.search.stats.intervals import wilson_interval
 
 DENSE = Row("dense", "digits", {}, "here", False, "embedded", top1=90.0, timm_tag="digits")
 TOPK = replace(

@@ -39,7 +39,8 @@ from vitpareto.search.export.verification import (
 )
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import OBJECTIVES, TrialResult
+from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.results import TrialResult
 from vitpareto.search.trials import run
 from vitpareto.search.trials.trial import Worker, run_trial
 

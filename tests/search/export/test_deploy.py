@@ -35,8 +35,9 @@ from vitpareto.search.runtimes.backends import RUNTIMES, onnx_session, prepared
 from vitpareto.search.runtimes.programs import Deployed
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking.client import open_client, store_uri
 from vitpareto.search.tracking.registry import aliases_of, fastest, register

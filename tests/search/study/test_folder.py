@@ -14,20 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
 
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study import folder as store
 from vitpareto.search.study.folder import SCHEMA, StaleWorker, StudyFolder, studies_in
-from vitpareto.search.study.results import (
-    OBJECTIVES,
-    TrialResult,
-    pack_bits,
-    unpack_bits,
-    wilson_interval,
-)
+from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 
 TOME = {"tokens": {"method": "tome", "r": 13}}
 
@@ -340,27 +334,3 @@ def test_bits_come_back(images: int) -> None:
 def test_bits_of_another_number_of_images_are_refused(images: int) -> None:
     with pytest.raises(ValueError, match=f"2 bytes do not hold the correctness of {images} images"):
         unpack_bits(pack_bits(np.ones(9, dtype=bool)), images)
-
-
-@pytest.mark.parametrize(
-    ("correct", "images"), [(0, 10), (10, 10), (7, 10), (39_900, 50_000), (1, 1)]
-)
-def test_wilson_interval_is_scipys(correct: int, images: int) -> None:
-    expected = binomtest(correct, images).proportion_ci(0.95, method="wilson")
-    low, high = wilson_interval(correct, images)
-    # z is given to seven digits, an interval in percent
-    assert low == pytest.approx(100 * expected.low, abs=1e-5)
-    assert high == pytest.approx(100 * expected.high, abs=1e-5)
-    assert 0 <= low <= 100 * correct / images <= high <= 100
-
-
-def test_an_interval_needs_an_image() -> None:
-    with pytest.raises(ValueError, match="at least one image, got 0"):
-        wilson_interval(0, 0)
-
-
-def test_the_table_of_objectives_is_in_the_directions_everybody_uses() -> None:
-    directions = {name: o.direction for name, o in OBJECTIVES.items()}
-    assert {n for n, d in directions.items() if d == "maximize"} == {"top1", "top5", "images_per_s"}
-    assert all(name == o.name and o.unit and o.label for name, o in OBJECTIVES.items())
-    assert all(o.sign == (1 if o.direction == "minimize" else -1) for o in OBJECTIVES.values())

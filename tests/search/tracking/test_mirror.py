@@ -23,7 +23,8 @@ import yaml
 from vitpareto.dashboards.mlflow_server import serve
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import Front, objectives_named, reference_point
+from vitpareto.search.study.front import Front, reference_point
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking import client as mlflow_client
 from vitpareto.search.tracking import mirror as tracking

@@ -17,7 +17,7 @@ from vitpareto.methods import Recipe
 from vitpareto.search.data import embedded
 from vitpareto.search.data.datasets import Preprocess
 from vitpareto.search.models.loading import load_model
-from vitpareto.search.stats.intervals import clopper_pearson, paired_difference
+from vitpareto.search.stats.intervals import clopper_pearson, paired_difference, wilson_interval
 from vitpareto.search.study import certificates
 from vitpareto.search.study.certificates import (
     ERROR,
@@ -30,10 +30,12 @@ from vitpareto.search.study.certificates import (
     why_not,
     worst_class,
 )
+from vitpareto.search.study.choice import choose
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import choose, front_of, objectives_named
+from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits, wilson_interval
+from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.verdict import is_control
 from vitpareto.search.trials import certification as certify
 from vitpareto.search.trials import run

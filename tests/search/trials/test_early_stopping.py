@@ -15,7 +15,8 @@ from vitpareto.methods import Recipe
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import OBJECTIVES, TrialResult, pack_bits, unpack_bits
+from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.study.verdict import only_controls

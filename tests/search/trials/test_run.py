@@ -21,7 +21,8 @@ from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import OBJECTIVES, unpack_bits
+from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.results import unpack_bits
 from vitpareto.search.trials import run
 from vitpareto.search.trials.trial import Worker, run_trial
 from vitpareto.search.trials.tune import TrialResources

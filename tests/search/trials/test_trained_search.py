@@ -30,8 +30,9 @@ from vitpareto.search.measure.cost import fvcore_macs, macs
 from vitpareto.search.measure.latency_table import measure_profile
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of, objectives_named
+from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, unpack_bits
 from vitpareto.search.tracking.runs import runs_of
 from vitpareto.search.training.loop import Epoch
