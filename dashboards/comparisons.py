@@ -6,8 +6,8 @@ computed here but the difference of two shown numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from rich.table import Table
@@ -32,11 +32,24 @@ RULES = {
 }
 
 
-def plain_costs(rows: Sequence[CostRow]) -> list[dict[str, Any]]:
-    """One plain dict a candidate (G, M, images/s, MB), for CSV and JSON; published figures as one
-    text: `11.85 thop (ours 11.8506)`, with how their model differs where it is not the row's.
+@dataclass(frozen=True)
+class CostRecord:
+    """A row of the cost table for CSV and JSON.
+
+    `published` becomes one text: `11.85 thop (ours 11.8506)`, followed by how the published model
+    differs from the row's.
     """
-    return [{**asdict(row), "published": _published(row, exact=True)} for row in rows]
+
+    row: CostRow
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of `CostRow` as plain values, in order."""
+        return {**asdict(self.row), "published": _published(self.row, exact=True)}
+
+
+def cost_records(rows: Sequence[CostRow]) -> list[CostRecord]:
+    """One record per row, for CSV and JSON."""
+    return [CostRecord(row) for row in rows]
 
 
 def cost_tables(rows: Sequence[CostRow]) -> list[Table]:
@@ -108,37 +121,72 @@ def _published(row: CostRow, exact: bool) -> str:
     return "; ".join(parts)
 
 
-def plain_figures(found: Sequence[Reproduced]) -> list[dict[str, Any]]:
-    """One plain dict a published row: theirs, ours, and why there is no number of ours."""
-    rows = []
-    for one in found:
-        row, ours = one.row, one.accuracy
-        rows.append(
-            {
-                "method": row.method,
-                "model": row.model,
-                "setting": row.setting,
-                "source": row.source,
-                "trained": row.trained,
-                "counter": row.counter,
-                "gflops": row.gflops,
-                "our_gflops": one.gflops,
-                "gflops_why": _cost_why(one),
-                "timm_tag": row.timm_tag,
-                "top1": row.top1,
-                "our_top1": ours.top1 if ours else None,
-                "our_top1_low": ours.top1_low if ours else None,
-                "our_top1_high": ours.top1_high if ours else None,
-                "dense_top1": row.dense_top1,
-                "our_dense_top1": ours.dense_top1 if ours else None,
-                "our_gmacs": ours.gmacs if ours else None,
-                "images": ours.images if ours else None,
-                "unreadable": ours.unreadable if ours else None,
-                "top1_why": "" if ours else f"not run: {one.why}",
-                "remark": row.remark,
-            }
-        )
-    return rows
+@dataclass(frozen=True, kw_only=True)
+class FigureRecord:
+    """A published row and its reproduction. The fields are the columns of CSV and JSON, in order.
+
+    Accuracies are in percent, GFLOPs per image as `counter` counts them, `our_gmacs` in GMACs per
+    image. `gflops_why` and `top1_why` are the reasons if a value of ours is missing; `images` is
+    how many were evaluated, `unreadable` how many could not be decoded.
+    """
+
+    method: str
+    model: str
+    setting: Mapping[str, Any]
+    source: str
+    trained: bool
+    counter: str | None
+    gflops: float | None
+    our_gflops: float | None
+    gflops_why: str
+    timm_tag: str | None
+    top1: float | None
+    our_top1: float | None
+    our_top1_low: float | None
+    our_top1_high: float | None
+    dense_top1: float | None
+    our_dense_top1: float | None
+    our_gmacs: float | None
+    images: int | None
+    unreadable: int | None
+    top1_why: str
+    remark: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as plain values, keys in the order of the fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def figure_records(reproduced: Sequence[Reproduced]) -> list[FigureRecord]:
+    """One record per published row, for CSV and JSON."""
+    return [_figure_record(one) for one in reproduced]
+
+
+def _figure_record(reproduced: Reproduced) -> FigureRecord:
+    row, ours = reproduced.row, reproduced.accuracy
+    return FigureRecord(
+        method=row.method,
+        model=row.model,
+        setting=row.setting,
+        source=row.source,
+        trained=row.trained,
+        counter=row.counter,
+        gflops=row.gflops,
+        our_gflops=reproduced.gflops,
+        gflops_why=_cost_why(reproduced),
+        timm_tag=row.timm_tag,
+        top1=row.top1,
+        our_top1=ours.top1 if ours else None,
+        our_top1_low=ours.top1_low if ours else None,
+        our_top1_high=ours.top1_high if ours else None,
+        dense_top1=row.dense_top1,
+        our_dense_top1=ours.dense_top1 if ours else None,
+        our_gmacs=ours.gmacs if ours else None,
+        images=ours.images if ours else None,
+        unreadable=ours.unreadable if ours else None,
+        top1_why="" if ours else f"not run: {reproduced.why}",
+        remark=row.remark,
+    )
 
 
 def _cost_why(one: Reproduced) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vitpareto.dashboards.painting import (
     painted,
     tinted,
 )
+from vitpareto.methods import Recipe
 from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess
 from vitpareto.search.errors import UserError
 
@@ -126,38 +128,91 @@ def patches_figure(followed: Followed) -> Figure:
     return figure
 
 
-def patch_rows(followed: Followed) -> list[dict[str, Any]]:
-    """What is in the picture and between its columns: one plain dict an image.
+@dataclass(frozen=True)
+class BlockRow:
+    """What one block did to the patches of one image.
 
-    blocks: for every block the patches left, how many of the original ones are dropped or in a
-    token that is merged, fused or mixed, and the method's own figures (None where one is not a
-    number).
+    `patches` is how many tokens of patches are left, `dropped` how many of the original patches are
+    in none of them, `joined` how many are in a token with others. `figures` are the method's own
+    numbers of the block, None if not finite.
     """
-    joined = [image.joined(followed.together).sum(axis=1) for image in followed.images]
-    return [
-        {
-            "image": image.name,
-            "truth": image.truth,
-            "dense": asdict(image.dense),
-            "pruned": asdict(image.pruned),
-            "model": followed.model,
-            "recipe": followed.recipe.to_dict(),
-            "notes": list(followed.notes),
+
+    block: int
+    patches: int
+    dropped: int
+    joined: int
+    figures: Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class PatchRow:
+    """One image: both predictions, and every block, also those between the drawn columns.
+
+    `together` is how the method joins patches ("merged", "fused" or "mixed").
+    """
+
+    image: str
+    truth: str | None
+    dense: Guess
+    pruned: Guess
+    model: str
+    recipe: Recipe
+    notes: tuple[str, ...]
+    together: str
+    blocks: tuple[BlockRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as plain values. The count of joined patches has the key `together` names."""
+        return {
+            "image": self.image,
+            "truth": self.truth,
+            "dense": asdict(self.dense),
+            "pruned": asdict(self.pruned),
+            "model": self.model,
+            "recipe": self.recipe.to_dict(),
+            "notes": list(self.notes),
             "blocks": [
                 {
-                    "block": block,
-                    "patches": left,
-                    "dropped": int((image.group[block] < 0).sum()),
-                    followed.together: int(together[block]),
-                    "figures": {k: v if math.isfinite(v) else None for k, v in figures.items()},
+                    "block": b.block,
+                    "patches": b.patches,
+                    "dropped": b.dropped,
+                    self.together: b.joined,
+                    "figures": dict(b.figures),
                 }
-                for block, (left, figures) in enumerate(
-                    zip(image.patches, image.figures, strict=True)
-                )
+                for b in self.blocks
             ],
         }
-        for image, together in zip(followed.images, joined, strict=True)
+
+
+def patch_rows(followed: Followed) -> list[PatchRow]:
+    """One row per image, for JSON."""
+    return [
+        PatchRow(
+            image=image.name,
+            truth=image.truth,
+            dense=image.dense,
+            pruned=image.pruned,
+            model=followed.model,
+            recipe=followed.recipe,
+            notes=tuple(followed.notes),
+            together=followed.together,
+            blocks=_block_rows(image, image.joined(followed.together).sum(axis=1)),
+        )
+        for image in followed.images
     ]
+
+
+def _block_rows(image: FollowedImage, joined: NDArray[np.int64]) -> tuple[BlockRow, ...]:
+    return tuple(
+        BlockRow(
+            block=block,
+            patches=patches,
+            dropped=int((image.group[block] < 0).sum()),
+            joined=int(joined[block]),
+            figures={k: v if math.isfinite(v) else None for k, v in figures.items()},
+        )
+        for block, (patches, figures) in enumerate(zip(image.patches, image.figures, strict=True))
+    )
 
 
 def summary(image: FollowedImage) -> str:

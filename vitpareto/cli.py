@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from vitpareto.methods import Recipe
     from vitpareto.search.export.verification import Verification
     from vitpareto.search.study.folder import StudyFolder
+    from vitpareto.search.study.front_table import FrontRow
     from vitpareto.search.study.results import TrialResult
     from vitpareto.search.tracking.mirror import Page
     from vitpareto.search.trials.run import Prepared
@@ -334,6 +335,7 @@ def _say_drawn(page: Page) -> None:
 
 def _page(folder: StudyFolder, cache: str | None = None) -> Page:
     """What MLflow shows of a study beside its runs: explorer, pictures and the front's table."""
+    from vitpareto.search.study.front_table import study_front_rows
     from vitpareto.search.tracking.mirror import Page
 
     results = folder.measured()
@@ -343,7 +345,7 @@ def _page(folder: StudyFolder, cache: str | None = None) -> Page:
     return Page(
         {explorer.name: explorer, **{path.name: path for path in _draw(folder)},
          **{f"tokens/{path.name}": path for path in tokens.values()}},
-        _front_rows(folder),
+        study_front_rows(folder),
     )  # fmt: skip
 
 
@@ -355,17 +357,6 @@ def _explore(folder: StudyFolder, path: Path, cache: str | None) -> tuple[Path, 
     where = cache or folder.job().get("cache")
     tokens = token_pictures(folder, Path(where) if where else default_cache())
     return write_explorer([folder], path, {folder.name: tokens}), tokens
-
-
-def _front_rows(folder: StudyFolder) -> list[dict[str, Any]]:
-    """The front, and after it the recovered one where there is one."""
-    from vitpareto.dashboards.tables import front_rows
-    from vitpareto.search.study.certificates import measured
-
-    results, recovered = measured(folder), measured(folder, recovered=True)
-    objectives, latencies = folder.job()["objectives"], folder.latencies()
-    rows = front_rows(results, latencies, objectives)
-    return rows + (front_rows(recovered, latencies, objectives, results) if recovered else [])
 
 
 def _draw(folder: StudyFolder) -> list[Path]:
@@ -392,12 +383,12 @@ def _title(folder: StudyFolder) -> str:
 
 
 def _print_fronts(
-    folder: StudyFolder, rows: Sequence[Mapping[str, Any]], max_gmacs: float | None = None
+    folder: StudyFolder, rows: Sequence[FrontRow], max_gmacs: float | None = None
 ) -> None:
     """The verdict, the front's tables, and the recovered one's."""
     typer.echo(_verdict(folder, max_gmacs))
     for recovered in (False, True):
-        some = [r for r in rows if r["recovered"] == recovered]
+        some = [r for r in rows if r.recovered == recovered]
         if some:
             _print_front(folder, some)
 
@@ -410,16 +401,16 @@ def _verdict(folder: StudyFolder, max_gmacs: float | None = None) -> str:
     return "No pruned model has been measured in full yet" if said is None else str(said)
 
 
-def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+def _print_front(folder: StudyFolder, rows: Sequence[FrontRow]) -> None:
     from vitpareto.dashboards.tables import damage_table, front_table
     from vitpareto.search.study.certificates import measured, order_note, why_not
     from vitpareto.search.study.front import front_of
     from vitpareto.search.study.objectives import objectives_named
 
-    notes, recovered = ["* knee"] if any(r["knee"] for r in rows) else [], rows[0]["recovered"]
-    if images := next((r["certified_images"] for r in rows if r["certified_images"]), None):
+    notes, recovered = ["* knee"] if any(r.knee for r in rows) else [], rows[0].recovered
+    if images := next((r.certified_images for r in rows if r.certified_images), None):
         notes.append(f"{images} held-out images; 95 %, all: holds for all certified trials at once")
-    if target := next((r["latency_target"] for r in rows if r["latency_target"]), None):
+    if target := next((r.latency_target for r in rows if r.latency_target), None):
         notes.append(f"ms: {target['device']}, {target['dtype']}, batch {target['batch']}")
     kind, recovery = "front", folder.recovery()
     if recovered and recovery is not None:
@@ -428,7 +419,7 @@ def _print_front(folder: StudyFolder, rows: Sequence[Mapping[str, Any]]) -> None
     title = f"{kind} of {_title(folder)}" + (f" ({'; '.join(notes)})" if notes else "")
     console = _console()
     console.print(front_table(rows, title))
-    if (splits := {r["flips_of"] for r in rows if r["flips_of"]}) == {"held-out"}:
+    if (splits := {r.flips_of for r in rows if r.flips_of}) == {"held-out"}:
         title = f"against the dense model, on {images} held-out images"
     else:
         title = f"against the dense model, on {' or '.join(sorted(splits))} images"
@@ -527,15 +518,16 @@ def front_command(
     vitpareto front deit-s --csv > front.csv
     vitpareto front deit-s --plot front.svg
     """
-    from vitpareto.dashboards.tables import csv_text, json_lines
+    from vitpareto.dashboards.csv_json import csv_text, json_lines
     from vitpareto.search.errors import UserError
+    from vitpareto.search.study.front_table import study_front_rows
 
     folder = _find(store, name)
     if max_gmacs is not None and not 0 < max_gmacs < math.inf:
         raise UserError(f"--max-gmacs is {max_gmacs}: accepted is a number above 0")
     if plot is not None and plot.suffix.lower() not in (".png", ".svg"):
         raise UserError(f"--plot is {str(plot)!r}: accepted is FILE.png or FILE.svg")
-    rows = _front_rows(folder)
+    rows = study_front_rows(folder)
     if plot is not None:
         _say(f"plot: {_draw_front(folder, plot)}")
     if not rows:
@@ -618,7 +610,9 @@ def trials_command(
     \b
     vitpareto trials deit-s --json
     """
-    from vitpareto.dashboards.tables import json_lines, trial_rows, trial_table
+    from vitpareto.dashboards.csv_json import json_lines
+    from vitpareto.dashboards.tables import trial_table
+    from vitpareto.search.study.trial_table import trial_rows
     from vitpareto.search.trials.searcher import running_trials
 
     folder = _find(store, name)
@@ -758,8 +752,8 @@ def show_command(
     vitpareto show --recipe recipe.yaml --model deit_small_patch16_224 --image cat.jpg dog.jpg
     vitpareto show --study deit-s --trial 12 --out patches.png
     """
+    from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.dashboards.patches import check_path, draw_patches, patch_rows, summary
-    from vitpareto.dashboards.tables import json_lines
     from vitpareto.search.compare.show import Asked, look
     from vitpareto.search.errors import UserError
     from vitpareto.search.files.cache import default_cache
@@ -815,8 +809,8 @@ def table_command(
     vitpareto table --models deit_small_patch16_224 --rates 0.7 --rounds 0
     """
     from vitpareto import methods as registry
-    from vitpareto.dashboards.comparisons import cost_notes, cost_tables, plain_costs
-    from vitpareto.dashboards.tables import csv_text, json_lines
+    from vitpareto.dashboards.comparisons import cost_notes, cost_records, cost_tables
+    from vitpareto.dashboards.csv_json import csv_text, json_lines
     from vitpareto.search.compare.cost_table import Bench, cost_rows
     from vitpareto.search.trials.run import resolve_device
 
@@ -824,9 +818,9 @@ def table_command(
     chosen = registry.names() if methods is None else _words(methods)
     rows = list(cost_rows(_words(models), chosen, _numbers(rates, "--rates"), bench))
     if as_csv:
-        typer.echo(csv_text(plain_costs(rows)), nl=False)
+        typer.echo(csv_text(cost_records(rows)), nl=False)
     elif as_json:
-        typer.echo(json_lines(plain_costs(rows)), nl=False)
+        typer.echo(json_lines(cost_records(rows)), nl=False)
     else:
         _show([*cost_tables(rows)], cost_notes(rows))
 
@@ -852,7 +846,7 @@ def reproduce_command(
     vitpareto reproduce --data /imagenet/val --models vit_small_patch16_224
     """
     from vitpareto.dashboards import comparisons
-    from vitpareto.dashboards.tables import csv_text, json_lines
+    from vitpareto.dashboards.csv_json import csv_text, json_lines
     from vitpareto.search.compare import published
     from vitpareto.search.compare.reproduction import Place, reproduce, select
     from vitpareto.search.files.cache import default_cache
@@ -874,9 +868,9 @@ def reproduce_command(
             _say(f"{one.row.timm_tag} {one.row.label}: {one.accuracy.top1:.3f} %")
     found.sort(key=lambda one: rows.index(one.row))
     if as_csv:
-        typer.echo(csv_text(comparisons.plain_figures(found)), nl=False)
+        typer.echo(csv_text(comparisons.figure_records(found)), nl=False)
     elif as_json:
-        typer.echo(json_lines(comparisons.plain_figures(found)), nl=False)
+        typer.echo(json_lines(comparisons.figure_records(found)), nl=False)
     else:
         tables = [comparisons.figures_table(found), comparisons.accuracy_table(found)]
         _show(tables, comparisons.figure_notes(found))
@@ -1170,7 +1164,8 @@ def bench_command(
     vitpareto bench bundle/
     vitpareto bench bundle/ --runtimes onnxruntime --batches 1,8,64
     """
-    from vitpareto.dashboards.tables import bench_rows, bench_table, json_lines
+    from vitpareto.dashboards.bench_table import bench_rows, bench_table
+    from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.search.export.benchmark import bench
     from vitpareto.search.trials.run import resolve_device
 

@@ -35,6 +35,7 @@ from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.study.certificates import measured, order_note, why_not
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
+from vitpareto.search.study.front_table import FrontRow
 from vitpareto.search.study.job import trials_in_all
 from vitpareto.search.study.objectives import OBJECTIVES, objectives_named
 from vitpareto.search.study.results import TrialResult
@@ -87,7 +88,7 @@ class Page:
     """
 
     artifacts: Mapping[str, Path] = field(default_factory=dict)
-    table: Sequence[Mapping[str, Any]] = ()
+    table: Sequence[FrontRow] = ()
     note: str = ""
 
 
@@ -339,10 +340,11 @@ def _put_page(mirror: Mirror, folder: StudyFolder, page: Page) -> bool:
     job = folder.folder / "job.yaml"
     if job.is_file():
         files.setdefault("job.yaml", job)
-    digest = hashlib.sha256(json.dumps(list(page.table), default=str).encode())
+    rows = [row.to_json() for row in page.table]
+    digest = hashlib.sha256(json.dumps(rows, default=str).encode())
     for name, path in sorted(files.items()):
         digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return mirror.put_artifacts(files, page.table, digest.hexdigest())
+    return mirror.put_artifacts(files, rows, digest.hexdigest())
 
 
 def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) -> SyncReport:
@@ -486,7 +488,7 @@ class Tracker:
     def finish(
         self,
         artifacts: Mapping[str, Path] | None = None,
-        table: Sequence[Mapping[str, Any]] = (),
+        table: Sequence[FrontRow] = (),
         note: str = "",
         *,
         ended: str = "",

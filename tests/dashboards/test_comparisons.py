@@ -13,13 +13,13 @@ from rich.table import Table
 from vitpareto.dashboards.comparisons import (
     accuracy_table,
     cost_notes,
+    cost_records,
     cost_tables,
     figure_notes,
+    figure_records,
     figures_table,
-    plain_costs,
-    plain_figures,
 )
-from vitpareto.dashboards.tables import csv_text, json_lines
+from vitpareto.dashboards.csv_json import csv_text, json_lines
 from vitpareto.search.compare import published
 from vitpareto.search.compare.cost_table import Bench, CostRow, Figure, cost_rows
 from vitpareto.search.compare.reproduction import Accuracy, Reproduced, reproduce
@@ -94,7 +94,7 @@ def test_a_figure_of_another_model_is_shown_with_its_difference() -> None:
     small, base = (cells(table, "published GFLOPs") for table in cost_tables(rows))
     assert small[1:] == ["2.997 thop (ours 2.997)", f"2.909 thop (ours 2.907){said}"]
     assert base[2] == f"11.5 thop (ours 11.49){said}"
-    assert [row["published"].endswith(said) for row in plain_costs(rows)] == [
+    assert [row.to_json()["published"].endswith(said) for row in cost_records(rows)] == [
         False,
         False,
         True,
@@ -106,10 +106,10 @@ def test_a_figure_of_another_model_is_shown_with_its_difference() -> None:
 
 
 def test_costs_as_plain_rows(costs: list[CostRow]) -> None:
-    plain = [json.loads(line) for line in json_lines(plain_costs([*costs, MEASURED])).splitlines()]
+    plain = [json.loads(line) for line in json_lines(cost_records([*costs, MEASURED])).splitlines()]
     assert plain[1]["published"] == "2.9973 thop (ours 2.99682)"
     assert plain[3]["gmacs"] is None and plain[3]["gmacs_high"] == pytest.approx(3.208, abs=1e-3)
-    assert csv_text(plain_costs(costs)).count("\n") == 1 + len(costs)
+    assert csv_text(cost_records(costs)).count("\n") == 1 + len(costs)
 
 
 # --- published figures
@@ -129,8 +129,8 @@ def test_without_data_every_accuracy_reads_not_run(unmeasured: list[Reproduced])
     assert len(ours) == 9 and set(ours) == {"not run: no data"}
     for name in ("difference", "dense ours", "images"):
         assert set(cells(table, name)) == {""}
-    for row in plain_figures(unmeasured):
-        assert row["our_top1"] is None and row["top1_why"].startswith("not run: ")
+    for row in figure_records(unmeasured):
+        assert row.our_top1 is None and row.top1_why.startswith("not run: ")
 
 
 def test_a_measured_accuracy(unmeasured: list[Reproduced]) -> None:
@@ -143,9 +143,9 @@ def test_a_measured_accuracy(unmeasured: list[Reproduced]) -> None:
         "ToMe README (untrained)", "vit_small_patch16_224.augreg_in21k_ft_in1k", "tome r=13",
         "79.30", "79.25 (78.90–79.60)", "-0.05", "81.41", "81.43", "49990 (-10)",
     ]  # fmt: skip
-    (plain,) = plain_figures([measured])
-    assert plain["our_top1"] == 79.254 and plain["top1_why"] == "" and plain["images"] == 49_990
-    assert plain["gflops_why"] == "not published"
+    (plain,) = figure_records([measured])
+    assert plain.our_top1 == 79.254 and plain.top1_why == "" and plain.images == 49_990
+    assert plain.gflops_why == "not published"
 
 
 def test_notes_explain_each_difference_once(unmeasured: list[Reproduced]) -> None:

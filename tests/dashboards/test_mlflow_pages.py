@@ -13,6 +13,7 @@ from vitpareto.dashboards.explorer_page import write_explorer
 from vitpareto.dashboards.mlflow_server import Served, serve
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
+from vitpareto.search.study.front_table import study_front_rows
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.tracking.mirror import Page, sync
 from vitpareto.search.tracking.views import saved_views
@@ -25,7 +26,7 @@ TRIALS = 90
 def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     folder = write_study(tmp_path_factory.mktemp("store"), "deit-s", TRIALS)
     page = write_explorer([folder], folder.folder / "explorer.html")
-    sync(folder, page=Page({page.name: page}, [{"trial": 0}]))
+    sync(folder, page=Page({page.name: page}, study_front_rows(folder)))
     return folder
 
 

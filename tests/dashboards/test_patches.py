@@ -124,10 +124,11 @@ def test_a_patch_fused_alone_is_tinted_outlined_and_told_also_after_its_block() 
         assert set(np.flatnonzero(colours.any(axis=1))) == patches
         assert len(outlines(image, block, colours, it, 0.5)[0]) == 4 * len(patches)
     (row,) = patch_rows(it)
-    assert [(b["patches"], b["dropped"], b["fused"]) for b in row["blocks"]] == [
+    blocks = row.to_json()["blocks"]
+    assert [(b["patches"], b["dropped"], b["fused"]) for b in blocks] == [
         (6, 0, 1), (6, 0, 1), (6, 0, 2),
     ]  # fmt: skip
-    assert [b["figures"]["fused"] for b in row["blocks"]] == [1, 0, 1]
+    assert [b.figures["fused"] for b in row.blocks] == [1, 0, 1]
     (key,) = keys(patches_figure(it))
     assert key.startswith("fused: dropped patches that live on")
 
@@ -322,7 +323,7 @@ def assert_tidy(figure: Figure) -> None:
 def test_a_row_says_what_became_of_every_patch() -> None:
     it = by_hand([[0, 1, 1, -1, 2, 3], [0, 0, 0, -1, -1, 1]], truth="cat")
     nan = replace(it.images[0], figures=({"variance": float("nan")}, {"pooled": 1.0}))
-    (row,) = patch_rows(replace(it, images=(nan,)))
+    row = patch_rows(replace(it, images=(nan,)))[0].to_json()
     assert row["blocks"] == [
         {"block": 0, "patches": 4, "dropped": 1, "merged": 2, "figures": {"variance": None}},
         {"block": 1, "patches": 2, "dropped": 2, "merged": 3, "figures": {"pooled": 1.0}},

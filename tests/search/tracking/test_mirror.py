@@ -24,6 +24,7 @@ from vitpareto.dashboards.mlflow_server import serve
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point
+from vitpareto.search.study.front_table import front_rows
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking import client as mlflow_client
@@ -92,8 +93,7 @@ class Study:
         for name in ("front.png", "front.svg"):
             files[name] = self.folder.folder / name
             files[name].write_bytes(b"a picture")
-        rows = [{"trial": t, "recipe": "topk"} for t in self.tally.front]
-        return Page(files, rows)
+        return Page(files, front_rows(self.folder.measured(), {}, ("top1", "gmacs")))
 
 
 def finish(tracker: Tracker, study: Study, ended: str = "all measured") -> bool:
@@ -474,7 +474,7 @@ def test_a_copied_store_writes_into_its_own_place(study: Study, tmp_path: Path) 
     before = {p: p.read_bytes() for p in store.rglob("*") if p.is_file()}
     moved = StudyFolder(copy / study.folder.name)
     (copy / study.folder.name / "front.svg").write_bytes(b"another picture")
-    page = Page({"front.svg": moved.folder / "front.svg"}, [{"trial": 0}])
+    page = Page({"front.svg": moved.folder / "front.svg"}, study.page().table)
     assert sync(moved, page=page).created == 2
     assert sync(moved, page=page) == SyncReport(unchanged=2)
     assert {p: p.read_bytes() for p in store.rglob("*") if p.is_file()} == before

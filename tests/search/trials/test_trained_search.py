@@ -17,7 +17,6 @@ import torch
 from tests.search.small import image_folder
 from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
-from vitpareto.dashboards.tables import front_rows
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.slicing.sliced_model import Widths, model_widths
 from vitpareto.methods.structure.nvit import NViT
@@ -31,6 +30,7 @@ from vitpareto.search.measure.latency_table import measure_profile
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
+from vitpareto.search.study.front_table import front_rows
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, unpack_bits
@@ -482,11 +482,11 @@ def test_the_recovered_front_is_told_apart_everywhere(
     healed, results = folder.recovered(), folder.measured()
     members = {r.trial for r in front_of(healed, objectives_named(("top1", "gmacs")))}
     rows = front_rows(healed, {}, ("top1", "gmacs"), results)
-    assert {r["trial"] for r in rows} == members and all(r["recovered"] for r in rows)
+    assert {r.trial for r in rows} == members and all(r.recovered for r in rows)
     top1 = {r.trial: r.values["top1"] for r in results}
     for row in rows:
-        assert row["top1_before"] == top1[row["trial"]]
-        assert row["top1_change"] == row["top1"] - top1[0], "beside the study's own dense model"
+        assert row.top1_before == top1[row.trial]
+        assert row.top1_change == row.top1 - top1[0], "beside the study's own dense model"
     specs = {s.trial: s for s in runs_of(
         results, study="s", objectives=("top1", "gmacs"), recovered=healed
     )}  # fmt: skip
