@@ -230,7 +230,8 @@ def _search(
     """packed: the job was submitted, and its files lie beside it (`clusters.jobs.pack`)."""
     from vitpareto.clusters.connect import joined_cluster, local_cluster
     from vitpareto.search.study.folder import StudyFolder
-    from vitpareto.search.study.job import SearchConfig, read_job
+    from vitpareto.search.study.job import SearchConfig
+    from vitpareto.search.study.job_files import read_job
     from vitpareto.search.tracking.mirror import Tracker
     from vitpareto.search.trials import run
     from vitpareto.search.trials.ray_metrics import Metrics
@@ -1262,7 +1263,7 @@ def submit_command(
     vitpareto submit job.yaml --address http://head:8265 --store s3://bucket/studies --follow
     """
     from vitpareto.clusters.jobs import Head
-    from vitpareto.search.study.job import read_job
+    from vitpareto.search.study.job_files import read_job
 
     given = read_job(job, set_ or [], {"name": name, "store": store})
     head = Head(address)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
+from vitpareto.search import choices
 from vitpareto.search.data.datasets import Preprocess, Split
 from vitpareto.search.measure.cost import padded_counts, recipe_of, schedule_macs
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
 #: what torch's CPU allocator and oneDNN say, which have no error of their own for it

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.errors import nearest
+from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.runtimes.programs import Deployed, traced, write_onnx
 
-RUNTIMES = ("eager", "compiled", "cudagraph", "onnxruntime")
 #: runs of a model before its CUDA graph is recorded, as torch.cuda.graph asks for
 BEFORE_GRAPH = 3
 

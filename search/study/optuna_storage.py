@@ -17,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import wait_for_room, write_atomic
+from vitpareto.search.study.database_address import check_url
 from vitpareto.search.study.folder import StudyFolder
 
 
@@ -98,26 +99,6 @@ def close(storage: optuna.storages.BaseStorage) -> None:
     if isinstance(storage, optuna.storages.RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
-
-
-def check_url(url: str) -> None:
-    """UserError where a database's address makes no sense, or holds a password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        read = make_url(url)
-    except ArgumentError:
-        raise UserError(
-            f"job.storage is {url!r}: accepted is a database's address, as in "
-            "postgresql+psycopg://USER@HOST:5432/DATABASE"
-        ) from None
-    if read.password is not None:
-        raise UserError(
-            f"job.storage is {read.render_as_string(hide_password=True)!r}, and jobs are kept in "
-            "files that others may read: leave the password out and give it by PGPASSFILE or "
-            "PGPASSWORD"
-        )
 
 
 def _database(url: str) -> optuna.storages.RDBStorage:

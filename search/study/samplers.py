@@ -11,8 +11,6 @@ from optuna.search_space.group_decomposed import _SearchSpaceGroup
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-SAMPLERS = ("tpe", "nsga2", "random")
-
 
 class GroupTPE(optuna.samplers.TPESampler):
     """Optuna's multivariate TPE on conditional spaces (`group`), for long studies.
@@ -70,7 +68,7 @@ class GroupTPE(optuna.samplers.TPESampler):
 
 
 def make_sampler(kind: str, seed: int) -> optuna.samplers.BaseSampler:
-    """One of SAMPLERS; the caller gives another seed after a restart."""
+    """One of `choices.SAMPLERS`; the caller gives another seed after a restart."""
     if kind == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if kind == "nsga2":

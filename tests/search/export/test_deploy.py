@@ -23,6 +23,7 @@ import torch
 from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
+from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.data import embedded
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.benchmark import bench, dense_model
@@ -31,7 +32,7 @@ from vitpareto.search.export.int8 import Int8
 from vitpareto.search.export.specialised import write_static
 from vitpareto.search.export.verification import Measured, check_files, normalised, verify
 from vitpareto.search.measure.accuracy import batches_of
-from vitpareto.search.runtimes.backends import RUNTIMES, onnx_session, prepared
+from vitpareto.search.runtimes.backends import onnx_session, prepared
 from vitpareto.search.runtimes.programs import Deployed
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder

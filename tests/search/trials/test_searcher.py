@@ -14,12 +14,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
+from vitpareto.search.choices import SAMPLERS
 from vitpareto.search.measure.cost import recipe_macs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import TrialResult, pack_bits
-from vitpareto.search.study.samplers import SAMPLERS
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.searcher import (
