@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from vitpareto.methods.engine.errors import Code
-from vitpareto.methods.engine.recipe import YamlLoader
+from vitpareto.methods.engine.recipe_yaml import YamlLoader
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig, checked_value
 from vitpareto.search.study.job_keys import KEYS
