@@ -951,7 +951,7 @@ def export_command(
     """
     from vitpareto.search.errors import UserError
     from vitpareto.search.export.bundle import choose_trial, export
-    from vitpareto.search.files.object_store import check_empty, is_remote, upload
+    from vitpareto.search.files.filesystems import check_empty, is_remote, upload_folder
     from vitpareto.search.study.certificates import measured
     from vitpareto.search.study.objectives import objectives_named
     from vitpareto.search.tracking.registry import check_aliases, register
@@ -995,7 +995,7 @@ def export_command(
             say=typer.echo,
         )  # fmt: skip
         if is_remote(out):
-            upload(place, out)
+            upload_folder(place, out)
         typer.echo(out)
         if not into_registry:
             return

@@ -33,7 +33,7 @@ from vitpareto.search.data.named import (
 )
 from vitpareto.search.data.splits import EVALUATION, Listed, divide, stratified_order
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.object_store import download, is_remote
+from vitpareto.search.files.filesystems import download_folder, is_remote
 
 __all__ = ["Data", "Preprocess", "Split", "check_head", "open_data"]
 
@@ -101,7 +101,7 @@ class Data:
         listed = self._listed
         if is_remote(self.spec):
             before = self._cache / "objects"
-            folder = download(self.spec, cache)
+            folder = download_folder(self.spec, cache)
             listed = {
                 name: replace(files, root=folder / files.root.relative_to(before / folder.name))
                 for name, files in listed.items()
@@ -155,7 +155,7 @@ def open_data(
         classes, listed = _list_folder(folder, seed)
         check_imagenette(folder, classes)
     else:
-        folder = download(spec, cache) if fetched else _existing_folder(spec)
+        folder = download_folder(spec, cache) if fetched else _existing_folder(spec)
         classes, listed = _list_folder(folder, seed)
     if images is not None:
         there = len(listed["search"])

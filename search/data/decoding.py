@@ -33,7 +33,7 @@ import torchvision
 from PIL import Image
 
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.cache import locked
+from vitpareto.search.files.locks import locked
 
 Progress = Callable[[int, int], None]
 
@@ -210,7 +210,8 @@ def decode_split(
         if found is not None:
             return found
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_suffix(".lock")):
+        waiting = "another process decodes these images: waiting for it"
+        with locked(folder.with_suffix(".lock"), waiting=waiting):
             found = _open(name, folder)
             if found is not None:
                 return found

@@ -23,9 +23,9 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from vitpareto.search.data.decoding import locked
 from vitpareto.search.data.splits import Listed, divide, stratified_order
 from vitpareto.search.errors import UserError
+from vitpareto.search.files.locks import locked
 
 NAMES = ("digits", "cifar10", "fashionmnist", "imagenette")
 

@@ -1,155 +1,104 @@
-"""Files that are whole or not there, whatever happens while they are written.
+"""Atomic writes and deletions: a file is complete or absent, whatever interrupts the write.
 
-A full disk is waited for: whoever has something to keep holds it until there is room again, so that
-a search pauses instead of losing what it measured.
+Files below a folder that is registered in `search.files.write_through` are written to its object
+store too. While the disk is full, a write waits instead of failing, so that a search pauses and
+loses no measurement.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fnmatch
 import logging
 import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-#: what a full disk, or a used-up quota, answers
-FULL = (errno.ENOSPC, errno.EDQUOT)
+from vitpareto.search.files.write_through import object_store_of
+
+#: errors of a full disk and of a used-up quota
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 #: seconds between two attempts
-AGAIN = 1.0
+RETRY_INTERVAL_S = 1.0
 
 log = logging.getLogger("vitpareto")
 T = TypeVar("T")
 
-
-class Elsewhere(Protocol):
-    """Where the files of a folder are kept too (`search.files.object_store`)."""
-
-    def put(self, path: Path) -> None:
-        """Keep the file there, as it is now."""
-
-    def get(self, path: Path) -> bool:
-        """Bring the file from there; False where it is not."""
-
-    def names(self, folder: Path) -> Iterable[str]:
-        """What is there in a folder."""
-
-    def drop(self, folder: Path) -> None:
-        """Forget a file, or a folder and all below it."""
-
-    def claimed(self, folder: Path) -> AbstractContextManager[None]:
-        """The folder is this process's alone, of all machines'."""
-
-
-_kept: dict[Path, Elsewhere] = {}
 _writes = True
 
 
-def only_read() -> None:
-    """Nothing becomes durable by this process any more: another one does the same and writes."""
+def disable_writes() -> None:
+    """Make every write and deletion of this process a no-op: another process does the same work
+    and writes the files (data-parallel training).
+    """
     global _writes
     _writes = False
 
 
-def discard(path: Path) -> None:
-    """Remove a file that nobody needs any more, here and elsewhere."""
+def delete_file(path: Path) -> None:
+    """Delete a file, locally and in its object store. A missing file is ignored."""
     if not _writes:
         return
     path.unlink(missing_ok=True)
-    place = elsewhere(path)
-    if place is not None:
-        place.drop(path)
+    store = object_store_of(path)
+    if store is not None:
+        store.delete(path)
 
 
-def keep_elsewhere(root: Path, place: Elsewhere) -> None:
-    """Everything that becomes durable below `root` is kept there too, from now on."""
-    _kept[root] = place
+def delete_tree(folder: Path) -> None:
+    """Delete a folder and everything below it, locally and in its object store. A missing folder
+    is ignored.
+    """
+    if not _writes:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    store = object_store_of(folder)
+    if store is not None:
+        store.delete(folder)
 
 
-def elsewhere(path: Path) -> Elsewhere | None:
-    """Where this file is kept too; None where it is here alone."""
-    if _kept:
-        for root in (path, *path.parents):
-            if root in _kept:
-                return _kept[root]
-    return None
+def retry_while_disk_full(path: Path, write: Callable[[], T]) -> T:
+    """The result of `write()`, called again every second while the disk that holds `path` is full.
 
-
-def there(path: Path) -> bool:
-    """Whether a file that never changes is there; it is brought where it is kept elsewhere."""
-    if path.is_file():
-        return True
-    place = elsewhere(path)
-    return place is not None and place.get(path)
-
-
-def latest(path: Path) -> bool:
-    """Whether a file that others may have changed is there, as it is now."""
-    place = elsewhere(path)
-    return path.is_file() if place is None else place.get(path) or path.is_file()
-
-
-def found_in(folder: Path, pattern: str) -> list[Path]:
-    """The files of a folder, in order of their names; what is kept elsewhere is brought."""
-    place = elsewhere(folder)
-    if place is not None:
-        for name in place.names(folder):
-            if fnmatch.fnmatch(name, pattern) and "/" not in name:
-                there(folder / name)
-    return sorted(folder.glob(pattern))
-
-
-def wait_for_room(place: Path, write: Callable[[], T]) -> T:
-    """What `write` gives; while the disk of `place` is full it is called again and again, which is
-    said once. Everything else that it raises is raised.
+    The pause is logged once. Every other exception is raised.
     """
     waited = False
     while True:
         try:
-            written = write()
+            result = write()
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             if not waited:
-                log.warning("%s; paused until there is room for %s", error.strerror, place)
+                log.warning("%s: paused until %s can be written", error.strerror, path)
             waited = True
-            time.sleep(AGAIN)
+            time.sleep(RETRY_INTERVAL_S)
         else:
             if waited:
-                log.warning("there is room for %s again; going on", place)
-            return written
-
-
-def forget(folder: Path) -> None:
-    """Remove a folder and all below it, here and elsewhere; nothing where it is not there."""
-    if not _writes:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    place = elsewhere(folder)
-    if place is not None:
-        place.drop(folder)
+                log.warning("%s was written: continuing", path)
+            return result
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under. When the block ends, what lies there is flushed to the
-    disk and renamed over `path`: old or new, never half. If it raises, nothing is left of it.
+    """Replace `path` atomically: the block writes to the temporary path that it is given.
+
+    When the block ends, the temporary file is flushed to the disk and renamed to `path`: a reader
+    sees the old file or the new one. If the block raises, the temporary file is deleted.
     """
     if not _writes:
-        with tempfile.TemporaryDirectory(prefix="vitpareto-unwritten-") as nowhere:
-            yield Path(nowhere) / path.name
+        with tempfile.TemporaryDirectory(prefix="vitpareto-unwritten-") as scratch:
+            yield Path(scratch) / path.name
         return
-    place = elsewhere(path)
-    if place is not None:  # a node that has nothing of the folder yet
+    store = object_store_of(path)
+    if store is not None:  # this node may have no local copy of the folder yet
         path.parent.mkdir(parents=True, exist_ok=True)
-    # not tempfile: its files are for their owner alone, and a study is read by others
+    # not tempfile, which creates files with mode 0600: other users read a study
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield partial
@@ -157,21 +106,21 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    # the rename itself is on the disk only once its folder is
+    # the rename is durable only once the folder is flushed
     _flush(path.parent)
-    if place is not None:
-        place.put(path)
+    if store is not None:
+        store.upload(path)
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """A text in UTF-8, or bytes, as `replacing` writes; a full disk is waited for."""
+    """Write text (as UTF-8) or bytes atomically; waits while the disk is full."""
     data = content.encode() if isinstance(content, str) else content
 
     def write() -> None:
         with replacing(path) as partial:
             partial.write_bytes(data)
 
-    wait_for_room(path, write)
+    retry_while_disk_full(path, write)
 
 
 def _flush(path: Path) -> None:

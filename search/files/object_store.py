@@ -1,27 +1,22 @@
-"""A store in object storage (s3://, gs://, or what fsspec knows): written through, read on demand.
+"""A store of studies in object storage (s3://, gs://, or a scheme of fsspec).
 
-Every node keeps a folder of the store on its own disk. What becomes durable there is put into the
-storage before anybody hears of it, under the same name; what is asked for and is not there is
-fetched. So a study looks like a folder everywhere else, and a node that is lost takes nothing with
-it but what was in flight.
+Every node keeps a local copy of the folder. A write returns when the file is in the object storage
+too, under the same name; a file that is missing locally is fetched when it is needed. A study
+therefore looks like a folder to all other code, and losing a node loses only what was in progress.
 
-Not put there: Optuna's journal (it is filled again from the results,
-`search.study.optuna_storage`), MLflow's database (`vitpareto sync` writes it anew), locks and
-scratch. Credentials are the environment's.
+Not stored: Optuna's journal (rebuilt from the results, `search.study.optuna_storage`), MLflow's
+database (rebuilt by `vitpareto sync`), locks and scratch files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
-import os
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -29,75 +24,48 @@ from typing import TypeVar
 
 from pyarrow import fs
 
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search.errors import UserError
-from vitpareto.search.files import atomic as durable
-from vitpareto.search.files.cache import default_cache, locked
+from vitpareto.search.files import claims
+from vitpareto.search.files.cache import default_cache
+from vitpareto.search.files.filesystems import (
+    files_below,
+    is_remote,
+    open_filesystem,
+    storage_error,
+    write_file,
+)
+from vitpareto.search.files.write_through import register_object_store
 
-#: kept on this node alone, by the beginning of a path's part below its study
-OWN = ("optuna.journal", "lock", "ray", "outbox", "tracking.lock", "mlflow", "mlartifacts")
-#: fetched only when it is asked for
-LATER = ("model.safetensors", "weights/", "training/")
-#: seconds between two renewals of a driver's claim, and after how many without one it is dead
-RENEW_S, DEAD_S = 5.0, 20.0
-#: what a storage that is away, or has too much to do, is said to be in
-AWAY = ("NETWORK_CONNECTION", "SLOW_DOWN", "SERVICE_UNAVAILABLE", "INTERNAL_FAILURE", "timed out")
-#: seconds for which it is waited for, and between two attempts
-PATIENCE_S, AGAIN_S = 900.0, 2.0
-#: images fetched at a time
-FETCHERS = 16
+#: kept on this node only, by the start of the path below the study
+LOCAL_ONLY = ("optuna.journal", "lock", "ray", "outbox", "tracking.lock", "mlflow", "mlartifacts")
+#: fetched when a file is needed, not with the study
+ON_DEMAND = ("model.safetensors", "weights/", "training/")
+#: results: they never change once written
+IMMUTABLE = ("trials", "by_key")
+#: seconds for which an unavailable storage is retried, and between two attempts
+RETRY_FOR_S, RETRY_INTERVAL_S = 900.0, 2.0
 
 log = logging.getLogger("vitpareto")
 T = TypeVar("T")
 
 
-def is_remote(store: str) -> bool:
-    """Whether a store is an address and no folder."""
-    return "://" in store
-
-
-def filesystem(url: str) -> tuple[fs.FileSystem, str]:
-    """What reads and writes at an address, and the path there. pyarrow's own (S3, GCS), otherwise
-    fsspec's. UserError for a scheme that nobody knows, or whose package is missing.
-    """
-    try:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        if url.startswith("s3://") and "?" not in url and endpoint:
-            # from_uri would ask Amazon for the bucket's region, whoever's server it is
-            region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-            own = fs.S3FileSystem(
-                endpoint_override=endpoint,
-                region=region or "us-east-1",
-                allow_delayed_open=True,  # one request for a small file instead of three
-            )
-            return own, url.removeprefix("s3://")
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(url)
-        return found
-    except Exception as error:  # pyarrow's own kinds
-        import fsspec
-
-        try:
-            other, path = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as unknown:
-            why = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"{url} cannot be opened ({why}; {unknown}): accepted are a folder, s3://, gs://, "
-                "and the schemes of installed fsspec packages"
-            ) from error
-        return fs.PyFileSystem(fs.FSSpecHandler(other)), path
-
-
 def store_folder(store: str) -> Path:
-    """The folder of a store on this node; one in object storage is kept there from now on."""
+    """The local folder of a store. For a URL, the folder is kept in object storage from now on."""
     if not is_remote(store):
         return Path(store)
-    remote = Remote(store)
-    durable.keep_elsewhere(remote.root, remote)
+    remote = ObjectStore(store)
+    register_object_store(remote.root, remote)
     return remote.root
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A store's address, and this node's folder of it."""
+class ObjectStore:
+    """A store's URL and this node's folder of it. Implements `write_through.FolderStore`.
+
+    All methods take local paths below `root`, or keys: paths in the storage. They raise UserError,
+    with `Code.UNAVAILABLE` if the storage does not answer.
+    """
 
     url: str
 
@@ -109,36 +77,34 @@ class Remote:
 
     @cached_property
     def _opened(self) -> tuple[fs.FileSystem, str]:
-        return filesystem(self.url)
+        return open_filesystem(self.url)
 
-    def _at(self, path: Path) -> str:
+    @property
+    def filesystem(self) -> fs.FileSystem:
+        return self._opened[0]
+
+    def key(self, path: Path) -> str:
+        """The path in the storage of a local path."""
         return str(PurePosixPath(self._opened[1]) / path.relative_to(self.root).as_posix())
 
-    def keeps(self, path: Path) -> bool:
-        """Whether a file of the folder belongs into the storage."""
+    def stores(self, path: Path) -> bool:
+        """Whether a local file belongs in the storage."""
         parts = path.relative_to(self.root).parts
         below = parts[1] if len(parts) > 1 else parts[0]
-        return not below.startswith(OWN)
+        return not below.startswith(LOCAL_ONLY)
 
     # -- one file ----------------------------------------------------------------------------------
 
-    def put(self, path: Path) -> None:
-        """A file of the folder into the storage: there whole, or as before. A storage that is away
-        is waited for, so that a search pauses instead of losing what it measured.
+    def upload(self, path: Path) -> None:
+        """Store a local file, whole or not at all. Waits while the storage is unavailable, so that
+        a search pauses and loses no measurement.
         """
-        if self.keeps(path):
-            self._patiently(lambda: self.write(self._at(path), path.read_bytes()))
+        if self.stores(path):
+            self._retry(lambda: self.write(self.key(path), path.read_bytes()))
 
-    def write(self, at: str, content: bytes) -> None:
-        """UserError, naming the store, where it does not take it."""
-        try:
-            _write(self._opened[0], at, content)
-        except OSError as error:
-            raise UserError(f"the store {self.url} cannot be written: {_short(error)}") from error
-
-    def get(self, path: Path) -> bool:
-        """A file of the storage into the folder, replacing what is there; False where none is."""
-        content = self._patiently(lambda: self.read(self._at(path)))
+    def download(self, path: Path) -> bool:
+        """Replace a local file by the stored one; False if the storage has none."""
+        content = self._retry(lambda: self.read(self.key(path)))
         if content is None:
             return False
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,219 +113,94 @@ class Remote:
         partial.replace(path)
         return True
 
-    def read(self, at: str) -> bytes | None:
-        system = self._opened[0]
+    def write(self, key: str, content: bytes) -> None:
+        """Replace an object."""
         try:
-            with system.open_input_stream(at) as opened:
-                found: bytes = opened.read()
-                return found
+            write_file(self.filesystem, key, content)
+        except OSError as error:
+            raise storage_error(error, self.url, writing=True) from error
+
+    def read(self, key: str) -> bytes | None:
+        """An object's content; None if it does not exist."""
+        system = self.filesystem
+        try:
+            with system.open_input_stream(key) as opened:
+                content: bytes = opened.read()
+                return content
         except FileNotFoundError:
             return None
         except OSError as error:
-            if system.get_file_info(at).type == fs.FileType.NotFound:
+            if system.get_file_info(key).type == fs.FileType.NotFound:
                 return None
-            raise UserError(f"the store {self.url} cannot be read: {_short(error)}") from error
+            raise storage_error(error, self.url, writing=False) from error
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        """What `call` gives, tried again for a while where the storage does not answer; what it
-        refuses (no such bucket, no permission) is raised at once.
+    def remove(self, key: str) -> None:
+        """Delete an object if it exists."""
+        with contextlib.suppress(OSError):
+            self.filesystem.delete_file(key)
+
+    def _retry(self, call: Callable[[], T]) -> T:
+        """The result of `call`, retried while the storage is unavailable. A request that is refused
+        (no such bucket, no permission) raises at once.
         """
-        begin, waited = time.monotonic(), False
+        start, waited = time.monotonic(), False
         while True:
             try:
-                found = call()
+                result = call()
             except UserError as error:
-                away = any(word in str(error) for word in AWAY)
-                if not away or time.monotonic() - begin > PATIENCE_S:
+                if error.code != Code.UNAVAILABLE or time.monotonic() - start > RETRY_FOR_S:
                     raise
                 if not waited:
                     log.warning("%s; paused until it answers", error)
                 waited = True
-                time.sleep(AGAIN_S)
+                time.sleep(RETRY_INTERVAL_S)
             else:
                 if waited:
-                    log.warning("the store %s answers again; going on", self.url)
-                return found
+                    log.warning("%s answers again: continuing", self.url)
+                return result
 
     # -- a folder ----------------------------------------------------------------------------------
 
-    def names(self, folder: Path, deep: bool = False) -> dict[str, fs.FileInfo]:
-        """The files in the storage below a folder, by their path relative to it."""
-        system, _ = self._opened
-        at = self._at(folder)
+    def list_files(self, folder: Path, recursive: bool = False) -> dict[str, fs.FileInfo]:
+        """The stored files of a folder, by their path relative to it."""
         try:
-            found = system.get_file_info(fs.FileSelector(at, allow_not_found=True, recursive=deep))
+            return files_below(self.filesystem, self.key(folder), recursive=recursive)
         except OSError as error:
-            raise UserError(f"the store {self.url} cannot be read: {_short(error)}") from error
-        return {
-            str(PurePosixPath(one.path).relative_to(at)): one
-            for one in found
-            if one.type == fs.FileType.File
-        }
+            raise storage_error(error, self.url, writing=False) from error
 
-    def fetch(self, folder: Path) -> None:
-        """What is in the storage of a study and not, or not like that, in its folder; but for what
-        is large, which is fetched when it is asked for.
-        """
-        for name, there in self.names(folder, deep=True).items():
-            path = folder / name
-            if name.startswith(LATER):
-                continue
-            # a result never changes once it is written, and is small; others may have changed
-            known = path.is_file() and path.stat().st_size == there.size
-            if not (known and path.parent.name in ("trials", "by_key")):
-                self.get(path)
-
-    def push(self, folder: Path) -> None:
-        """What was written below a folder and is not in the storage, or not like that: all."""
-        there = self.names(folder, deep=True)
-        for path in sorted(folder.rglob("*")):
-            if not path.is_file() or not self.keeps(path) or path.name.startswith("."):
-                continue
-            info = there.get(path.relative_to(folder).as_posix())
-            if info is None or info.size != path.stat().st_size or info.mtime_ns < _mtime(path):
-                self.put(path)
-
-    def folders(self, folder: Path) -> tuple[str, ...]:
-        """The folders in the storage directly below a folder."""
-        system, _ = self._opened
-        found = system.get_file_info(fs.FileSelector(self._at(folder), allow_not_found=True))
+    def list_folders(self, folder: Path) -> tuple[str, ...]:
+        """Names of the stored folders directly below a folder, sorted."""
+        selector = fs.FileSelector(self.key(folder), allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
         return tuple(sorted(f.base_name for f in found if f.type == fs.FileType.Directory))
 
-    def drop(self, folder: Path) -> None:
-        system, _ = self._opened
-        for name in ("", *self.names(folder, deep=True)):
-            with contextlib.suppress(OSError):  # itself, where it is a folder
-                system.delete_file(self._at(folder / name))
-
-    # -- one driver --------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def claimed(self, study: Path) -> Iterator[None]:
-        """The study is this process's. A driver that is alive renews its claim, and a second one is
-        refused with a UserError; a claim that nobody renews is a dead driver's, and is taken over.
+    def download_tree(self, folder: Path) -> None:
+        """Fetch the stored files of a study that are missing locally or may have changed, except
+        large ones, which are fetched when they are needed.
         """
-        at, mine = self._at(study / "claim.json"), uuid.uuid4().hex
-        self._wait_for(at, study)
-        self._claim(at, mine)
-        time.sleep(1.0)  # two that came at one instant: the later writer has it
-        held = self.read(at)
-        if held is None or json.loads(held)["driver"] != mine:
-            raise self._taken(study, held)
-        over = threading.Event()
+        for name, stored in self.list_files(folder, recursive=True).items():
+            path = folder / name
+            if name.startswith(ON_DEMAND):
+                continue
+            same_size = path.is_file() and path.stat().st_size == stored.size
+            if not (same_size and path.parent.name in IMMUTABLE):
+                self.download(path)
 
-        def renew() -> None:
-            while not over.wait(RENEW_S):
-                with contextlib.suppress(UserError):  # the storage may be away for a while
-                    self._claim(at, mine)
+    def upload_tree(self, folder: Path) -> None:
+        """Store the files of a folder that are not stored yet, or in an older version."""
+        stored = self.list_files(folder, recursive=True)
+        for path in sorted(folder.rglob("*")):
+            if not path.is_file() or not self.stores(path) or path.name.startswith("."):
+                continue
+            info, local = stored.get(path.relative_to(folder).as_posix()), path.stat()
+            if info is None or info.size != local.st_size or info.mtime_ns < local.st_mtime_ns:
+                self.upload(path)
 
-        renewing = threading.Thread(target=renew, daemon=True, name="claim")
-        renewing.start()
-        try:
-            yield
-        finally:
-            over.set()
-            renewing.join()
-            with contextlib.suppress(OSError):
-                self._opened[0].delete_file(at)
+    def delete(self, path: Path) -> None:
+        """Delete a file, or a folder and everything below it; a missing one is ignored."""
+        for name in ("", *self.list_files(path, recursive=True)):
+            self.remove(self.key(path / name))
 
-    def _claim(self, at: str, mine: str) -> None:
-        claim = {"driver": mine, "host": os.uname().nodename, "at": time.time_ns()}
-        self.write(at, json.dumps(claim).encode())
-
-    def _wait_for(self, at: str, study: Path) -> None:
-        """Until there is no claim, or one that is not renewed."""
-        first = self.read(at)
-        if first is None:
-            return
-        log.warning("%s was being searched: looking whether it still is", study.name)
-        end = time.monotonic() + DEAD_S
-        while time.monotonic() < end:
-            time.sleep(1.0)
-            now = self.read(at)
-            if now is None:
-                return
-            if now != first:
-                raise self._taken(study, now)
-
-    def _taken(self, study: Path, claim: bytes | None) -> UserError:
-        host = json.loads(claim)["host"] if claim else "another node"
-        return UserError(
-            f"study {study.name} is being searched by another process, on {host}; wait, or stop it"
-        )
-
-
-def _write(system: fs.FileSystem, at: str, content: bytes) -> None:
-    """A file, whole; storages that have folders are given them."""
-    try:
-        stream = system.open_output_stream(at)
-    except FileNotFoundError:
-        system.create_dir(str(PurePosixPath(at).parent))
-        stream = system.open_output_stream(at)
-    with stream as out:
-        out.write(content)
-
-
-def _mtime(path: Path) -> int:
-    return path.stat().st_mtime_ns
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def upload(folder: Path, url: str) -> None:
-    """The files of a folder under an address."""
-    system, at = filesystem(url)
-    try:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-            there = str(PurePosixPath(at) / path.relative_to(folder).as_posix())
-            _write(system, there, path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{url} cannot be written: {_short(error)}") from error
-
-
-def check_empty(url: str) -> None:
-    """UserError where something lies under an address, or it cannot be read."""
-    system, at = filesystem(url)
-    try:
-        found = system.get_file_info(fs.FileSelector(at, allow_not_found=True))
-    except OSError as error:
-        raise UserError(f"{url} cannot be read: {_short(error)}") from error
-    if found:
-        raise UserError(f"{url} is there already: name another place")
-
-
-def download(url: str, cache: Path) -> Path:
-    """What lies under an address, in a folder of this node's cache: fetched where it is not there.
-
-    UserError where nothing lies there, or it cannot be read.
-    """
-    system, at = filesystem(url)
-    folder = cache / "objects" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    try:
-        found = system.get_file_info(fs.FileSelector(at, allow_not_found=True, recursive=True))
-        files = [f for f in found if f.type == fs.FileType.File]
-        if not files:
-            raise UserError(f"nothing lies under {url}")
-
-        def fetch(info: fs.FileInfo) -> None:
-            path = folder / PurePosixPath(info.path).relative_to(at)
-            if path.is_file() and path.stat().st_size == info.size:
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            with system.open_input_stream(info.path) as opened:
-                partial.write_bytes(opened.read())
-            partial.replace(path)
-
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder.with_suffix(".lock")), ThreadPoolExecutor(FETCHERS) as pool:
-            list(pool.map(fetch, files))
-            here = {PurePosixPath(f.path).relative_to(at).as_posix() for f in files}
-            for path in [p for p in folder.rglob("*") if p.is_file()]:
-                if path.relative_to(folder).as_posix() not in here:
-                    path.unlink()  # gone there since
-    except OSError as error:
-        raise UserError(f"{url} cannot be read: {_short(error)}") from error
-    return folder
+    def claim(self, folder: Path) -> AbstractContextManager[None]:
+        """Hold a study exclusively, across machines (`search.files.claims`)."""
+        return claims.claim(self, self.key(folder / "claim.json"), folder.name)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import replacing, there, wait_for_room, write_atomic
+from vitpareto.search.files.atomic import replacing, retry_while_disk_full, write_atomic
+from vitpareto.search.files.write_through import fetch_if_missing
 
 SUFFIX = ".safetensors"
 
@@ -46,7 +47,7 @@ class Artifacts:
         return self.folder / f"{digest}{SUFFIX}"
 
     def has(self, digest: str) -> bool:
-        return there(self.path(digest))
+        return fetch_if_missing(self.path(digest))
 
     def save(self, state: Mapping[str, Tensor]) -> str:
         """Make a state dict durable; its digest. One that is there already is left as it is."""
@@ -63,7 +64,7 @@ class Artifacts:
         if self.has(digest):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        there(other.path(digest))
+        fetch_if_missing(other.path(digest))
 
         def link() -> None:
             with replacing(self.path(digest)) as partial:
@@ -74,7 +75,7 @@ class Artifacts:
                 except OSError:  # another disk, or a file system without hard links
                     shutil.copyfile(other.path(digest), partial)
 
-        wait_for_room(self.path(digest), link)
+        retry_while_disk_full(self.path(digest), link)
 
     def load(self, digest: str) -> dict[str, Tensor]:
         """The weights of this digest, mapped (`Recipe.build` compares them with it).
@@ -82,7 +83,7 @@ class Artifacts:
         UserError where they are not there or cannot be read, naming the file.
         """
         path = self.path(digest)
-        if not there(path):
+        if not fetch_if_missing(path):
             raise self._missing(digest)
         try:
             return safetensors.torch.load_file(path)

@@ -21,35 +21,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
 
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import elsewhere, found_in, latest, there, write_atomic
-from vitpareto.search.files.object_store import Remote, store_folder
+from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.files.locks import LockTimeout, is_locked, locked
+from vitpareto.search.files.object_store import ObjectStore, store_folder
+from vitpareto.search.files.write_through import (
+    fetch_if_missing,
+    list_files,
+    object_store_of,
+    refresh,
+)
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.weight_store import Artifacts
 from vitpareto.search.study.results import TrialResult
 
 SCHEMA = 1
-LOCK_ATTEMPTS = 4
+#: `is_locked` holds the lock for an instant, a driver as long as it runs
+LOCK_TIMEOUT_S = 0.3
 
 
 def studies_in(store: Path) -> tuple[str, ...]:
     """Names of the studies in a store."""
-    remote = elsewhere(store)
-    if isinstance(remote, Remote):
-        return remote.folders(store)
+    remote = object_store_of(store)
+    if isinstance(remote, ObjectStore):
+        return remote.list_folders(store)
     if not store.is_dir():
         return ()
     return tuple(sorted(p.parent.name for p in store.glob("*/study.json")))
@@ -65,9 +71,9 @@ class StudyFolder:
     def open(cls, store: str, name: str) -> StudyFolder:
         """A study that is there or not yet; one in object storage as it stands now."""
         root = store_folder(store)
-        remote = elsewhere(root)
-        if isinstance(remote, Remote):
-            remote.fetch(root / name)
+        remote = object_store_of(root)
+        if isinstance(remote, ObjectStore):
+            remote.download_tree(root / name)
         return cls(root / name)
 
     @classmethod
@@ -89,16 +95,16 @@ class StudyFolder:
     @property
     def store(self) -> str:
         """The store that it is in, as a job names it."""
-        remote = elsewhere(self.folder)
-        return remote.url if isinstance(remote, Remote) else str(self.folder.parent)
+        remote = object_store_of(self.folder)
+        return remote.url if isinstance(remote, ObjectStore) else str(self.folder.parent)
 
     def publish(self) -> None:
         """Pages and pictures, which are drawn and not durable, into the object storage that the
         study is kept in; nothing where it is just a folder.
         """
-        remote = elsewhere(self.folder)
-        if isinstance(remote, Remote):
-            remote.push(self.folder)
+        remote = object_store_of(self.folder)
+        if isinstance(remote, ObjectStore):
+            remote.upload_tree(self.folder)
 
     @property
     def exists(self) -> bool:
@@ -117,7 +123,7 @@ class StudyFolder:
     @property
     def weights(self) -> Path:
         path = self.folder / "model.safetensors"
-        there(path)  # fetched, where the store is in object storage
+        fetch_if_missing(path)  # fetched, where the store is in object storage
         return path
 
     @property
@@ -208,39 +214,27 @@ class StudyFolder:
     # -- one driver --------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[TextIO]:
+    def locked(self) -> Iterator[None]:
         """Held by the driver; a second one is refused with a UserError."""
-        with open(self.folder / "lock", "a+", encoding="utf-8") as lock:
+        path = self.folder / "lock"
+        with contextlib.ExitStack() as stack:
             try:
-                for attempt in range(LOCK_ATTEMPTS):
-                    with contextlib.suppress(BlockingIOError):
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        break
-                    # `running` holds the lock for an instant; a driver holds it for good
-                    time.sleep(0.05 * attempt)
-                else:
-                    raise UserError(
-                        f"study {self.name} is being searched by another process; wait, or stop it"
-                    )
-            except OSError as error:
+                stack.enter_context(locked(path, timeout_s=LOCK_TIMEOUT_S))
+            except LockTimeout:
                 raise UserError(
-                    f"the store cannot lock files: {lock.name}: {error.strerror}"
-                ) from error
-            remote = elsewhere(self.folder)
-            with contextlib.nullcontext() if remote is None else remote.claimed(self.folder):
-                yield lock
+                    f"study {self.name} is being searched by another process; wait, or stop it"
+                ) from None
+            except OSError as error:
+                raise UserError(f"the store cannot lock files: {path}: {error.strerror}") from error
+            store = object_store_of(self.folder)
+            if store is not None:
+                stack.enter_context(store.claim(self.folder))
+            yield
 
     @property
     def running(self) -> bool:
         """Whether a driver holds the study now."""
-        try:
-            with open(self.folder / "lock", encoding="utf-8") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except OSError:
-            return True
-        return False
+        return is_locked(self.folder / "lock")
 
     # -- results -----------------------------------------------------------------------------
 
@@ -255,8 +249,8 @@ class StudyFolder:
         write_atomic(path, text)
         if result.state != "failed":
             by_key = self.folder / "by_key" / f"{result.key}.json"
-            if elsewhere(by_key) is not None:
-                if not there(by_key):
+            if object_store_of(by_key) is not None:
+                if not fetch_if_missing(by_key):
                     write_atomic(by_key, text)
                 return
             try:
@@ -268,23 +262,23 @@ class StudyFolder:
 
     def results(self) -> list[TrialResult]:
         """All durable results, by trial number."""
-        return [_result(path) for path in found_in(self.folder / "trials", "[0-9]*.json")]
+        return [_result(path) for path in list_files(self.folder / "trials", "[0-9]*.json")]
 
     def durable_trials(self) -> int:
         """How many results are durable."""
-        return len(found_in(self.folder / "trials", "[0-9]*.json"))
+        return len(list_files(self.folder / "trials", "[0-9]*.json"))
 
     def result(self, trial: int) -> TrialResult | None:
         path = self.folder / "trials" / f"{trial:06d}.json"
-        return _result(path) if there(path) else None
+        return _result(path) if fetch_if_missing(path) else None
 
     def known(self, key: str) -> TrialResult | None:
         """The measurement of this candidate, in full or stopped early, if there is one."""
         path = self.folder / "by_key" / f"{key}.json"
-        return _result(path) if there(path) else None
+        return _result(path) if fetch_if_missing(path) else None
 
     def epoch(self) -> str:
-        latest(self.folder / "epoch")
+        refresh(self.folder / "epoch")
         try:
             return (self.folder / "epoch").read_text(encoding="utf-8")
         except FileNotFoundError:
@@ -327,7 +321,7 @@ class StudyFolder:
 
     def recovered(self) -> list[TrialResult]:
         """The recovered trials, under their own numbers."""
-        return [_result(path) for path in found_in(self.folder / "recovered", "[0-9]*.json")]
+        return [_result(path) for path in list_files(self.folder / "recovered", "[0-9]*.json")]
 
     def write_recovered(self, result: TrialResult) -> None:
         path = self.folder / "recovered" / f"{result.trial:06d}.json"
@@ -350,7 +344,7 @@ class StudyFolder:
 
     def certified(self, recovered: bool = False) -> list[TrialResult]:
         """The trials as measured on the held-out images, under their own numbers."""
-        return [_result(path) for path in found_in(self._certified(recovered), "[0-9]*.json")]
+        return [_result(path) for path in list_files(self._certified(recovered), "[0-9]*.json")]
 
     def write_certified(self, result: TrialResult, recovered: bool = False) -> None:
         path = self._certified(recovered) / f"{result.trial:06d}.json"

@@ -16,7 +16,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import wait_for_room, write_atomic
+from vitpareto.search.files.atomic import retry_while_disk_full, write_atomic
 from vitpareto.search.study.database_address import check_url
 from vitpareto.search.study.folder import StudyFolder
 
@@ -34,7 +34,7 @@ class _Journal(JournalFileBackend):
                 os.truncate(self._file_path, whole)
                 raise
 
-        wait_for_room(Path(self._file_path), append)
+        retry_while_disk_full(Path(self._file_path), append)
 
 
 def open_storage(folder: StudyFolder, url: str | None = None) -> optuna.storages.BaseStorage:

@@ -7,7 +7,6 @@ not atomic on SQLite, and one that is cut short, or meets another, spoils the fi
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import importlib.util
 import logging
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitpareto.search.errors import UserError
+from vitpareto.search.files.locks import locked
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -80,8 +80,7 @@ def _aside(store: Path) -> Iterator[Path]:
     """A name to make a database under, one process at a time: nothing is left of it that was not
     renamed, also not by a process that was killed here.
     """
-    with open(store / "mlflow.lock", "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(store / "mlflow.lock"):
         for left in store.glob(".mlflow.db.*"):
             left.unlink(missing_ok=True)
         partial = store.absolute() / f".mlflow.db.{uuid.uuid4().hex}"

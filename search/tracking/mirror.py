@@ -14,7 +14,6 @@ STORE/NAME/tracking.lock   held (flock) by the one process that sends
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -24,7 +23,8 @@ import threading
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.files.locks import LockTimeout, locked
 from vitpareto.search.study.certificates import measured, order_note, why_not
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
@@ -146,20 +147,9 @@ def _settle_outbox(folder: StudyFolder, server: str) -> None:
         outbox.writelines(kept)
 
 
-@contextlib.contextmanager
-def _sending(folder: StudyFolder, wait_s: float = 0.0) -> Iterator[None]:
-    """One process sends; BlockingIOError where another still does after `wait_s`."""
-    deadline = time.monotonic() + wait_s
-    with open(folder.folder / "tracking.lock", "a", encoding="utf-8") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise
-            time.sleep(0.1)
-        yield
+def _sending(folder: StudyFolder, wait_s: float = 0.0) -> AbstractContextManager[None]:
+    """One process sends; LockTimeout where another still does after `wait_s`."""
+    return locked(folder.folder / "tracking.lock", timeout_s=wait_s)
 
 
 # ------------------------------------------------------------------------------ study -> server
@@ -365,7 +355,7 @@ def sync(folder: StudyFolder, uri: str | None = None, page: Page | None = None) 
             report = _reconcile(mirror, folder, ended="" if folder.running else ended, page=page)
             _settle_outbox(folder, shown_uri(where))
             return report
-    except BlockingIOError:
+    except LockTimeout:
         raise UserError(
             f"study {folder.name} is being sent to MLflow by its search; wait until that ends"
         ) from None

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import latest, write_atomic
+from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.files.write_through import refresh
 from vitpareto.search.training.loop import Epoch, State
 
 FORMAT, VERSION = "vitpareto training", 1
@@ -56,7 +57,7 @@ class Checkpoint:
         Raises UserError, naming the file and what is wrong: cut short, another kind of file, a
         training with other settings (which), or of another model.
         """
-        if not latest(self.path):
+        if not refresh(self.path):
             return None
         held = self._read()
         self._check_settings(json.loads(held["settings"]))

@@ -13,18 +13,18 @@ Who else asks for the same thing meanwhile waits for it. Nothing here knows Ray 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.search.files.atomic import forget, there, write_atomic
+from vitpareto.search.files.atomic import delete_tree, write_atomic
+from vitpareto.search.files.locks import locked
+from vitpareto.search.files.write_through import fetch_if_missing
 from vitpareto.search.models.weight_store import Artifacts
 
 #: Raised when what a preparation computes changes, so that none of before is taken for it.
@@ -88,7 +88,7 @@ def prepare_once(
         return found
     progress = folder / "progress"
     progress.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
+    with locked(folder / "lock"):
         found = _done(folder, method, key)  # another process made it while this one waited
         if found is not None:
             return found
@@ -98,24 +98,16 @@ def prepare_once(
         seconds = round(time.monotonic() - begin, 3)
         done = {"outcome": outcome, "seconds": seconds}
         write_atomic(folder / "done.json", json.dumps(done, indent=1))
-        forget(progress)
+        delete_tree(progress)
     made = _done(folder, method, key)
     assert made is not None
     return Preparation(method, key, folder, made.outcome, seconds, fresh=True)
 
 
 def _done(folder: Path, method: str, key: str) -> Preparation | None:
-    there(folder / "done.json")
+    fetch_if_missing(folder / "done.json")
     try:
         done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     return Preparation(method, key, folder, done["outcome"], done["seconds"], fresh=False)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, others wait; the kernel frees it when its holder ends, however."""
-    with open(path, "a", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

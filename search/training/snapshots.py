@@ -21,7 +21,8 @@ from vitpareto.methods import BadInput
 from vitpareto.methods.slicing.plan import Cost, check_reachable, macs_cost
 from vitpareto.methods.slicing.sliced_model import Widths, fixed, model_widths
 from vitpareto.methods.structure.nvit import SHARE, STEP, Round, trajectory
-from vitpareto.search.files.atomic import discard, latest, write_atomic
+from vitpareto.search.files.atomic import delete_file, write_atomic
+from vitpareto.search.files.write_through import refresh
 from vitpareto.search.models.weight_store import Artifacts
 from vitpareto.search.training.batches import EpochBatches, TrainImages
 from vitpareto.search.training.loop import Objective, fit
@@ -169,10 +170,10 @@ class _Log:
         write_atomic(self._file, json.dumps(said))
         for old in self.folder.glob("*.safetensors"):
             if old != weights.path(digest):
-                discard(old)
+                delete_file(old)
 
     def read(self) -> tuple[Round | None, list[dict[str, Any]]]:
-        if not latest(self._file):
+        if not refresh(self._file):
             return None, []
         said = json.loads(self._file.read_text(encoding="utf-8"))
         state = Artifacts(self.folder).load(said["weights"])

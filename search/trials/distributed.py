@@ -18,7 +18,9 @@ from typing import Any, TypeVar
 
 import ray
 
-from vitpareto.search.files import atomic as durable
+from vitpareto.search.files.atomic import disable_writes
+from vitpareto.search.files.object_store import ObjectStore
+from vitpareto.search.files.write_through import object_store_of
 from vitpareto.search.training.data_parallel import ranks
 
 T = TypeVar("T")
@@ -85,12 +87,9 @@ class DataParallel:
 
 def _storage(scratch: Path) -> tuple[Any, str]:
     """Where Ray keeps its record: all processes have to see it."""
-    from vitpareto.search.files.object_store import Remote, filesystem
-
-    remote = durable.elsewhere(scratch)
-    if isinstance(remote, Remote):
-        system, at = filesystem(remote.url)
-        return system, f"{at}/{scratch.relative_to(remote.root).as_posix()}"
+    remote = object_store_of(scratch)
+    if isinstance(remote, ObjectStore):
+        return remote.filesystem, remote.key(scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     return None, str(scratch.absolute())
 
@@ -119,7 +118,7 @@ def _loop(config: dict[str, Any]) -> None:
     """In each process."""
     rank, _ = ranks()
     if rank:
-        durable.only_read()
+        disable_writes()
     (call,) = ray.get(config["call"])
     try:
         made = call()

@@ -21,8 +21,9 @@ from vitpareto.methods import Code
 from vitpareto.search import code_identity
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import discard, latest, write_atomic
+from vitpareto.search.files.atomic import delete_file, write_atomic
 from vitpareto.search.files.object_store import store_folder
+from vitpareto.search.files.write_through import refresh
 from vitpareto.search.trials.nodes import alive, split_here
 from vitpareto.search.trials.trial import Task
 
@@ -100,13 +101,13 @@ def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> None:
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
                 raise UserError(f"node {name} cannot take part: {cause}") from error
-            if why == _UNSEEN or not latest(_reply(probe, node.id)):
+            if why == _UNSEEN or not refresh(_reply(probe, node.id)):
                 unseen.append(name)
             elif why:
                 raise UserError(f"node {name} cannot take part: {why}")
     finally:
         for left in study.glob(f"{probe.name}*"):
-            discard(left)
+            delete_file(left)
     if unseen:
         raise UserError(
             f"the store {study.parent} is not the same folder on every node: "
@@ -145,7 +146,7 @@ def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -
     differ = [f"{p} is {here[p]}, the driver's {v}" for p, v in versions.items() if here[p] != v]
     if differ:
         return "; ".join(differ) + ": give all nodes one image"
-    if not latest(probe) or probe.read_text(encoding="utf-8") != probe.name:
+    if not refresh(probe) or probe.read_text(encoding="utf-8") != probe.name:
         return _UNSEEN
     write_atomic(_reply(probe, ray.get_runtime_context().get_node_id()), "")
     try:

@@ -20,7 +20,7 @@ import torch
 
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import forget
+from vitpareto.search.files.atomic import delete_tree
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
@@ -192,5 +192,5 @@ def _recover(task: Task, before: TrialResult) -> TrialResult:
     result = measure_built(place, before.trial, built, record)
     result = replace(result, recipe=before.recipe, seconds=time.monotonic() - begin)
     study.write_recovered(result)
-    forget(progress)
+    delete_tree(progress)
     return result

@@ -29,7 +29,7 @@ from vitpareto.methods.engine.parameters import Float
 from vitpareto.search.code_identity import code_fingerprint
 from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.object_store import is_remote
+from vitpareto.search.files.filesystems import is_remote
 from vitpareto.search.measure.cost import device_name, recipe_macs
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.latency_table import Profile

@@ -27,7 +27,7 @@ from vitpareto.methods import Code, ModelShape, Recipe
 from vitpareto.search.code_identity import describe_code
 from vitpareto.search.data.datasets import Data, Preprocess, Split
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import forget
+from vitpareto.search.files.atomic import delete_tree
 from vitpareto.search.files.object_store import store_folder
 from vitpareto.search.measure.accuracy import DTYPES, Correctness, batches_of, evaluate, fitting
 from vitpareto.search.measure.cost import (
@@ -471,7 +471,7 @@ class RecipeTrial(tune.Trainable):
         if result.reason != OUTSIDE:
             study.write(result, self.place.task.epoch)
         # its result is durable: nothing has to go on from where its training stood
-        forget(study.training(str(self.asked["key"])))
+        delete_tree(study.training(str(self.asked["key"])))
         return {
             "done": True,
             "trial_number": trial,

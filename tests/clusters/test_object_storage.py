@@ -21,8 +21,10 @@ from tests.search.faults import NAME
 from vitpareto.search.data.datasets import Preprocess, open_data
 from vitpareto.search.data.decoding import is_whole
 from vitpareto.search.errors import UserError
-from vitpareto.search.files import atomic as durable
-from vitpareto.search.files.object_store import Remote, check_empty, store_folder, upload
+from vitpareto.search.files import claims, write_through
+from vitpareto.search.files.atomic import delete_tree, write_atomic
+from vitpareto.search.files.filesystems import check_empty, upload_folder
+from vitpareto.search.files.object_store import ObjectStore, store_folder
 from vitpareto.search.models.weight_store import Artifacts
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.training.preparation import prepare_once
@@ -66,7 +68,7 @@ def storage(
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("VITPARETO_CACHE", str(tmp_path / "cache"))
     yield f"s3://{BUCKET}/{tmp_path.name}"
-    durable._kept.clear()
+    write_through._stores.clear()
 
 
 def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,25 +77,27 @@ def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPa
     """
     here = store_folder(storage) / "s"
     here.mkdir(parents=True)
-    durable.write_atomic(here / "trials" / "000001.json", "one")
-    durable.write_atomic(here / "epoch", "first")
-    durable.write_atomic(here / "optuna.journal", "not for others")
+    write_atomic(here / "trials" / "000001.json", "one")
+    write_atomic(here / "epoch", "first")
+    write_atomic(here / "optuna.journal", "not for others")
     monkeypatch.setenv("VITPARETO_CACHE", str(here.parents[3] / "another"))
     there = store_folder(storage) / "s"
     assert there != here and not there.exists()
-    assert [p.name for p in durable.found_in(there / "trials", "[0-9]*.json")] == ["000001.json"]
-    assert durable.latest(there / "epoch") and (there / "epoch").read_text() == "first"
-    durable.write_atomic(here / "epoch", "second")
-    assert durable.latest(there / "epoch") and (there / "epoch").read_text() == "second"
-    assert not durable.there(there / "optuna.journal") and not durable.there(there / "none")
-    durable.forget(there / "trials")
-    assert not Remote(storage).names(there / "trials")
+    found = write_through.list_files(there / "trials", "[0-9]*.json")
+    assert [p.name for p in found] == ["000001.json"]
+    assert write_through.refresh(there / "epoch") and (there / "epoch").read_text() == "first"
+    write_atomic(here / "epoch", "second")
+    assert write_through.refresh(there / "epoch") and (there / "epoch").read_text() == "second"
+    assert not write_through.fetch_if_missing(there / "optuna.journal")
+    assert not write_through.fetch_if_missing(there / "none")
+    delete_tree(there / "trials")
+    assert not ObjectStore(storage).list_files(there / "trials")
 
 
 def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is alive is respected; the claim of one that died is taken over."""
-    monkeypatch.setattr("vitpareto.search.files.object_store.RENEW_S", 0.5)
-    monkeypatch.setattr("vitpareto.search.files.object_store.DEAD_S", 4.0)
+    monkeypatch.setattr("vitpareto.search.files.claims.RENEW_INTERVAL_S", 0.5)
+    monkeypatch.setattr("vitpareto.search.files.claims.EXPIRES_S", 4.0)
     study = StudyFolder.open(storage, "s")
     study.create()
     monkeypatch.setenv("VITPARETO_CACHE", str(study.folder.parents[2] / "another"))
@@ -101,12 +105,12 @@ def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPa
     other.create()
     with (
         study.locked(),
-        pytest.raises(UserError, match="s is being searched by another process, on "),
+        pytest.raises(UserError, match="is being searched by another process, on "),
         other.locked(),
     ):
         pass
-    assert not durable.latest(study.folder / "claim.json"), "given back"
-    Remote(storage)._claim(f"{storage.removeprefix('s3://')}/s/claim.json", "one that was killed")
+    assert not write_through.refresh(study.folder / "claim.json"), "given back"
+    claims._write(ObjectStore(storage), f"{storage.removeprefix('s3://')}/s/claim.json", "killed")
     with other.locked():
         assert other.running
     with pytest.raises(UserError, match="there is no study 't' in s3://.*known: s"):
@@ -128,7 +132,7 @@ def test_a_storage_that_is_away_is_waited_for(
         monkeypatch.setenv(key, value)
     try:
         with pytest.raises(UserError, match="cannot be written"):
-            durable.write_atomic(store_folder("s3://no-such-bucket/x") / "s" / "epoch", "1")
+            write_atomic(store_folder("s3://no-such-bucket/x") / "s" / "epoch", "1")
         folder = store_folder("s3://the-bucket/x") / "s"
         fs.S3FileSystem(
             endpoint_override=named["AWS_ENDPOINT_URL"], region="us-east-1",
@@ -139,13 +143,13 @@ def test_a_storage_that_is_away_is_waited_for(
         later = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
         timer = threading.Timer(4.0, later.start)
         timer.start()
-        durable.write_atomic(folder / "epoch", "kept")
+        write_atomic(folder / "epoch", "kept")
         timer.join()
-        assert Remote("s3://the-bucket/x").read("the-bucket/x/s/epoch") == b"kept"
+        assert ObjectStore("s3://the-bucket/x").read("the-bucket/x/s/epoch") == b"kept"
         assert "paused until it answers" in caplog.text and "answers again" in caplog.text
         later.stop()
     finally:
-        durable._kept.clear()
+        write_through._stores.clear()
 
 
 def pictures(folder: Path) -> Path:
@@ -163,8 +167,8 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
     whose images were changed is refused.
     """
     folder = pictures(tmp_path / "val")
-    upload(folder, f"{storage}/val")
-    with pytest.raises(UserError, match="is there already"):
+    upload_folder(folder, f"{storage}/val")
+    with pytest.raises(UserError, match="exists already"):
         check_empty(f"{storage}/val")
     preprocess = Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
     local = open_data(str(folder), preprocess, cache=tmp_path / "c0")
@@ -179,11 +183,11 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / "00.png")
     for i in range(1, 20):
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / f"{i:02d}.png")
-    upload(folder, f"{storage}/val")
+    upload_folder(folder, f"{storage}/val")
     os.environ["VITPARETO_CACHE"] = str(tmp_path / "c3")
     with pytest.raises(UserError, match="are not those of the study"):
         split_here(split, far.only("search"))
-    with pytest.raises(UserError, match="nothing lies under"):
+    with pytest.raises(UserError, match="does not exist or has no files"):
         open_data(f"{storage}/vla", preprocess, cache=tmp_path / "c1")
 
 
@@ -193,7 +197,7 @@ def test_what_is_prepared_once_is_found_from_another_node(
     """Prepared weights lie in the storage: the second node trains nothing."""
 
     def train(progress: Path, artifacts: Artifacts) -> dict[str, str]:
-        durable.write_atomic(progress / "state.pt", "half way")
+        write_atomic(progress / "state.pt", "half way")
         return {"weights": artifacts.save({"w": torch.arange(3.0)})}
 
     here = store_folder(storage)
@@ -204,7 +208,7 @@ def test_what_is_prepared_once_is_found_from_another_node(
     found = prepare_once(there, "tnt", {"a": 1}, train)
     assert not found.fresh and found.outcome == first.outcome
     assert torch.equal(found.artifacts.load(found.outcome["weights"])["w"], torch.arange(3.0))
-    assert not durable.latest(found.folder / "progress" / "state.pt"), "gone there too"
+    assert not write_through.refresh(found.folder / "progress" / "state.pt"), "gone there too"
 
 
 def test_what_fsspec_knows_is_a_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,20 +217,18 @@ def test_what_fsspec_knows_is_a_store_too(tmp_path: Path, monkeypatch: pytest.Mo
     study = StudyFolder.open(f"local://{tmp_path}/far", "s")
     try:
         study.create()
-        durable.write_atomic(study.folder / "epoch", "first")
+        write_atomic(study.folder / "epoch", "first")
         assert (tmp_path / "far" / "s" / "epoch").read_text() == "first"
         (study.folder / "explorer.html").write_text("drawn")
         study.publish()
         assert (tmp_path / "far" / "s" / "explorer.html").read_text() == "drawn"
         assert study.store == f"local://{tmp_path}/far"
     finally:
-        durable._kept.clear()
+        write_through._stores.clear()
 
 
 def test_an_address_that_nobody_knows(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="ftpx://a/b cannot be opened.*accepted are a folder, s3://"
-    ):
+    with pytest.raises(UserError, match="ftpx://a/b cannot be opened.*must be a folder, s3://"):
         check_empty("ftpx://a/b")
 
 
@@ -238,7 +240,7 @@ def test_a_lost_head_costs_what_was_in_flight(
     from the storage, and the front is exported into it. No secret is in what is kept.
     """
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
-    remote = Remote(f"{storage}/studies")
+    remote = ObjectStore(f"{storage}/studies")
     study = remote.root / NAME
 
     def submit(cluster: Running) -> str:
@@ -250,11 +252,11 @@ def test_a_lost_head_costs_what_was_in_flight(
         return said.splitlines()[0]
 
     def stored() -> dict[str, bytes]:
-        found = {n: remote.read(remote._at(study / "trials" / n)) for n in names()}
+        found = {n: remote.read(remote.key(study / "trials" / n)) for n in names()}
         return {name: content for name, content in found.items() if content is not None}
 
     def names() -> list[str]:
-        return [n for n in remote.names(study / "trials") if n[0].isdigit()]
+        return [n for n in remote.list_files(study / "trials") if n[0].isdigit()]
 
     place = [tmp_path / "first", tmp_path / "second"]
     for folder in place:
@@ -289,9 +291,9 @@ def test_a_lost_head_costs_what_was_in_flight(
         "--out", f"{storage}/bundle", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, said
-    bundle = remote._opened[0].get_file_info(
+    bundle = remote.filesystem.get_file_info(
         fs.FileSelector(f"{storage.removeprefix('s3://')}/bundle", recursive=True)
     )
     assert {"model.onnx", "recipe.yaml", "verification.json"} <= {f.base_name for f in bundle}
-    kept = [remote.read(remote._at(study / n)) for n in remote.names(study, deep=True)]
+    kept = [remote.read(remote.key(study / n)) for n in remote.list_files(study, recursive=True)]
     assert kept and not any(b"secret-of-the-storage" in (content or b"") for content in kept)
