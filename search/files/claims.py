@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Protocol
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
 
 #: seconds between two renewals, and seconds without one after which the holder is considered dead

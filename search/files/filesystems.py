@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 from pyarrow import fs
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.locks import locked
 
