@@ -306,7 +306,7 @@ def _print_end(
     seconds: float,
 ) -> None:
     """What came of a search; SearchFailed where nothing did."""
-    from vitpareto.search.trials.preparations import reuse
+    from vitpareto.search.trials.preparations import preparation_summary
 
     for split in ("search", "calibration"):
         if corrupt := prepared.data.split(split).corrupt:
@@ -322,7 +322,7 @@ def _print_end(
         f"{tally.outside} outside the window; {seconds:.0f} s, "
         f"{60 * progress.heard / max(progress.seconds, 1e-9):.0f} trials per minute"
     )
-    for line in reuse(folder, results):
+    for line in preparation_summary(folder, results):
         _say(line)
     _say_drawn(page)
     _print_fronts(folder, page.table)
@@ -1418,7 +1418,7 @@ def methods_command(
     vitpareto methods tome
     """
     from vitpareto import methods
-    from vitpareto.search.training.preparation import needs
+    from vitpareto.search.training.preparation_cache import epochs_key
 
     for each in (name,) if name else methods.names():
         m = methods.get(each)
@@ -1436,7 +1436,7 @@ def methods_command(
                         "url": m.paper.url if m.paper else None,
                         "parameters": {p.name: p.accepts for p in m.parameters},
                         "searched": {p.name: p.accepts for p in m.space},
-                        "searched_with": needs(m.name),
+                        "searched_with": epochs_key(m.name),
                         "presets": {p.name: p.choices for p in m.presets},
                     }
                 )
@@ -1449,7 +1449,7 @@ def methods_command(
         for label, declared in (("parameter", m.parameters), ("searched", m.space)):
             for p in declared:
                 typer.echo(f"  {label:<11} {p.name}: {p.accepts}{f' ({p.doc})' if p.doc else ''}")
-        if (key := needs(m.name)) is not None:
+        if (key := epochs_key(m.name)) is not None:
             typer.echo(f"  searched    only with --{key.replace('_', '-')} above 0: it is trained")
         for preset in m.presets:
             choices = ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"

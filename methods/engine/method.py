@@ -14,8 +14,14 @@ from torch import Tensor, nn
 
 from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.parameters import Counts, Parameter, check_values
+from vitpareto.methods.engine.preparation import (
+    PreparationOutcome,
+    PreparationTrainer,
+    SharedWeights,
+    WidthsCost,
+)
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.engine.shape import ModelShape, model_shape
 
 #: Presets are published for this depth and patch count and scale from there.
 PUBLISHED_DEPTH, PUBLISHED_PATCHES = 12, 196
@@ -50,8 +56,12 @@ class Method:
     site: ClassVar[str] = "mid-block"
     #: "none", "calibration" (a few images, no gradient) or "required" (gradient training)
     training: ClassVar[Literal["none", "calibration", "required"]] = "none"
-    #: where training is required: one training serves every setting
+    #: where training is required: one preparation serves every setting (`prepare`)
     trained_once: ClassVar[bool] = False
+    #: the preparation uses labelled calibration images
+    reads_calibration: ClassVar[bool] = False
+    #: costs may be read from a latency table of the model
+    reads_latency_table: ClassVar[bool] = False
     #: a control is what every method must beat; it is never a finding by itself
     control: ClassVar[bool] = False
     parameters: ClassVar[tuple[Parameter, ...]] = ()
@@ -174,6 +184,37 @@ class Method:
 
     def needs_calibration(self, params: dict[str, Any]) -> bool:
         return False
+
+    # -- preparation (methods with `trained_once`) --------------------------------------------
+
+    def preparation_plan(
+        self, model: nn.Module, searched: Mapping[str, Any], cost: WidthsCost | None
+    ) -> dict[str, Any]:
+        """What the preparation depends on besides the model, the images and the training settings.
+
+        Args:
+            model: the model that the step acts on.
+            searched: the search's parameters of this method by name: a `Parameter` with the
+                study's bounds, or the value that the study fixes.
+            cost: as `PreparationTrainer.cost`.
+
+        Returns:
+            JSON values. They are part of the key under which the outcome is found again.
+        """
+        return {}
+
+    def prepare(self, plan: Mapping[str, Any], trainer: PreparationTrainer) -> PreparationOutcome:
+        """Train what every setting of the search needs.
+
+        Default: one training of the first preset, whose weights serve every setting.
+        """
+        shape = model_shape(trainer.model)
+        trained = trainer.fit(self.preset(self.presets[0], shape))
+        return SharedWeights(trainer.save_weights(trained.state), trained.loss)
+
+    def preparation_outcome(self, data: Mapping[str, Any]) -> PreparationOutcome:
+        """The outcome of `prepare` from its JSON values."""
+        return SharedWeights.from_json(data)
 
     def refuses_export(self, params: dict[str, Any], shape: ModelShape) -> str:
         """Why no program of fixed shape is this model, and what to take instead; "": one is."""

@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, Parameter
+from vitpareto.methods.engine.preparation import PreparationTrainer, Progress, WidthsCost
 from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.slicing.importance import Objective, importances, magnitudes, top
 from vitpareto.methods.slicing.plan import Cost, check_reachable, even, macs_cost, plan
 from vitpareto.methods.slicing.sliced_model import fixed, slice_model, sliced_model
+from vitpareto.methods.slicing.snapshots import (
+    Snapshot,
+    TrajectorySnapshots,
+    planned_rounds,
+    reachable,
+    targets_between,
+)
 from vitpareto.methods.slicing.widths import ACCEPTED, PARTS, Widths, model_widths, widths_of
 
 #: what a saved group's cost is worth, in the mean importance of a group (`plan.plan`)
@@ -45,6 +53,19 @@ class Round:
     widths: Widths
     state: dict[str, Tensor]
     reached: tuple[float, ...]
+
+    def progress(self, snapshots: Sequence[Snapshot]) -> Progress:
+        """This round and the snapshots so far, to resume from."""
+        record = {
+            "index": self.index, "cost": self.cost, "widths": self.widths.to_plain(),
+            "reached": list(self.reached), "snapshots": [s.to_json() for s in snapshots],
+        }  # fmt: skip
+        return Progress(record, self.state)
+
+    @classmethod
+    def from_progress(cls, saved: Progress) -> Round:
+        record, widths = saved.record, Widths.from_plain(saved.record["widths"])
+        return cls(record["index"], record["cost"], widths, saved.state, tuple(record["reached"]))
 
 
 def trajectory(
@@ -135,6 +156,8 @@ class NViT(Method):
     site = "the weights"
     training = "required"
     trained_once = True
+    reads_calibration = True
+    reads_latency_table = True
     parameters = (
         Float("target", "cost left, as a fraction of the dense model's", default=None, low=0.0,
               high=1.0, open_low=True),
@@ -181,6 +204,51 @@ class NViT(Method):
         """The dimensions that came out; which weights they hold is the recipe's to say."""
         widths = [[b.heads, b.qk, b.v, b.mlp] for b in shape.blocks]
         return {"embedding": shape.dim, "blocks": widths}
+
+    # -- preparation ---------------------------------------------------------------------------
+
+    def preparation_plan(
+        self, model: nn.Module, searched: Mapping[str, Any], cost: WidthsCost | None
+    ) -> dict[str, Any]:
+        """The targets that the search can propose and whole groups of the model can reach."""
+        asked = searched["cost"]
+        low, high = (asked.low, asked.high) if isinstance(asked, Float) else (asked, asked)
+        targets = reachable(model, targets_between(low, high, STEP), cost)
+        return {"targets": list(targets), "eta": ETA, "share": SHARE}
+
+    def prepare(self, plan: Mapping[str, Any], trainer: PreparationTrainer) -> TrajectorySnapshots:
+        """One trajectory through every target; the training epochs are divided among its rounds.
+
+        The state after every round is saved, so that an interrupted preparation resumes there.
+        """
+        targets = plan["targets"]
+        rounds = planned_rounds(targets, plan["share"])
+        steps = max(1, round(trainer.epochs * trainer.steps_per_epoch / rounds))
+        saved = trainer.load_progress()
+        start = None if saved is None else Round.from_progress(saved)
+        found = [] if saved is None else list(map(Snapshot.from_json, saved.record["snapshots"]))
+        pending = [t for t in targets if t not in {s.target for s in found}]
+        following = trajectory(
+            trainer.model,
+            pending,
+            lambda index: trainer.calibration_batches(),
+            trainer.objective,
+            lambda model, index: trainer.update(model, index, steps),
+            cost=trainer.cost,
+            eta=plan["eta"],
+            share=plan["share"],
+            start=start,
+        )
+        for done in following if pending else ():
+            if done.reached:
+                digest = trainer.save_weights(done.state)
+                found += [Snapshot(t, digest, done.widths, done.cost) for t in done.reached]
+            trainer.save_progress(done.progress(found))
+            trainer.report(f"round {done.index + 1} of about {rounds}, cost {done.cost:.0%}")
+        return TrajectorySnapshots(self.name, tuple(found), rounds, steps)
+
+    def preparation_outcome(self, data: Mapping[str, Any]) -> TrajectorySnapshots:
+        return TrajectorySnapshots.from_json(data, self.name)
 
     def restructure(
         self,

@@ -23,7 +23,7 @@ from vitpareto.search.study.database_address import check_url
 from vitpareto.search.study.job_keys import DEFAULT_TRIALS, KEYS, JobKeys
 from vitpareto.search.study.key_kinds import OneOf, Rejected
 from vitpareto.search.study.objectives import OBJECTIVES
-from vitpareto.search.training.preparation import needs
+from vitpareto.search.training.preparation_cache import epochs_key
 
 #: Keys that a study's numbers depend on: a study does not continue with other values of them.
 IDENTITY = (
@@ -78,7 +78,7 @@ class SearchConfig(JobKeys):
 
     def _check_methods(self) -> None:
         for name in self.methods:
-            key = needs(name)
+            key = epochs_key(name)
             if key is not None and getattr(self, key) == 0:
                 raise UserError(
                     f"job.{key} must be at least 1 for {name}, which needs training (got 0): give "
@@ -204,7 +204,7 @@ class SearchConfig(JobKeys):
     @property
     def untrained(self) -> dict[str, str]:
         """Methods that need training for which the job gives no epochs, and the key of these."""
-        keys = {n: needs(n) for n in methods.names()}
+        keys = {n: epochs_key(n) for n in methods.names()}
         return {n: key for n, key in keys.items() if key is not None and getattr(self, key) == 0}
 
     def plain(self) -> dict[str, Any]:

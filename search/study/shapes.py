@@ -1,6 +1,6 @@
-"""What shape a recipe's structural step gives the model, for the costs that decide before it runs.
+"""The model's shape after a recipe's structural step, for costs that are needed before it runs.
 
-No weight is held: the model's skeleton alone.
+Only the model's skeleton is used, no weights.
 """
 
 from __future__ import annotations
@@ -12,30 +12,29 @@ from torch import nn
 
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe, Step
-from vitpareto.methods.slicing.sliced_model import Widths, sliced_model
-from vitpareto.search.training.snapshots import Snapshot, snapshot_of
+from vitpareto.methods.engine.preparation import PreparationOutcome, not_prepared
 
 
 class ShapeFinder:
-    """Recipe -> the model's shape after its structural step, computed once a step.
+    """Recipe -> the model's shape after its structural step, computed once per step.
 
-    Until NViT's snapshots are known, a target of it means what it does without scores: widths that
-    cost as much (`methods.structure.nvit`).
+    Until the outcome of a preparation is known (`use_outcomes`), the step has the shape that the
+    method gives without trained weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.skeleton = copy.deepcopy(model).to("meta")
         self.dense = methods.model_shape(self.skeleton)
-        self.snapshots: Mapping[float, Snapshot] | None = None
+        self.outcomes: Mapping[str, PreparationOutcome] | None = None
         self.found: dict[str, ModelShape] = {}
 
-    def know(self, snapshots: Mapping[float, Snapshot]) -> None:
-        """From now on a target of NViT means its snapshot, and no other target is accepted."""
-        self.snapshots = snapshots
+    def use_outcomes(self, outcomes: Mapping[str, PreparationOutcome]) -> None:
+        """From now on prepared structural methods have their outcome's shapes, and no others."""
+        self.outcomes = outcomes
         self.found.clear()
 
     def __call__(self, recipe: Recipe) -> ModelShape:
-        """BadInput for a target of NViT that no snapshot is there for."""
+        """Raises BadInput for a structural step that is not prepared, once outcomes are known."""
         if recipe.structure is None:
             return self.dense
         step = str(recipe.structure.plain())
@@ -44,8 +43,11 @@ class ShapeFinder:
         return self.found[step]
 
     def _shape(self, structure: Step) -> ModelShape:
-        target = structure.params.get("target")
-        if structure.method == "nvit" and target is not None and self.snapshots is not None:
-            widths = Widths.from_plain(snapshot_of(self.snapshots, target).widths)
-            return methods.model_shape(sliced_model(self.skeleton, widths))
+        declared = structure.declared
+        prepared = declared.trained_once and declared.shaped_by_weights(structure.params)
+        if prepared and self.outcomes is not None:
+            if structure.method not in self.outcomes:
+                raise not_prepared(structure.method)
+            params = self.outcomes[structure.method].shape_params(structure.params)
+            structure = Step(structure.method, params)
         return Recipe(structure=structure).reshape(self.dense, self.skeleton)[0]

@@ -1,7 +1,7 @@
-"""From a proposed recipe to one that names its weights: prepared for many, or trained for it.
+"""From a proposed recipe to one that names its weights: prepared for many, or trained for one.
 
-A search proposes recipes without weights, as it cannot know them. `Trainer.make` finds or trains
-them and keeps them by digest, so that the recipe it gives back is rebuilt from the study alone.
+The search proposes recipes without weights. `CandidateTrainer` finds or trains the weights and
+stores them by digest, so that the resulting recipe can be rebuilt from the study alone.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,30 +19,41 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import Recipe, Step, Untrained
-from vitpareto.methods.slicing.sliced_model import Widths, sliced_model
-from vitpareto.methods.structure.nvit import ETA, SHARE
+from vitpareto.methods import Recipe, Step
+from vitpareto.methods.engine.preparation import PreparationOutcome, WidthsCost, not_prepared
 from vitpareto.search.data.datasets import Preprocess, Split
-from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.measure.latency_table import Profile
-from vitpareto.search.models.loading import fingerprint, num_classes
+from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.models.weight_store import Artifacts
-from vitpareto.search.training.batches import TrainImages, choose_augmentation
 from vitpareto.search.training.loop import Epoch
-from vitpareto.search.training.preparation import Preparation, needs, prepare_once
-from vitpareto.search.training.settings import Settings, seeded, train
-from vitpareto.search.training.snapshots import Snapshot, WayDown, reachable, snapshot_of
+from vitpareto.search.training.preparation_cache import (
+    CachedPreparation,
+    PreparationRecord,
+    PreparationUse,
+    epochs_key,
+    prepare_once,
+)
+from vitpareto.search.training.preparation_trainer import (
+    CachedTrainer,
+    TrainingImages,
+    built_fresh,
+)
+from vitpareto.search.training.settings import Settings, train
 from vitpareto.search.trials.distributed import DataParallel
 
 
 @dataclass(frozen=True)
-class Training:
-    """What a study's training needs; pickles small, images travel as paths.
+class StudyTraining:
+    """What a study's training needs. It pickles small; images travel as paths.
 
-    trial, prepare: settings of a trial's own training and of preparations; None where the job gives
-    no epochs for them. targets: NViT's, that the search can propose; snapshots: its weights there,
-    once they are prepared; profile: what its targets are fractions of (None: MACs). store: the
-    folder of studies, where preparations lie.
+    Attributes:
+        store: the folder of studies, where preparations are cached.
+        trial, prepare: settings of a trial's own training and of preparations; None where the job
+            gives no epochs.
+        searched: what the search can propose, by method (`Method.preparation_plan`).
+        records: the preparations that the study has recorded, by method.
+        profile: the latency table that costs are read from (None: MACs).
+        data_parallel: how many processes train one candidate.
     """
 
     split: Split
@@ -54,279 +64,273 @@ class Training:
     store: Path
     trial: Settings | None
     prepare: Settings | None
-    targets: tuple[float, ...] = ()
+    searched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    records: Mapping[str, PreparationRecord] = field(default_factory=dict)
     profile: Profile | None = None
-    snapshots: dict[float, Snapshot] = field(default_factory=dict)
-    several: DataParallel = DataParallel()
+    data_parallel: DataParallel = DataParallel()
+
+    @property
+    def images(self) -> TrainingImages:
+        return TrainingImages(
+            self.split, self.calibration, self.preprocess, self.data, self.head_indices
+        )
 
     def settings(self, method: str) -> Settings | None:
-        """Those for a method's training; None where it needs none, or is given none."""
-        key = needs(method)
+        """The settings of a method's training; None if it needs none or the job gives no epochs."""
+        key = epochs_key(method)
         if key is None:
             return None
         return self.prepare if key == "prepare_epochs" else self.trial
 
-    def asks(self, recipe: Recipe) -> bool:
-        """Whether a recipe has to be given weights here."""
+    def needs_weights(self, recipe: Recipe) -> bool:
+        """Whether this recipe gets its weights here."""
         steps = [s for s in (recipe.structure, recipe.tokens) if s is not None]
         return recipe.weights is None and any(self.settings(s.method) for s in steps)
 
+    def cost(self, model: nn.Module) -> WidthsCost | None:
+        """The latency table's cost of a model's widths; None without a table."""
+        if self.profile is None:
+            return None
+        shape = methods.model_shape(model)
+        return self.profile.cost(shape.patches + shape.prefix)
+
 
 @dataclass(frozen=True)
-class Made:
-    """A recipe that names its weights, and how it came by them (for the result's provenance)."""
+class TrainedRecipe:
+    """A recipe that names its weights, and how they were made (for the result's provenance)."""
 
     recipe: Recipe
     record: dict[str, Any]
 
 
-class Trainer:
-    """Makes candidates' weights in this process. `dense`: the study's model, float32, which trained
-    candidates start from and follow.
+class CandidateTrainer:
+    """Makes candidates' weights in this process.
+
+    Args:
+        dense: the study's model in float32, which trained candidates start from and which is their
+            teacher.
     """
 
-    def __init__(self, training: Training, dense: nn.Module, artifacts: Artifacts) -> None:
+    def __init__(self, training: StudyTraining, dense: nn.Module, artifacts: Artifacts) -> None:
         self.training, self.dense, self.artifacts = training, dense, artifacts
-        #: hears how far a training is, a line an epoch or round
-        self.heard: Callable[[str], None] = lambda line: None
+        #: receives one line per epoch or round
+        self.log: Callable[[str], None] = lambda message: None
 
     @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.dense)
 
-    # -- the model beneath a token step ------------------------------------------------------------
+    # -- the model under a token step ----------------------------------------------------------
 
     def base(self, structure: Step | None) -> nn.Module:
-        """The model that a token step acts on, with its weights. BadInput without a snapshot."""
+        """The model that a token step acts on, with its weights.
+
+        Raises BadInput if the structural step has to be prepared and is not.
+        """
         if structure is None:
             return self.dense
-        if structure.method == "nvit":
-            snapshot = snapshot_of(self.training.snapshots, structure.params["target"])
-            model = sliced_model(self.dense, Widths.from_plain(snapshot.widths))
-            model.load_state_dict(self.artifacts.load(snapshot.digest))
-            return model.eval()
-        return Recipe(structure=structure).reshape(methods.model_shape(self.dense), self.dense)[1]
+        shape = methods.model_shape(self.dense)
+        if not structure.declared.trained_once:
+            return Recipe(structure=structure).reshape(shape, self.dense)[1]
+        state = self.artifacts.load(self._prepared_structure(structure)[0])
+        model = Recipe(structure=structure).reshape(shape, self.dense, state)[1]
+        model.load_state_dict(state)
+        return model.eval()
 
-    # -- weights -----------------------------------------------------------------------------------
+    def _prepared_structure(self, structure: Step) -> tuple[str, PreparationUse]:
+        """The digest of a structural step's weights, and the preparation that made them."""
+        record = self.training.records.get(structure.method)
+        if record is None:
+            raise not_prepared(structure.method)
+        digest = record.outcome.weights_for(structure.params)
+        return digest, PreparationUse(structure.method, record.key, fresh=False)
+
+    # -- weights -------------------------------------------------------------------------------
 
     def make(
         self,
         recipe: Recipe,
         calibration: Callable[[], Iterable[Tensor]],
         checkpoint: Callable[[str], Path],
-    ) -> Made:
-        """The recipe with its weights named, and these among the study's artifacts.
+    ) -> TrainedRecipe:
+        """Name the recipe's weights, and store them among the study's.
 
-        calibration: gives the batches that a method calibrates on, in float32. checkpoint: the file
-        that a killed training goes on from, by the key of the candidate as asked for. Raises what
-        building and training raise; FloatingPointError where a loss is not finite.
+        Args:
+            calibration: returns the batches that a method calibrates on, in float32.
+            checkpoint: the file that an interrupted training resumes from, by the proposed
+                candidate's key.
+
+        Raises what building and training raise, for example FloatingPointError for a loss that is
+        not finite.
         """
         structure, tokens = recipe.structure, recipe.tokens
-        used: list[dict[str, Any]] = []
+        uses: list[PreparationUse] = []
         digest = None
-        if structure is not None and structure.method == "nvit":
-            snapshot = snapshot_of(self.training.snapshots, structure.params["target"])
-            digest = snapshot.digest
-            used.append({"method": "nvit", "key": snapshot.key, "fresh": False})
-        elif structure is not None and needs(structure.method) is not None:
-            return self._trained(recipe, self.dense, recipe, checkpoint, used)
+        if structure is not None and structure.declared.trained_once:
+            digest, use = self._prepared_structure(structure)
+            uses.append(use)
+        elif structure is not None and epochs_key(structure.method) is not None:
+            return self._train_for(recipe, self.dense, recipe, checkpoint, uses)
         if tokens is not None:
             base = self.base(structure)
-            if needs(tokens.method) == "prepare_epochs":
-                prepared = self.heads(base)
-                below = "" if structure is None else str(Recipe(structure=structure))
-                used.append({**prepared.plain(), "on": below})
-                digest = str(prepared.outcome["weights"])
+            if tokens.declared.trained_once:
+                prepared = self.prepare(tokens.method, base)
+                on = "" if structure is None else str(Recipe(structure=structure))
+                record = prepared.record
+                uses.append(
+                    PreparationUse(record.method, record.key, record.fresh, record.seconds, on)
+                )
+                digest = prepared.outcome.weights_for(tokens.params)
                 self.artifacts.adopt(digest, prepared.artifacts)
-            elif needs(tokens.method) is not None:
-                return self._trained(recipe, base, Recipe(tokens=tokens), checkpoint, used)
+            elif epochs_key(tokens.method) is not None:
+                return self._train_for(recipe, base, Recipe(tokens=tokens), checkpoint, uses)
             elif tokens.declared.needs_calibration(tokens.params):
                 built = Recipe(tokens=tokens).build(base, calibration())
                 resolved: Recipe = built.recipe  # type: ignore[assignment]
                 recipe = replace(recipe, tokens=resolved.tokens)
-        return Made(replace(recipe, weights=digest), {"prepared": used})
+        prepared_with = [use.to_json() for use in uses]
+        return TrainedRecipe(replace(recipe, weights=digest), {"prepared": prepared_with})
 
-    def _trained(
+    def _train_for(
         self,
         recipe: Recipe,
         base: nn.Module,
-        onto: Recipe,
+        step: Recipe,
         checkpoint: Callable[[str], Path],
-        used: list[dict[str, Any]],
-    ) -> Made:
-        """`recipe`, which is `onto` built on `base`, trained; the dense model is its teacher."""
+        uses: list[PreparationUse],
+    ) -> TrainedRecipe:
+        """Train `step` built on `base`, which is `recipe` as a whole."""
         settings = self.training.trial
-        assert settings is not None, "the job gives no epochs for what it proposes"
+        assert settings is not None, "the job gives no epochs for a method that it searches"
         begin = time.monotonic()
-        model = self._fresh(onto, base, settings)
+        model = built_fresh(step, base, settings)
         key = recipe.key(methods.model_shape(model))
         history = self.fit(model, settings, recipe, checkpoint(key))
         digest = self.artifacts.save(model.state_dict())
-        record = {
+        training = {
             **settings.plain(),
             "loss": history[-1].loss,
             "seconds": round(time.monotonic() - begin, 3),
         }
-        return Made(replace(recipe, weights=digest), {"prepared": used, "training": record})
-
-    def _fresh(self, recipe: Recipe, base: nn.Module, settings: Settings) -> nn.Module:
-        """Built with the same fresh parts every time."""
-        device = str(next(base.parameters()).device)
-        with seeded(settings.seed, device), warnings.catch_warnings():
-            warnings.simplefilter("ignore", Untrained)
-            return recipe.build(base)
+        record = {"prepared": [use.to_json() for use in uses], "training": training}
+        return TrainedRecipe(replace(recipe, weights=digest), record)
 
     def fit(
         self, model: nn.Module, settings: Settings, recipe: Recipe, checkpoint: Path
     ) -> list[Epoch]:
-        """Train a built candidate in place with the dense model as its teacher."""
-        own, heard = self.training, self.heard
+        """Train a built candidate in place, with the dense model as its teacher."""
+        training, log = self.training, self.log
         call = functools.partial(
             train,
-            split=own.split,
-            preprocess=own.preprocess,
+            split=training.split,
+            preprocess=training.preprocess,
             settings=settings,
-            data=own.data,
-            head_indices=own.head_indices,
+            data=training.data,
+            head_indices=training.head_indices,
             checkpoint=checkpoint,
             about={"model": self.fingerprint, "recipe": recipe.to_dict()},
-            progress=lambda epoch: heard(f"{epoch}, of {settings.epochs}"),
+            progress=lambda epoch: log(f"{epoch}, of {settings.epochs}"),
         )
-        if own.several.workers == 1:
+        if training.data_parallel.workers == 1:
             return call(model, teacher=self.dense)
         device = next(model.parameters()).device
-        # each process has a device of its own: models travel by way of the CPU
-        sent = functools.partial(_trained, call, on_cpu(model), on_cpu(self.dense), device.type)
-        history, state = own.several.run(sent, checkpoint.parent)
+        # every process has its own device: models are sent on the CPU
+        on_cpu = copies_on_cpu(model, self.dense)
+        sent = functools.partial(_train_in_process, call, *on_cpu, device.type)
+        history, state = training.data_parallel.run(sent, checkpoint.parent)
         model.load_state_dict(state)
         model.eval()
         return history
 
-    # -- preparations ------------------------------------------------------------------------------
+    # -- preparations --------------------------------------------------------------------------
 
-    def heads(self, base: nn.Module) -> Preparation:
-        """TNT's heads on a base, trained once for all of its settings: a complete state dict."""
-        settings = self.training.prepare
-        assert settings is not None, "the job gives no epochs for what it proposes"
-        tnt = methods.get("tnt")
-        shape = methods.model_shape(base)
-        # any setting that drops something: the heads do not depend on which
-        params = tnt.preset(tnt.presets[0], shape)
+    def prepare(self, method: str, base: nn.Module | None = None) -> CachedPreparation:
+        """The preparation of a method on `base` (default: the dense model): found or trained."""
+        base = self.dense if base is None else base
+        training, declared = self.training, methods.get(method)
+        settings = training.prepare
+        assert settings is not None, "the job gives no epochs for a method that it searches"
+        cost = training.cost(base) if declared.reads_latency_table else None
+        plan = declared.preparation_plan(base, training.searched.get(method, {}), cost)
+        inputs = {**self._inputs(base, settings), **plan}
+        if declared.reads_calibration:
+            inputs["calibration"] = training.calibration.fingerprint
+        if declared.reads_latency_table:
+            inputs["profile"] = None if training.profile is None else training.profile.digest
+        job = _PreparationJob(method, plan, training, settings, self.log)
+        if training.data_parallel.workers == 1:
+            train_here = functools.partial(job.run, base, self.dense)
+            return prepare_once(training.store, method, inputs, train_here)
+        device = next(base.parameters()).device.type
 
-        def make(progress: Path, artifacts: Artifacts) -> dict[str, Any]:
-            model = self._fresh(Recipe(tokens=Step("tnt", params)), base, settings)
-            history = self.fit(model, settings, Recipe.of("tnt", **params), progress / "state.pt")
-            return {"weights": artifacts.save(model.state_dict()), "loss": history[-1].loss}
+        def train_together(progress: Path, weights: Artifacts) -> PreparationOutcome:
+            on_cpu = copies_on_cpu(base, self.dense)
+            call = functools.partial(
+                job.run, *on_cpu, progress=progress, weights=weights, device=device
+            )
+            return training.data_parallel.run(call, progress)
 
-        return prepare_once(self.training.store, "tnt", self.depends(base, settings), make)
+        return prepare_once(training.store, method, inputs, train_together)
 
-    def snapshots(self) -> Preparation:
-        """NViT's way down through every target that can be reached."""
-        own = self.training
-        settings = own.prepare
-        assert settings is not None, "the job gives no epochs for what it proposes"
-        shape, device = methods.model_shape(self.dense), str(next(self.dense.parameters()).device)
-        cost = None if own.profile is None else own.profile.cost(shape.patches + shape.prefix)
-        targets = reachable(self.dense, own.targets, cost)
-        way = way_down(self.dense, own, targets, self.heard)
-        what = {
-            **self.depends(self.dense, settings),
-            "calibration": own.calibration.fingerprint,
-            "targets": list(targets),
-            "eta": ETA,
-            "share": SHARE,
-            "profile": None if own.profile is None else own.profile.digest,
-        }
-        if own.several.workers == 1:
-            return prepare_once(own.store, "nvit", what, way.run)
-        sent = functools.partial(_way_down, on_cpu(self.dense), own, targets, self.heard, device)
-        return prepare_once(
-            own.store,
-            "nvit",
-            what,
-            lambda progress, artifacts: own.several.run(
-                functools.partial(sent, progress, artifacts), progress
-            ),
-        )
-
-    def depends(self, base: nn.Module, settings: Settings) -> dict[str, Any]:
-        """What every preparation depends on, in JSON's types."""
-        own = self.training
+    def _inputs(self, base: nn.Module, settings: Settings) -> dict[str, Any]:
+        """What every preparation depends on, as JSON values."""
+        training = self.training
+        head = training.head_indices
         return {
             "model": fingerprint(base),
             "teacher": self.fingerprint,
-            "images": own.split.fingerprint,
-            "preprocess": own.preprocess.describe(),
-            "head_indices": None if own.head_indices is None else list(own.head_indices),
-            "settings": {
-                **settings.plain(),
-                "augment": choose_augmentation(settings.augment, own.preprocess, own.data),
-            },
+            "images": training.split.fingerprint,
+            "preprocess": training.preprocess.describe(),
+            "head_indices": None if head is None else list(head),
+            "settings": {**settings.plain(), "augment": training.images.augmentation(settings)},
             "versions": {"torch": torch.__version__.partition("+")[0], "timm": timm.__version__},
         }
 
 
-def way_down(
-    dense: nn.Module, own: Training, targets: tuple[float, ...], heard: Callable[[str], None]
-) -> WayDown:
-    """NViT's, of this dense model on its device."""
-    settings, shape = own.prepare, methods.model_shape(dense)
-    assert settings is not None
-    device = str(next(dense.parameters()).device)
-    return WayDown(
-        dense,
-        targets,
-        lambda: labelled(own, settings.batch, device),
-        TrainImages(
-            own.split,
-            own.preprocess,
-            num_classes(dense),
-            settings.batch,
-            seed=settings.seed,
-            augmentation=choose_augmentation(settings.augment, own.preprocess, own.data),
-            head_indices=own.head_indices,
-            device=device,
-        ),
-        settings,
-        None if own.profile is None else own.profile.cost(shape.patches + shape.prefix),
-        heard,
-    )
+@dataclass(frozen=True)
+class _PreparationJob:
+    """A preparation as it is sent to the processes that train it."""
+
+    method: str
+    plan: dict[str, Any]
+    training: StudyTraining
+    settings: Settings
+    log: Callable[[str], None]
+
+    def run(
+        self,
+        base: nn.Module,
+        dense: nn.Module,
+        progress: Path,
+        weights: Artifacts,
+        device: str | None = None,
+    ) -> PreparationOutcome:
+        """In each process. device: where the models are moved; None: they stay where they are."""
+        if device is not None:
+            base, dense = base.to(device).eval(), dense.to(device).eval()
+        declared = methods.get(self.method)
+        trainer = CachedTrainer(
+            self.method,
+            base,
+            dense,
+            self.training.images,
+            self.settings,
+            progress,
+            weights,
+            self.training.cost(base) if declared.reads_latency_table else None,
+            self.log,
+        )
+        return declared.prepare(self.plan, trainer)
 
 
-# -- in each of several processes (`search.trials.distributed`)
-# -----------------------------------------------
+def copies_on_cpu(*models: nn.Module) -> tuple[nn.Module, ...]:
+    """Copies on the CPU; the same model given twice stays one."""
+    return tuple(model.to("cpu") for model in copy.deepcopy(models))
 
 
-def on_cpu(model: nn.Module) -> nn.Module:
-    """A copy there."""
-    return copy.deepcopy(model).to("cpu")
-
-
-def _trained(
+def _train_in_process(
     call: Callable[..., list[Epoch]], model: nn.Module, teacher: nn.Module, device: str
 ) -> tuple[list[Epoch], dict[str, Tensor]]:
     model = model.to(device)
     history = call(model, teacher=teacher.to(device).eval())
     return history, {k: v.detach().cpu() for k, v in model.state_dict().items()}
-
-
-def _way_down(
-    dense: nn.Module,
-    own: Training,
-    targets: tuple[float, ...],
-    heard: Callable[[str], None],
-    device: str,
-    progress: Path,
-    artifacts: Artifacts,
-) -> dict[str, Any]:
-    dense = dense.to(torch.device(device).type).eval()
-    return way_down(dense, own, targets, heard).run(progress, artifacts)
-
-
-def labelled(own: Training, batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """The calibration split in float32, with labels that are the head's."""
-    head = None if own.head_indices is None else torch.tensor(own.head_indices, device=device)
-    for images, labels in batches_of(
-        own.calibration, own.preprocess, batch=batch, device=device, dtype=torch.float32
-    ):
-        yield images, labels if head is None else head[labels]

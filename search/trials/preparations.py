@@ -1,8 +1,8 @@
-"""A study's preparations as Ray tasks, run before its trials, and what became of them.
+"""A study's preparations as Ray tasks, run before its trials.
 
-Costs are known before anything runs, and those of NViT's snapshots are known once they are there:
-so trials begin when everything shared is prepared (`search.training.preparation` finds what was
-made before).
+Costs must be known before a trial runs, and those of a prepared structural step are known once it
+is prepared. So trials start after all shared preparations have finished
+(`search.training.preparation_cache` finds earlier ones).
 """
 
 from __future__ import annotations
@@ -15,132 +15,153 @@ from pathlib import Path
 import ray
 
 from vitpareto import methods
-from vitpareto.methods import BadInput
+from vitpareto.methods import BadInput, Code
+from vitpareto.methods.engine.preparation import PreparationOutcome
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.training.preparation import Preparation
-from vitpareto.search.training.snapshots import Snapshot
+from vitpareto.search.training.preparation_cache import (
+    CachedPreparation,
+    PreparationRecord,
+    PreparationUse,
+)
 from vitpareto.search.trials.trial import Task, Worker
 
-#: seconds between two looks at how far preparations are
-LOOK_EVERY_S = 10.0
+#: seconds between two progress reports
+REPORT_EVERY_S = 10.0
 
 
 def prepare_shared(
-    names: Iterable[str], task: Task, cpus: float, gpus: float, say: Callable[[str], None]
+    names: Iterable[str], task: Task, cpus: float, gpus: float, log: Callable[[str], None]
 ) -> Task:
-    """Prepare what the trials of these methods share, each on a worker of its own; the task with
-    NViT's snapshots in it. A study's record of them is kept in its folder.
+    """Run the preparations of these methods, each on its own worker, and record them in the study.
 
-    UserError, with the reason, where one cannot be prepared; what it kept stays for the next time.
+    Returns the task with the study's preparations. Raises UserError, with the reason, for a
+    preparation that fails; its progress is kept for the next start.
     """
     training = task.training
     wanted = [n for n in names if methods.get(n).trained_once and training and training.settings(n)]
     if training is None or not wanted:
         return task
-    say(f"preparing {' and '.join(wanted)}, once for all trials")
-    told: dict[str, str] = {}
+    log(f"preparing {' and '.join(wanted)}, once for all trials")
+    reported: dict[str, str] = {}
     remote = ray.remote(_prepare).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     shared = ray.put(task)
-    waiting = {remote.remote(shared, name): name for name in wanted}
-    done: dict[str, Preparation] = {}
-    while waiting:
-        ready, _ = ray.wait(list(waiting), num_returns=1, timeout=LOOK_EVERY_S)
+    pending = {remote.remote(shared, name): name for name in wanted}
+    finished: dict[str, CachedPreparation] = {}
+    while pending:
+        ready, _ = ray.wait(list(pending), num_returns=1, timeout=REPORT_EVERY_S)
         if not ready:
-            for name in waiting.values():
-                if (line := _heard(task.study, name)) and told.get(name) != line:
-                    told[name] = line
-                    say(f"{name}: {line}")
+            for name in pending.values():
+                line = _read_progress(task.study, name)
+                if line and reported.get(name) != line:
+                    reported[name] = line
+                    log(f"{name}: {line}")
             continue
-        name = waiting.pop(ready[0])
+        name = pending.pop(ready[0])
         try:
-            done[name] = ray.get(ready[0])
+            finished[name] = ray.get(ready[0])
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, (BadInput, FloatingPointError)):
+                code = cause.code if isinstance(cause, BadInput) else Code.OUT_OF_RANGE
                 raise UserError(
-                    f"{name} cannot be prepared: {cause}. What it came to is kept; other settings, "
-                    f"or methods without {name}, begin anew"
+                    f"preparation of {name} failed: {cause}. Its progress is kept; other "
+                    f"settings, or methods without {name}, start from the beginning",
+                    code,
+                    method=name,
+                    reason=str(cause),
                 ) from error
             raise
-        made = done[name]
-        say(f"{name}: {'prepared' if made.fresh else 'found; it was prepared'} in "
-            f"{made.seconds:.0f} s ({made.key})")  # fmt: skip
-    record(task.study, done.values())
-    return with_snapshots(task)
+        record = finished[name].record
+        log(f"{name}: {'prepared' if record.fresh else 'found in the cache; prepared'} in "
+            f"{record.seconds:.0f} s ({record.key})")  # fmt: skip
+    record_preparations(task.study, finished.values())
+    return with_preparations(task)
 
 
-def _prepare(task: Task, name: str) -> Preparation:
+def _prepare(task: Task, name: str) -> CachedPreparation:
     """On a worker."""
     trainer = Worker.open(task).trainer
-    path = _line(task.study, name)
+    path = _progress_file(task.study, name)
     path.parent.mkdir(exist_ok=True)
-    trainer.heard = lambda line: write_atomic(path, line)
+    trainer.log = lambda line: write_atomic(path, line)
     try:
-        return trainer.heads(trainer.dense) if name == "tnt" else trainer.snapshots()
+        return trainer.prepare(name)
     finally:
         path.unlink(missing_ok=True)
 
 
-def _line(study: StudyFolder, name: str) -> Path:
-    """Where a worker says how far it is."""
+def _progress_file(study: StudyFolder, name: str) -> Path:
+    """Where a worker writes its last progress line."""
     return study.folder / "training" / f"{name}.txt"
 
 
-def _heard(study: StudyFolder, name: str) -> str:
+def _read_progress(study: StudyFolder, name: str) -> str:
     try:
-        return _line(study, name).read_text(encoding="utf-8")
+        return _progress_file(study, name).read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
 
 
-def record(study: StudyFolder, made: Iterable[Preparation]) -> None:
-    """Keep in the study what its trials share, and the weights of NViT's snapshots.
+def record_preparations(study: StudyFolder, prepared: Iterable[CachedPreparation]) -> None:
+    """Record in the study what its trials share, and store the weights of structural steps.
 
-    What the study made stays its own, however often it is found again.
+    Token methods' weights depend on the structural step under them; a trial stores those it uses.
+    A preparation that the study trained stays recorded as its own when it is found again.
     """
-    before = {p["key"]: p for p in study.preparations()}
-    entries = []
-    for one in made:
-        for snapshot in one.outcome.get("snapshots", ()):
-            study.artifacts.adopt(snapshot["weights"], one.artifacts)
-        entries.append(before.get(one.key) or {**one.plain(), "outcome": one.outcome})
-    study.write_preparations(entries)
+    before = {r.key: r for r in recorded(study)}
+    records = []
+    for preparation in prepared:
+        record = preparation.record
+        if methods.get(record.method).kind == "structure":
+            for digest in record.outcome.digests:
+                study.artifacts.adopt(digest, preparation.artifacts)
+        records.append(before.get(record.key, record))
+    study.write_preparations([record.to_json() for record in records])
 
 
-def snapshots_of(study: StudyFolder) -> dict[float, Snapshot]:
-    """NViT's snapshots by target, as recorded; {} where there are none."""
+def recorded(study: StudyFolder) -> list[PreparationRecord]:
+    return [PreparationRecord.from_json(entry) for entry in study.preparations()]
+
+
+def structural_outcomes(study: StudyFolder) -> dict[str, PreparationOutcome]:
+    """The recorded outcomes of structural methods, by method."""
     return {
-        s["target"]: Snapshot(s["weights"], s["widths"], s["reached"], entry["key"])
-        for entry in study.preparations()
-        for s in entry["outcome"].get("snapshots", ())
+        r.method: r.outcome for r in recorded(study) if methods.get(r.method).kind == "structure"
     }
 
 
-def with_snapshots(task: Task) -> Task:
-    """The task with the snapshots that its study has recorded."""
+def with_preparations(task: Task) -> Task:
+    """The task with the preparations that its study has recorded."""
     if task.training is None:
         return task
-    return replace(task, training=replace(task.training, snapshots=snapshots_of(task.study)))
+    records = {r.method: r for r in recorded(task.study)}
+    return replace(task, training=replace(task.training, records=records))
 
 
-def reuse(study: StudyFolder, results: Sequence[TrialResult]) -> list[str]:
-    """A line a preparation: how long it took, who made it, and how many trials it served."""
-    lines, uses = [], Counter[tuple[str, str]]()
-    made = {(entry["method"], entry["key"]): entry for entry in study.preparations()}
+def preparation_summary(study: StudyFolder, results: Sequence[TrialResult]) -> list[str]:
+    """One line per preparation: how long it took, which study ran it, how many trials used it."""
+    counts = Counter[tuple[str, str]]()
+    known = {
+        (r.method, r.key): PreparationUse(r.method, r.key, r.fresh, r.seconds)
+        for r in recorded(study)
+    }
     for result in results:
-        for use in result.provenance.get("prepared", ()):
-            uses[use["method"], use["key"]] += 1
-            known = made.setdefault((use["method"], use["key"]), use)
-            if use["fresh"] and not known["fresh"]:  # a trial made what the others found
-                made[use["method"], use["key"]] = use
-    for (method, key), entry in made.items():
-        by = "by this study" if entry["fresh"] else "before this study"
-        on, count = entry.get("on"), uses[method, key]
+        for data in result.provenance.get("prepared", ()):
+            use = PreparationUse.from_json(data)
+            counts[use.method, use.key] += 1
+            before = known.setdefault((use.method, use.key), use)
+            if use.fresh and not before.fresh:  # a trial trained what the others found
+                known[use.method, use.key] = use
+    lines = []
+    for (method, key), use in known.items():
+        by = "by this study" if use.fresh else "before this study"
+        on, count = f" on {use.on}" if use.on else "", counts[method, key]
+        took = "" if use.seconds is None else f"{use.seconds:.0f} s, "
         lines.append(
-            f"{method}{f' on {on}' if on else ''} was prepared once ({entry['seconds']:.0f} s, "
-            f"{by}) and served {count} trial{'' if count == 1 else 's'}"
+            f"{method}{on} was prepared once ({took}{by}) and used by {count} "
+            f"trial{'' if count == 1 else 's'}"
         )
     return lines

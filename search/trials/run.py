@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, ModelShape, Recipe
-from vitpareto.methods.engine.parameters import Float
+from vitpareto.methods import BadInput, Code, ModelShape, Recipe
 from vitpareto.search.code_identity import code_fingerprint
 from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError
@@ -51,10 +50,9 @@ from vitpareto.search.study.optuna_storage import close, open_storage
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
-from vitpareto.search.training.preparation import needs
+from vitpareto.search.training.preparation_cache import epochs_key
 from vitpareto.search.training.settings import Settings
-from vitpareto.search.training.snapshots import targets_of
-from vitpareto.search.trials.candidates import Training
+from vitpareto.search.trials.candidates import StudyTraining
 from vitpareto.search.trials.certification import certify_front
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.early_stopping import EarlyStopping
@@ -68,7 +66,7 @@ from vitpareto.search.trials.nodes import (
     largest,
     target_there,
 )
-from vitpareto.search.trials.preparations import prepare_shared, snapshots_of
+from vitpareto.search.trials.preparations import prepare_shared, structural_outcomes
 from vitpareto.search.trials.searcher import FrontSearcher, Tally
 from vitpareto.search.trials.trial import Task, Worker, run_trial, window_violation
 from vitpareto.search.trials.tune import TrialResources, run_tune
@@ -139,7 +137,7 @@ class Prepared:
     @property
     def trained(self) -> tuple[str, ...]:
         """The methods of this study that are trained."""
-        return tuple(m for m in self.space.methods if needs(m) is not None)
+        return tuple(m for m in self.space.methods if epochs_key(m) is not None)
 
     @property
     def provenance(self) -> dict[str, Any]:
@@ -246,7 +244,7 @@ def _with_images(config: SearchConfig, data: Data) -> tuple[tuple[str, ...], dic
     left_out = {n: f"{key} is 0, and training is needed" for n, key in config.untrained.items()}
     if config.methods:
         left_out = {}
-    lacking = [n for n in config.study_methods if needs(n) is not None]
+    lacking = [n for n in config.study_methods if epochs_key(n) is not None]
     if "train" in data.sizes or not lacking:
         return config.study_methods, left_out
     why = f"{config.data} has no train split: put a train/ folder beside val/"
@@ -257,13 +255,18 @@ def _with_images(config: SearchConfig, data: Data) -> tuple[tuple[str, ...], dic
 
 
 def _profile(config: SearchConfig, model: nn.Module, space: Space, device: str) -> Profile | None:
-    """The latency table that NViT reads; UserError where it is another target's or not read."""
+    """The latency table. UserError if nothing reads it or it was measured on another target."""
     if config.profile is None:
         return None
-    if "nvit" not in space.methods and config.snap == "off":
+    readers = [n for n in methods.names() if methods.get(n).reads_latency_table]
+    if not set(readers) & set(space.methods) and config.snap == "off":
         raise UserError(
-            f"job.profile is {config.profile}, which only nvit and snap read, and nvit is not "
-            "searched: add it to methods, with prepare_epochs, or give snap: steps"
+            f"job.profile must be read by a searched method (got {config.profile}): add one of "
+            f"{', '.join(readers)} to methods, with prepare_epochs, or set snap: steps",
+            Code.CONFLICT,
+            key="profile",
+            got=config.profile,
+            accepted=readers,
         )
     profile = Profile.load(Path(config.profile))
     profile.check(target_there(config.latency_batch, config.dtype, device), model)
@@ -343,8 +346,7 @@ def search(
             task = replace(task, rungs=rungs(images)[:-1])
         if config.budget is None or folder.durable_trials() < config.budget:
             task = prepare_shared(prepared.trained, task, crew.cpus, crew.gpus, say)
-        if "nvit" in prepared.trained:
-            prepared.reshape.know(snapshots_of(folder))
+        prepared.reshape.use_outcomes(structural_outcomes(folder))
         storage = open_storage(folder, config.storage)
         searcher = FrontSearcher(
             folder,
@@ -428,7 +430,7 @@ def make_task(prepared: Prepared, epoch: str, threads: int | None) -> Task:
     )
 
 
-def _training(prepared: Prepared) -> Training | None:
+def _training(prepared: Prepared) -> StudyTraining | None:
     """What the study's training needs; None where none of its methods is trained."""
     config = prepared.config
     if not prepared.trained:
@@ -444,9 +446,9 @@ def _training(prepared: Prepared) -> Training | None:
 
 def training_of(
     prepared: Prepared, trial: Settings | None, prepare: Settings | None = None
-) -> Training:
+) -> StudyTraining:
     """What training with these settings needs. UserError where the data has no train split."""
-    return Training(
+    return StudyTraining(
         split=prepared.data.split("train"),
         calibration=prepared.data.split("calibration"),
         preprocess=prepared.preprocess,
@@ -455,26 +457,25 @@ def training_of(
         store=prepared.folder.folder.absolute().parent,
         trial=trial,
         prepare=prepare,
-        targets=_targets(prepared.space),
+        searched=_searched(prepared.space),
         profile=prepared.profile,
-        several=_several(prepared),
+        data_parallel=_data_parallel(prepared),
     )
 
 
-def _several(prepared: Prepared) -> DataParallel:
+def _data_parallel(prepared: Prepared) -> DataParallel:
     """How many GPUs train one candidate; a CPU's cores are shared by its threads alone."""
     if not prepared.device.startswith("cuda"):
         return DataParallel()
     return DataParallel(max(1, int(prepared.config.gpus_per_trial or 1)), cuda=True)
 
 
-def _targets(space: Space) -> tuple[float, ...]:
-    """What NViT can be asked for in this space."""
-    if "nvit" not in space.methods:
-        return ()
-    held = space.fixed["nvit"].get("cost")
-    (cost,) = (p for p in space.parameters["nvit"] if isinstance(p, Float) and p.name == "cost")
-    return targets_of(cost.low, cost.high) if held is None else targets_of(held, held)
+def _searched(space: Space) -> dict[str, dict[str, Any]]:
+    """What the search can propose, by method: the parameters with their bounds, or fixed values."""
+    return {
+        name: {**{p.name: p for p in space.parameters[name]}, **space.fixed[name]}
+        for name in space.methods
+    }
 
 
 def time_front(

@@ -44,7 +44,7 @@ from vitpareto.search.runtimes.backends import Run, prepared
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.folder import StaleWorker, StudyFolder
 from vitpareto.search.study.results import TrialResult, pack_bits
-from vitpareto.search.trials.candidates import Made, Trainer, Training
+from vitpareto.search.trials.candidates import CandidateTrainer, StudyTraining, TrainedRecipe
 from vitpareto.search.trials.nodes import split_here
 
 OUTSIDE = "outside the budgets"
@@ -78,7 +78,7 @@ class Task:
     runtime: str = "eager"
     #: the dearest latency that counts as inside, where there is such a limit
     max_latency_ms: float | None = None
-    training: Training | None = None
+    training: StudyTraining | None = None
     #: numbers of search images after which racing looks; () measures all in one go
     rungs: tuple[int, ...] = ()
     #: peak memory is an objective, so that racing has to know it
@@ -166,22 +166,22 @@ class Worker:
         return latency(prepared(model, images, runtime), self.dense_run, images, runtime=runtime)
 
     @functools.cached_property
-    def trainer(self) -> Trainer:
+    def trainer(self) -> CandidateTrainer:
         """What makes weights: it works in float32, whatever the study measures in."""
         task = self.task
         assert task.training is not None, "nothing is trained where the job gives no epochs"
         dense = self.dense
         if task.dtype != "float32":
             dense = task.model.load(task.device, torch.float32)
-        return Trainer(task.training, dense, task.study.artifacts)
+        return CandidateTrainer(task.training, dense, task.study.artifacts)
 
-    def make(self, recipe: Recipe) -> Made:
+    def make(self, recipe: Recipe) -> TrainedRecipe:
         """The recipe with its weights named, trained here where it has to be (this may take long,
         and goes on where a killed trial of the same candidate stopped).
         """
         training = self.task.training
-        if training is None or not training.asks(recipe):
-            return Made(recipe, {})
+        if training is None or not training.needs_weights(recipe):
+            return TrainedRecipe(recipe, {})
         study = self.task.study
         return self.trainer.make(
             recipe,

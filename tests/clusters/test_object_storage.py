@@ -18,6 +18,7 @@ from pyarrow import fs
 
 from tests.clusters.running import Running, running
 from tests.search.faults import NAME
+from vitpareto.methods.engine.preparation import SharedWeights
 from vitpareto.search.data.datasets import Preprocess, open_data
 from vitpareto.search.data.decoding import is_whole
 from vitpareto.search.errors import UserError
@@ -27,7 +28,7 @@ from vitpareto.search.files.filesystems import check_empty, upload_folder
 from vitpareto.search.files.object_store import ObjectStore, store_folder
 from vitpareto.search.models.weight_store import Artifacts
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.training.preparation import prepare_once
+from vitpareto.search.training.preparation_cache import prepare_once
 from vitpareto.search.trials.nodes import split_here
 
 JOB = {"name": NAME, "trials": 10, "images": 200, "latency": "off", "race": "off"}
@@ -196,9 +197,9 @@ def test_what_is_prepared_once_is_found_from_another_node(
 ) -> None:
     """Prepared weights lie in the storage: the second node trains nothing."""
 
-    def train(progress: Path, artifacts: Artifacts) -> dict[str, str]:
+    def train(progress: Path, artifacts: Artifacts) -> SharedWeights:
         write_atomic(progress / "state.pt", "half way")
-        return {"weights": artifacts.save({"w": torch.arange(3.0)})}
+        return SharedWeights(artifacts.save({"w": torch.arange(3.0)}), 0.5)
 
     here = store_folder(storage)
     first = prepare_once(here, "tnt", {"a": 1}, train)
@@ -207,7 +208,7 @@ def test_what_is_prepared_once_is_found_from_another_node(
     there = store_folder(storage)
     found = prepare_once(there, "tnt", {"a": 1}, train)
     assert not found.fresh and found.outcome == first.outcome
-    assert torch.equal(found.artifacts.load(found.outcome["weights"])["w"], torch.arange(3.0))
+    assert torch.equal(found.artifacts.load(found.outcome.digests[0])["w"], torch.arange(3.0))
     assert not write_through.refresh(found.folder / "progress" / "state.pt"), "gone there too"
 
 

@@ -11,11 +11,14 @@ import ray
 import torch
 
 from vitpareto.methods import Recipe
+from vitpareto.methods.engine.preparation import SharedWeights
+from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.training.data_parallel import own_share, ranks, whole_batch
+from vitpareto.search.training.preparation_trainer import built_fresh
 from vitpareto.search.training.settings import Settings
 from vitpareto.search.trials import run
-from vitpareto.search.trials.candidates import Trainer
+from vitpareto.search.trials.candidates import CandidateTrainer
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.trial import Worker
 from vitpareto.search.trials.tune import TrialResources
@@ -33,11 +36,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> run.Prepared:
     return run.prepare(SearchConfig.of(job))
 
 
-def trainer(prepared: run.Prepared, several: DataParallel, store: Path) -> Trainer:
+def trainer(prepared: run.Prepared, several: DataParallel, store: Path) -> CandidateTrainer:
     training = run.training_of(prepared, SETTINGS, SETTINGS)
-    training = replace(training, several=several, store=store, targets=(0.8,))
+    training = replace(
+        training, data_parallel=several, store=store, searched={"nvit": {"cost": 0.8}}
+    )
     place = Worker.open(run.make_task(prepared, "", threads=1))
-    return Trainer(training, place.dense, prepared.folder.artifacts)
+    return CandidateTrainer(training, place.dense, prepared.folder.artifacts)
 
 
 def test_alone_nothing_is_shared() -> None:
@@ -62,21 +67,21 @@ def test_two_processes_train_what_one_trains(
     losses = {}
     for several in (DataParallel(), TWO):
         own = trainer(prepared, several, tmp_path)
-        model = own._fresh(recipe, own.dense, SETTINGS)
+        model = built_fresh(recipe, own.dense, SETTINGS)
         checkpoint = tmp_path / str(several.workers) / "state.pt"
         history = own.fit(model, SETTINGS, recipe, checkpoint)
         assert checkpoint.is_file() and not model.training
         assert not list(checkpoint.parent.glob("ray-*")), "nothing is left of Ray's record"
         made[several.workers] = {k: v.clone() for k, v in model.state_dict().items()}
         losses[several.workers] = [epoch.loss for epoch in history]
-        start = own._fresh(recipe, own.dense, SETTINGS).state_dict()
+        start = built_fresh(recipe, own.dense, SETTINGS).state_dict()
     assert losses[2] == pytest.approx(losses[1], rel=1e-4)
     moved = max((made[1][k] - start[k]).abs().max().item() for k in start)
     apart = max((made[1][k] - made[2][k]).abs().max().item() for k in start)
     assert moved > 1e-3 and apart < moved / 20, (moved, apart)
     # what one process kept, two go on from: all epochs are done, nothing is trained
     own = trainer(prepared, TWO, tmp_path)
-    model = own._fresh(recipe, own.dense, SETTINGS)
+    model = built_fresh(recipe, own.dense, SETTINGS)
     again = own.fit(model, SETTINGS, recipe, tmp_path / "1" / "state.pt")
     assert [e.loss for e in again] == losses[1]
     assert all(torch.equal(v, made[1][k]) for k, v in model.state_dict().items())
@@ -90,10 +95,10 @@ def test_two_processes_prepare_what_one_prepares(
     outcome = {}
     for several in (DataParallel(), TWO):
         own = trainer(prepared, several, tmp_path / str(several.workers))
-        made = own.snapshots()
-        assert made.fresh and made.outcome["snapshots"]
-        assert all(made.artifacts.has(s["weights"]) for s in made.outcome["snapshots"])
-        outcome[several.workers] = [s["widths"] for s in made.outcome["snapshots"]]
+        made = own.prepare("nvit")
+        assert made.fresh and isinstance(made.outcome, TrajectorySnapshots)
+        assert made.outcome.digests and all(map(made.artifacts.has, made.outcome.digests))
+        outcome[several.workers] = [s.widths for s in made.outcome.snapshots]
     assert outcome[1] == outcome[2]
 
 
@@ -105,9 +110,10 @@ def test_two_processes_prepare_the_heads_that_one_prepares(
     losses = {}
     for several in (DataParallel(), TWO):
         own = trainer(prepared, several, tmp_path / str(several.workers))
-        made = own.heads(own.dense)
-        assert made.fresh and made.artifacts.has(made.outcome["weights"])
-        losses[several.workers] = made.outcome["loss"]
+        made = own.prepare("tnt")
+        assert made.fresh and isinstance(made.outcome, SharedWeights)
+        assert made.artifacts.has(made.outcome.weights)
+        losses[several.workers] = made.outcome.loss
     assert losses[2] == pytest.approx(losses[1], rel=0.01)
 
 

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.refusals import refused
 from tests.search.small import image_folder
 from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
-from vitpareto.methods import BadInput, Recipe
-from vitpareto.methods.slicing.sliced_model import Widths, model_widths
-from vitpareto.methods.structure.nvit import NViT
+from vitpareto.methods import Recipe
+from vitpareto.methods.slicing.sliced_model import model_widths
+from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
 from vitpareto.search.compare.show import Asked
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import choose_trial, export
@@ -36,11 +37,15 @@ from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, unpack_bits
 from vitpareto.search.tracking.runs import runs_of
 from vitpareto.search.training.loop import Epoch
-from vitpareto.search.training.preparation import needs
+from vitpareto.search.training.preparation_cache import epochs_key
 from vitpareto.search.training.settings import Settings, train
 from vitpareto.search.trials import run
-from vitpareto.search.trials.candidates import Trainer
-from vitpareto.search.trials.preparations import prepare_shared, reuse
+from vitpareto.search.trials.candidates import CandidateTrainer
+from vitpareto.search.trials.preparations import (
+    preparation_summary,
+    prepare_shared,
+    recorded,
+)
 from vitpareto.search.trials.recovery import NotRecovered, Recovery
 from vitpareto.search.trials.run import Prepared, make_task, training_of
 from vitpareto.search.trials.trial import STATE, Worker, run_trial
@@ -104,7 +109,7 @@ def test_every_kind_of_candidate_is_measured(study: Study) -> None:
         resolved = Recipe.from_dict(result.resolved)
         trained = {s.method for s in (resolved.structure, resolved.tokens) if s is not None}
         named = resolved.weights is not None
-        assert named == any(needs(m) for m in trained), result.method
+        assert named == any(epochs_key(m) for m in trained), result.method
         assert not named or study.folder.artifacts.has(str(resolved.weights))
         assert Recipe.from_dict(result.recipe).weights is None, "as it was proposed"
 
@@ -123,11 +128,11 @@ def test_what_can_be_shared_is_trained_once(study: Study) -> None:
     assert len(plain) >= 2
     assert len({Recipe.from_dict(r.resolved).weights for r in plain}) == 1, "one training for all"
     assert all(not use["fresh"] for r in plain for use in r.provenance["prepared"])
-    lines = reuse(study.folder, study.results)
+    lines = preparation_summary(study.folder, study.results)
     counted = len([r for r in plain])
     assert any(line.startswith("tnt ") and line.endswith(f" {counted} trials") for line in lines)
     used = len(study.of("nvit"))
-    assert any(line.startswith("nvit ") and f"served {used} trial" in line for line in lines)
+    assert any(line.startswith("nvit ") and f"used by {used} trial" in line for line in lines)
 
 
 def test_another_study_of_the_store_finds_what_was_prepared(
@@ -138,27 +143,34 @@ def test_another_study_of_the_store_finds_what_was_prepared(
     other = run.prepare(job(store, data, cache, name="other", methods="tnt,nvit", trials=3))
     said: list[str] = []
     task = prepare_shared(other.trained, make_task(other, "", 1), 1, 0, said.append)
-    assert len(said) == 3 and all("found; it was prepared" in line for line in said[1:])
+    assert len(said) == 3 and all("found in the cache; prepared" in line for line in said[1:])
     assert {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")} == before
-    assert all(" before this study) and served 0" in line for line in reuse(other.folder, []))
-    assert task.training is not None and set(task.training.snapshots) == {0.85, 0.9}
-    for snapshot in task.training.snapshots.values():
-        assert other.folder.artifacts.has(snapshot.digest), "a study carries what its recipes name"
+    assert all(
+        " before this study) and used by 0" in line
+        for line in preparation_summary(other.folder, [])
+    )
+    assert task.training is not None and set(task.training.records) == {"nvit", "tnt"}
+    outcome = task.training.records["nvit"].outcome
+    assert isinstance(outcome, TrajectorySnapshots)
+    assert {s.target for s in outcome.snapshots} == {0.85, 0.9}
+    for digest in outcome.digests:
+        assert other.folder.artifacts.has(digest), "a study stores what its recipes name"
 
 
 def test_costs_were_known_before_anything_ran(study: Study) -> None:
     dense = load_model("digits")
-    snapshots = {s["target"]: s for p in study.folder.preparations() if p["method"] == "nvit"
-                 for s in p["outcome"]["snapshots"]}  # fmt: skip
+    (record,) = (r for r in recorded(study.folder) if r.method == "nvit")
+    assert isinstance(record.outcome, TrajectorySnapshots)
+    snapshots = {s.target: s for s in record.outcome.snapshots}
     assert sorted(snapshots) == [0.85, 0.9]
     whole = macs(dense)
     for target, snapshot in snapshots.items():
-        assert 0.97 * target <= snapshot["reached"] <= target
+        assert 0.97 * target <= snapshot.reached <= target
     for result in study.of("nvit"):
         if result.method == "nvit":
             target = result.recipe["structure"]["target"]
             share = 1e9 * result.values["gmacs"] / whole
-            assert share == pytest.approx(snapshots[target]["reached"])
+            assert share == pytest.approx(snapshots[target].reached)
         assert result.values["params_m"] < study.results[0].values["params_m"]
 
 
@@ -264,7 +276,7 @@ def place_of(prepared: Prepared, trial: Settings, dtype: str = "float32") -> Wor
 MERGE = Recipe.of("patchmerger", prune_layers=(3, 6), num_tokens=(20, 8))
 
 
-class Killed(Trainer):
+class Killed(CandidateTrainer):
     """A trainer whose process is killed when its first epoch has ended."""
 
     def fit(self, model, settings, recipe, checkpoint) -> list[Epoch]:
@@ -320,7 +332,7 @@ def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
     with torch.no_grad():  # weights that overflow once they are trained at all
         for p in prepared.model.parameters():
             p.mul_(1e12)
-    with pytest.raises(UserError, match="nvit cannot be prepared: .* not finite"):
+    with refused("out-of-range", UserError, method="nvit"):
         run.search(prepared, cpus=room.cpus, gpus=room.gpus)
     assert prepared.folder.results() == []
 
@@ -339,13 +351,14 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
     prepared = run.prepare(config)
     assert prepared.identity["profile"] == table.digest
     place = Worker.open(make_task(prepared, epoch="", threads=None))
-    made = place.trainer.snapshots()
+    outcome = place.trainer.prepare("nvit").outcome
+    assert isinstance(outcome, TrajectorySnapshots)
     cost = table.cost(65)
     whole = cost(model_widths(dense))
-    assert [s["target"] for s in made.outcome["snapshots"]] == [0.9, 0.85]
-    for snapshot in made.outcome["snapshots"]:
-        share = cost(Widths.from_plain(snapshot["widths"])) / whole
-        assert share == pytest.approx(snapshot["reached"]) and share <= snapshot["target"]
+    assert [s.target for s in outcome.snapshots] == [0.9, 0.85]
+    for snapshot in outcome.snapshots:
+        share = cost(snapshot.widths) / whole
+        assert share == pytest.approx(snapshot.reached) and share <= snapshot.target
     with pytest.raises(UserError, match="profile was .*, now null"):
         prepared.folder.settle(prepared.identity)
         prepared.folder.journal.touch()
@@ -361,7 +374,7 @@ def test_without_a_train_split_they_are_left_out_or_refused(
     only = tmp_path / "only"
     shutil.copytree(data / "val", only)
     prepared = run.prepare(job(tmp_path, only, cache, methods="", space={}))
-    trained = {n for n in methods.names() if needs(n)}
+    trained = {n for n in methods.names() if epochs_key(n)}
     assert not trained & set(prepared.space.methods)
     assert set(prepared.left_out) == trained
     assert "has no train split: put a train/ folder beside val/" in prepared.left_out["nvit"]
@@ -375,7 +388,7 @@ def test_a_latency_table_that_nobody_reads_is_refused(
     tmp_path: Path, data: Path, cache: Path
 ) -> None:
     given = {"methods": "topk", "space": {}, "profile": str(tmp_path / "p.json")}
-    with pytest.raises(UserError, match="which only nvit and snap read, and nvit is not searched"):
+    with refused("conflict", UserError, key="profile", accepted=["nvit"]):
         run.prepare(job(tmp_path, data, cache, **given))
     with pytest.raises(UserError, match="latency table .*p.json cannot be read: No such file"):
         run.prepare(job(tmp_path, data, cache, profile=str(tmp_path / "p.json")))
@@ -527,6 +540,5 @@ def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
 
 def test_a_target_outside_what_was_prepared_is_bad_input(prepared: Prepared) -> None:
     place = place_of(prepared, Settings(epochs=1))
-    assert issubclass(NViT, methods.Method)
-    with pytest.raises(BadInput, match="nvit.target is 0.5: this study prepared none"):
+    with refused("not-found", method="nvit"):
         place.trainer.base(Recipe.of("nvit", target=0.5).structure)

@@ -1,4 +1,4 @@
-"""Prepare once: found again, shared by processes, resumed after a kill, never half done."""
+"""The cache of preparations: found again, shared by processes, resumed, never half done."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import multiprocessing
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+from vitpareto.methods.engine.preparation import SharedWeights
 from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.models.weight_store import Artifacts
-from vitpareto.search.training.preparation import key_of, needs, prepare_once
+from vitpareto.search.training.preparation_cache import epochs_key, key_of, prepare_once
 
 WHAT = {"model": "m", "settings": {"epochs": 2, "lr": 0.1}}
 
@@ -29,7 +29,7 @@ class Work:
         self.steps, self.killed_at, self.seconds = steps, killed_at, seconds
         self.done: list[int] = []
 
-    def __call__(self, progress: Path, artifacts: Artifacts) -> dict[str, Any]:
+    def __call__(self, progress: Path, artifacts: Artifacts) -> SharedWeights:
         for step in range(self.steps):
             kept = progress / f"{step}"
             if kept.exists():
@@ -39,7 +39,7 @@ class Work:
             time.sleep(self.seconds)
             kept.touch()
             self.done.append(step)
-        return {"weights": artifacts.save(weights(0))}
+        return SharedWeights(artifacts.save(weights(0)), 0.5)
 
 
 def test_the_second_to_ask_finds_it(tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_the_second_to_ask_finds_it(tmp_path: Path) -> None:
     found = prepare_once(tmp_path, "tnt", WHAT, second)
     assert not found.fresh and second.done == []
     assert (found.key, found.outcome) == (made.key, made.outcome)
-    assert found.artifacts.load(found.outcome["weights"])["w"].equal(weights(0)["w"])
-    assert made.outcome["weights"] == weights_digest(weights(0))
+    assert found.artifacts.load(found.outcome.weights)["w"].equal(weights(0)["w"])
+    assert made.outcome.weights == weights_digest(weights(0))
     kept = {p.name for p in made.folder.iterdir()}
     assert kept == {"done.json", "lock", "weights", "what.json"}
     assert json.loads((made.folder / "what.json").read_text())["settings"] == WHAT["settings"]
@@ -62,7 +62,7 @@ def test_anything_that_it_depends_on_makes_another(tmp_path: Path) -> None:
     )}  # fmt: skip
     assert len(keys) == 4
     assert key_of(dict(reversed(WHAT.items()))) == key_of(WHAT)
-    made = [prepare_once(tmp_path, name, WHAT, Work()) for name in ("tnt", "nvit")]
+    made = [prepare_once(tmp_path, name, WHAT, Work()) for name in ("tnt", "patchmerger")]
     assert all(m.fresh for m in made) and made[0].key != made[1].key
 
 
@@ -79,7 +79,7 @@ def test_a_killed_one_goes_on(tmp_path: Path) -> None:
 def _ask(store: Path, out: Path) -> None:
     work = Work(seconds=0.2)
     made = prepare_once(store, "tnt", WHAT, work)
-    out.write_text(json.dumps([made.fresh, made.outcome["weights"], work.done]))
+    out.write_text(json.dumps([made.fresh, made.outcome.weights, work.done]))
 
 
 def test_two_processes_never_make_the_same(tmp_path: Path) -> None:
@@ -99,8 +99,8 @@ def test_two_processes_never_make_the_same(tmp_path: Path) -> None:
 
 
 def test_the_key_that_gives_a_method_epochs() -> None:
-    assert {n: needs(n) for n in ("topk", "rajni", "resize", "dense")} == {
+    assert {n: epochs_key(n) for n in ("topk", "rajni", "resize", "dense")} == {
         "topk": None, "rajni": None, "resize": None, "dense": None,
     }  # fmt: skip
-    assert needs("tnt") == needs("nvit") == "prepare_epochs"
-    assert {needs(n) for n in ("patchmerger", "dynamicvit", "revit")} == {"train_epochs"}
+    assert epochs_key("tnt") == epochs_key("nvit") == "prepare_epochs"
+    assert {epochs_key(n) for n in ("patchmerger", "dynamicvit", "revit")} == {"train_epochs"}
