@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vitpareto.methods.engine.attention import Attended, attend
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.reduction import Reduction, Trace
 from vitpareto.methods.engine.tokens import Tokens
 
@@ -48,8 +48,12 @@ class ReducedForward(VisionTransformer):
         if tokens.patches != rows * columns and type(self.reduction) is not Reduction:
             # dynamic_img_size: the schedule's counts would be those of another image
             raise BadInput(
-                f"the images give {tokens.patches} patches: this model is pruned for {rows} x "
-                f"{columns}; call set_input_size before pruning"
+                f"images must have {rows} x {columns} patches, the size that the model is pruned "
+                f"for (got {tokens.patches} patches); call set_input_size before pruning",
+                Code.MISMATCH,
+                name="images",
+                got=tokens.patches,
+                expected=rows * columns,
             )
         if trace:
             place = torch.arange(tokens.patches, device=x.device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -142,10 +143,34 @@ def _pairs(kinds: Iterable[str], cases: list[Case]) -> list[tuple[str, Case]]:
 
 
 EVERY = _pairs(MODELS, CASES)
-#: for what costs time: each method's first setting on every kind of model, every setting on two
+#: each method's first setting on every kind of model, every setting on two
 FIRST = list({case.method: case for case in reversed(CASES)}.values())
 PAIRS = _pairs(MODELS, FIRST)
 PAIRS += _pairs(("class", "map"), [case for case in CASES if case not in FIRST])
+
+
+def _covering() -> list[tuple[str, Case]]:
+    kinds, pairs = list(MODELS), []
+    for index, case in enumerate(CASES):
+        turn = [kinds[(index + step) % len(kinds)] for step in range(len(kinds))]
+        pairs.append(next((k, case) for k in turn if k not in REFUSED.get(case.method, {})))
+    assert {kind for kind, _ in pairs} == set(kinds)
+    return pairs
+
+
+#: every setting once and every kind of model at least once: for what costs time
+COVERING = _covering()
+
+
+def pairs(every: list[tuple[str, Case]], fast: list[tuple[str, Case]]) -> pytest.MarkDecorator:
+    """Parametrizes `kind, case` over `fast` and `every`; those not in `fast` are marked slow."""
+    rest = [pair for pair in every if pair not in fast]
+    return pytest.mark.parametrize(
+        "kind, case",
+        [pytest.param(kind, case, id=f"{kind}-{case}") for kind, case in fast]
+        + [pytest.param(k, c, id=f"{k}-{c}", marks=pytest.mark.slow) for k, c in rest],
+    )
+
 
 #: where the identity depends on the model, so that it cannot be a constant of the class
 IDENTITY: dict[str, Callable[[ModelShape], dict[str, Any]]] = {
@@ -164,6 +189,12 @@ def identity(method: str, shape: ModelShape) -> dict[str, Any] | None:
 def pruned(kind: str, case: Case) -> nn.Module:
     """The tiny model of that kind, float64, at that setting. Shared: no changes."""
     return case.build(dense(kind))
+
+
+def logits(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """The model's output, without gradients."""
+    with torch.no_grad():
+        return model(batch)
 
 
 def recorded(model: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, methods.Trace]:

@@ -11,7 +11,7 @@ import torch
 from timm.layers import BatchNormAct2d, create_conv2d
 from torch import Tensor, nn
 
-from tests.methods.method_settings import CASES, PAIRS, Case, pruned
+from tests.methods.method_settings import CASES, COVERING, PAIRS, Case, pairs, pruned
 from tests.methods.tiny_models import dense, hybrid, images
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
@@ -45,7 +45,7 @@ COUNTED = [
 ]
 
 
-@pytest.mark.parametrize("kind, case", COUNTED, ids=[f"{kind}-{case}" for kind, case in COUNTED])
+@pairs(COUNTED, fast=COVERING)
 def test_the_closed_form_is_what_fvcore_counts(kind, case: Case):
     reduced, batch = pruned(kind, case), images(dense(kind), 1)
     # not an approximation: every term has its place, so no tolerance but the float's

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.methods.decisions import Decisions
-from tests.methods.method_settings import CASES, PAIRS, Case, pruned, recorded
+from tests.methods.method_settings import CASES, COVERING, PAIRS, Case, pairs, pruned, recorded
 from tests.methods.tiny_models import dense, images, vit
 from vitpareto import methods
 from vitpareto.methods.engine.attention import Attended
@@ -18,9 +18,7 @@ from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.tokens import Tokens
 from vitpareto.methods.token.ppt import merge_or_keep
 
-some_pairs = pytest.mark.parametrize(
-    "kind, case", PAIRS, ids=[f"{kind}-{case}" for kind, case in PAIRS]
-)
+some_pairs = pairs(PAIRS, fast=COVERING)
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 

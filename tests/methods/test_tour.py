@@ -68,6 +68,7 @@ def shown(cell: NotebookNode) -> list[str]:
     return [re.sub(numbers, "N", text) for text in out]
 
 
+@pytest.mark.slow
 def test_it_runs_and_shows_what_is_committed(executed: NotebookNode) -> None:
     new, old = code_cells(executed), code_cells(committed())
     assert [shown(cell) for cell in new] == [shown(cell) for cell in old]
@@ -75,6 +76,7 @@ def test_it_runs_and_shows_what_is_committed(executed: NotebookNode) -> None:
     assert not [text for cell in old for text in shown(cell) if text.startswith("stderr")]
 
 
+@pytest.mark.slow
 def test_no_process_is_left(executed: NotebookNode) -> None:
     there = (p.info for p in psutil.process_iter(["ppid", "cmdline"]))
     ours = [p["cmdline"] or [] for p in there if p["ppid"] == os.getpid()]

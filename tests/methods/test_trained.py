@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from vitpareto.methods.token.tnt import distinct
 TRAINED = ("dynamicvit", "patchmerger", "tnt")
 
 
+@cache
 def deit() -> ModelShape:
     with torch.device("meta"):
         return methods.model_shape(timm.create_model("deit_small_patch16_224", pretrained=False))

@@ -109,11 +109,14 @@ def peak(model: nn.Module, seed: int) -> None:
                 p.copy_(0.3 * noise)
 
 
-@cache
-def _dense(kind: str, dtype: torch.dtype) -> nn.Module:
+def fresh(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A new model of that kind, in eval mode, equal to `dense(kind)`."""
     model = MODELS[kind]().eval()
     peak(model, seed=1 + list(MODELS).index(kind))
     return model.to(dtype)
+
+
+_dense = cache(fresh)
 
 
 def dense(kind: str, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -136,8 +136,12 @@ def first_share(model: torch.nn.Module, batch: Tensor) -> Tensor:
     return share / share.sum(dim=1, keepdim=True)
 
 
-@pytest.mark.parametrize("kind", ["class", "avg", "map", "registers"])
 @pytest.mark.parametrize("params", [{}, {"max_tokens": 6}], ids=["free", "capped"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=pytest.mark.slow) for kind in ("class", "avg", "map")]
+    + ["registers"],
+)
 def test_the_exported_program_is_padded_to_its_bound_with_the_same_logits(kind, params):
     model = dense(kind)
     pruned = methods.prune(model, "ats", prune_layers=[0, 1, 2], **params)

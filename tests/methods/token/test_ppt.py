@@ -112,7 +112,10 @@ def test_the_default_threshold_goes_with_the_patches():
     assert by_r.key(shape) != Recipe.of("ppt", r=2, prune_layers=[0, 1], threshold=1).key(shape)
 
 
-@pytest.mark.parametrize("kind", ["class", "avg", "distilled"])
+@pytest.mark.parametrize(
+    "kind",
+    ["class", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("avg", "distilled"))],
+)
 def test_the_exported_program_has_the_same_logits(kind):
     model = dense(kind)
     case = next(c for c in CASES if str(c) == "ppt-mixed")
