@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from vitpareto.search.errors import UserError
-from vitpareto.search.tracking.client import artifacts, ensure_database, store_uri
-from vitpareto.search.tracking.runs import STUDY_ID, TRIAL, experiment_of
-from vitpareto.search.tracking.views import FRONT
+from vitpareto.search.tracking.database import artifact_folder, ensure_database, store_uri
+from vitpareto.search.tracking.run_contents import STUDY_ID_TAG, TRIAL_TAG, experiment_name
+from vitpareto.search.tracking.views import FRONT_VIEW
 
 #: seconds a server may take to answer for the first time (a new database is built in it)
 STARTS_WITHIN_S = 120.0
@@ -74,7 +74,7 @@ def serve(
     command = [
         sys.executable, "-m", "mlflow", "server",
         "--backend-store-uri", store_uri(store),
-        "--artifacts-destination", str(artifacts(store)),
+        "--artifacts-destination", str(artifact_folder(store)),
         "--host", host, "--port", str(port),
         # several would be slower: they lose TCP_NODELAY, 44 ms a request
         "--workers", "1",
@@ -169,7 +169,7 @@ def _pages(url: str, study: str | None) -> tuple[str, str]:
     """
     if study is None:
         return url, url
-    name = experiment_of(study)
+    name = experiment_name(study)
     missing = UserError(
         f"MLflow has no study {study!r} in this store: vitpareto sync {study} "
         "--tracking-uri store brings it there"
@@ -183,16 +183,16 @@ def _pages(url: str, study: str | None) -> tuple[str, str]:
                 raise
             raise missing from None
     experiment = found["experiment"]["experiment_id"]
-    shown = f"viewStateShareKey={FRONT}&compareRunsMode=CHART&{WORKFLOW}"
+    shown = f"viewStateShareKey={FRONT_VIEW}&compareRunsMode=CHART&{WORKFLOW}"
     view = f"{url}/#/experiments/{experiment}/runs?{shown}"
     body = {
         "experiment_ids": [experiment],
-        "filter": f"tags.`{STUDY_ID}` LIKE '%'",
+        "filter": f"tags.`{STUDY_ID_TAG}` LIKE '%'",
         "order_by": ["attributes.start_time DESC"],
         "max_results": 1000,
     }
     for run in _ask(f"{url}/api/2.0/mlflow/runs/search", body).get("runs", ()):
-        if not any(tag["key"] == TRIAL for tag in run["data"].get("tags", ())):
+        if not any(tag["key"] == TRIAL_TAG for tag in run["data"].get("tags", ())):
             run_id = run["info"]["run_id"]
             return f"{url}/#/experiments/{experiment}/runs/{run_id}?{WORKFLOW}", view
     return f"{url}/#/experiments/{experiment}", view

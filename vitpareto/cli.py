@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.front_table import FrontRow
     from vitpareto.search.study.results import TrialResult
-    from vitpareto.search.tracking.mirror import Page
+    from vitpareto.search.tracking.page import StudyPage
     from vitpareto.search.trials.run import Prepared
     from vitpareto.search.trials.searcher import Tally
 
@@ -232,7 +232,7 @@ def _search(
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.job import SearchConfig
     from vitpareto.search.study.job_files import read_job
-    from vitpareto.search.tracking.mirror import Tracker
+    from vitpareto.search.tracking.tracker import Tracker
     from vitpareto.search.trials import run
     from vitpareto.search.trials.ray_metrics import Metrics
     from vitpareto.search.trials.tune import TrialResources
@@ -269,10 +269,10 @@ def _search(
         hooks: list[run.Hook] = [progress.hear]
         tracker = None
         if config.tracking_uri != "none":
-            tracker = stack.enter_context(Tracker(folder, config.tracking_uri, say=_say))
-            hooks.append(tracker.hear)
+            tracker = stack.enter_context(Tracker(folder, config.tracking_uri, notify=_say))
+            hooks.append(tracker.on_result)
         crew = TrialResources.of(config, prepared.device, room.cpus, room.gpus, room.nodes)
-        owed = (lambda: tracker.owed) if tracker is not None else (lambda: 0)
+        owed = (lambda: tracker.pending) if tracker is not None else (lambda: 0)
         hooks.append(Metrics(config.name, crew.workers, owed).hear)
         # like Ctrl-C, as a batch system ends a job: Ray's own answer is to abort
         handler = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
@@ -283,7 +283,7 @@ def _search(
         page = _page(folder, config.cache)
         _print_end(prepared, folder, page, tally, progress, seconds)
         if tracker is not None:
-            tracker.finish(page.artifacts, page.table, ended=tally.ended)
+            tracker.finish(page, ended=tally.ended)
         folder.publish()
     if not tally.ended:
         raise typer.Exit(130)  # interrupted: a script must be able to tell
@@ -300,7 +300,7 @@ def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
 def _print_end(
     prepared: Prepared,
     folder: StudyFolder,
-    page: Page,
+    page: StudyPage,
     tally: Tally,
     progress: Progress,
     seconds: float,
@@ -328,22 +328,22 @@ def _print_end(
     _print_fronts(folder, page.table)
 
 
-def _say_drawn(page: Page) -> None:
+def _say_drawn(page: StudyPage) -> None:
     for name, path in page.artifacts.items():
         if "/" not in name:
             _say(f"{'explorer' if path.suffix == '.html' else 'plot'}: {path}")
 
 
-def _page(folder: StudyFolder, cache: str | None = None) -> Page:
+def _page(folder: StudyFolder, cache: str | None = None) -> StudyPage:
     """What MLflow shows of a study beside its runs: explorer, pictures and the front's table."""
     from vitpareto.search.study.front_table import study_front_rows
-    from vitpareto.search.tracking.mirror import Page
+    from vitpareto.search.tracking.page import StudyPage
 
     results = folder.measured()
     if not any(r.state == "finished" for r in results):
-        return Page({}, [])
+        return StudyPage({}, [])
     explorer, tokens = _explore(folder, folder.folder / "explorer.html", cache)
-    return Page(
+    return StudyPage(
         {explorer.name: explorer, **{path.name: path for path in _draw(folder)},
          **{f"tokens/{path.name}": path for path in tokens.values()}},
         study_front_rows(folder),
@@ -1063,7 +1063,7 @@ def recover_command(
 def _tell_recovered(folder: StudyFolder) -> None:
     """Both fronts on the terminal, the picture drawn anew, MLflow told."""
     from vitpareto.search.errors import UserError
-    from vitpareto.search.tracking.mirror import sync
+    from vitpareto.search.tracking.sync import sync
 
     page = _page(folder)
     _say_drawn(page)
@@ -1192,7 +1192,7 @@ def sync_command(
     \b
     vitpareto sync deit-s --tracking-uri http://127.0.0.1:5000
     """
-    from vitpareto.search.tracking.mirror import sync
+    from vitpareto.search.tracking.sync import sync
 
     folder = _find(store, name)
     uri = tracking_uri or folder.job().get("tracking_uri")

@@ -1,8 +1,8 @@
-"""A bundle in MLflow's model registry: `vitpareto-STUDY`, a version an export, ONNX flavour.
+"""The MLflow model registry: `vitpareto-STUDY` with one ONNX version per exported bundle.
 
-`mlflow models serve -m models:/vitpareto-STUDY@champion` needs onnxruntime and nothing of ours.
-Aliases say what a version is: `champion` (what the user ships), and of the study's front the `knee`
-and the `fastest`.
+`mlflow models serve -m models:/vitpareto-STUDY@champion` needs onnxruntime and nothing of this
+project. Aliases: `champion` is the version to deploy, `knee` and `fastest` are the versions of
+these members of the study's front.
 """
 
 from __future__ import annotations
@@ -13,36 +13,41 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.errors import nearest
-from vitpareto.search.errors import UserError
-from vitpareto.search.export.bundle import knee_trial
+from vitpareto.search.errors import Code, UserError, nearest
 from vitpareto.search.export.verification import Measured, check_files, normalised
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.front import front_of
+from vitpareto.search.study.front import front_of, knee_of, reference_of
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.tracking import client as mlflow_client
-from vitpareto.search.tracking.mirror import connect, shown_uri, sync, tracking_uri
+from vitpareto.search.tracking.client import configure_environment
+from vitpareto.search.tracking.connection import connect
+from vitpareto.search.tracking.server_address import shown_uri, tracking_uri
+from vitpareto.search.tracking.study_runs import StudyRuns
+from vitpareto.search.tracking.sync import sync
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 ALIASES = ("champion", "knee", "fastest")
-#: where the model lies among its run's artifacts
-PLACE = "model"
-#: of the bundle, beside the model: what an image goes through, and what a class is called
-BESIDE = ("preprocess.json", "labels.json", "recipe.yaml", "result.json", "README.md")
-#: what the model needs to be served
-NEEDS = ("onnx", "onnxruntime", "numpy", "pandas")
+#: name of the model among the artifacts of its run
+MODEL_ARTIFACT = "model"
+#: files of the bundle stored with the model: preprocessing, class names, recipe and figures
+BUNDLE_FILES = ("preprocess.json", "labels.json", "recipe.yaml", "result.json", "README.md")
+#: packages needed to serve the model
+REQUIREMENTS = ("onnx", "onnxruntime", "numpy", "pandas")
 
 
 @dataclass(frozen=True)
-class Registered:
-    """A version of a registered model, and how it is addressed."""
+class RegisteredVersion:
+    """A version of a registered model on the server at `uri` (shown without a password)."""
 
     name: str
     version: str
@@ -51,41 +56,50 @@ class Registered:
 
     @property
     def address(self) -> str:
-        """models:/NAME@ALIAS, or /VERSION where it has no alias."""
-        where = f"@{self.aliases[0]}" if self.aliases else f"/{self.version}"
-        return f"models:/{self.name}{where}"
+        """models:/NAME@ALIAS, or models:/NAME/VERSION if it has no alias."""
+        version = f"@{self.aliases[0]}" if self.aliases else f"/{self.version}"
+        return f"models:/{self.name}{version}"
 
 
 def model_name(study: str) -> str:
-    """Of the registered model: MLflow takes no / and no : in one."""
+    """The name of a study's registered model. MLflow does not allow / and : in it."""
     return f"vitpareto-{study}"
 
 
 def aliases_of(folder: StudyFolder, result: TrialResult, recovered: bool) -> tuple[str, ...]:
-    """Which of `knee` and `fastest` this trial is, of the study's front (or the recovered one)."""
-    objectives = folder.job()["objectives"]
+    """Which of `knee` and `fastest` a trial is on the front, or on the recovered front."""
+    axes = objectives_named(folder.objectives)
     results = measured(folder, recovered)
-    knee = knee_trial(results, objectives)
-    fast = fastest(front_of(results, objectives_named(objectives)))
-    found = {"knee": knee, "fastest": fast}
+    front = front_of(results, axes)
+    found = {"knee": knee_of(front, axes, reference_of(results)), "fastest": fastest(front)}
     return tuple(k for k, r in found.items() if r is not None and r.trial == result.trial)
 
 
 def check_aliases(
-    folder: StudyFolder, result: TrialResult, asked: Sequence[str], recovered: bool
+    folder: StudyFolder, result: TrialResult, aliases: Sequence[str], recovered: bool
 ) -> None:
-    """UserError for an alias that is none, with the nearest, or that the trial is not."""
-    for alias in asked:
+    """Raises UserError for an unknown alias, or one that describes another trial."""
+    for alias in aliases:
         if alias not in ALIASES:
-            raise UserError(f"alias {alias!r}{nearest(alias, ALIASES)}")
-    is_it = ("champion", *aliases_of(folder, result, recovered))
-    for alias in asked:
-        if alias not in is_it:
-            raise UserError(f"trial {result.trial} is not the {alias} of {folder.name}'s front")
+            raise UserError(
+                f"unknown alias {alias!r}{nearest(alias, ALIASES)}",
+                Code.UNKNOWN_NAME,
+                alias=alias,
+                accepted=ALIASES,
+            )
+    valid = ("champion", *aliases_of(folder, result, recovered))
+    for alias in aliases:
+        if alias not in valid:
+            raise UserError(
+                f"trial {result.trial} is not the {alias} of the front of study {folder.name!r}",
+                Code.MISMATCH,
+                alias=alias,
+                trial=result.trial,
+            )
 
 
 def fastest(front: Sequence[TrialResult]) -> TrialResult | None:
-    """The front's member of least latency, where all of it was timed; else that of fewest MACs."""
+    """The member with the lowest latency; the lowest GMACs if one has no latency."""
     if not front:
         return None
     cost = "latency_ms" if all("latency_ms" in r.values for r in front) else "gmacs"
@@ -100,117 +114,137 @@ def register(
     aliases: Sequence[str] = (),
     uri: str | None = None,
     recovered: bool = False,
-) -> Registered:
-    """Put the bundle's ONNX program into the registry, as a version of the study's model, beside
-    the trial's run; aliases are moved to it.
+) -> RegisteredVersion:
+    """Add a bundle's ONNX program to the registry as a version of the study's model.
 
-    aliases: those asked for; none: `knee` and `fastest` where the trial is that, and `champion`
-    where the model has none yet. UserError: an alias that the trial is not, a server that cannot be
-    reached, no server.
+    Args:
+        folder: the study.
+        result: the trial that was exported. The model is stored with its run.
+        bundle: the exported bundle.
+        aliases: aliases to move to this version. By default `knee` and `fastest` if the trial is
+            that, and `champion` if no version has it.
+        uri: as for `tracking_uri`.
+        recovered: whether the fine-tuned model was exported.
+
+    Raises:
+        UserError: an alias is not valid, tracking is off, or the server does not answer.
     """
     check_aliases(folder, result, aliases, recovered)
-    said = check_files(bundle)
+    bundle_result = check_files(bundle)
     if uri == "none":
-        raise UserError("the job's tracking_uri is none: name a server with --tracking-uri")
-    where = tracking_uri(folder, uri)
-    try:
-        mirror = connect(folder, where)
-        if result.trial not in mirror.runs:
-            sync(folder, uri)
-            mirror.read()
-        client, run_id = mirror.client, mirror.runs[result.trial].run_id
-        name = model_name(folder.name)
-        with tempfile.TemporaryDirectory(prefix="vitpareto-register-") as scratch:
-            place = Path(scratch) / PLACE
-            save_model(bundle, place)
-            client.log_artifacts(run_id, str(place), PLACE)
-        if not any(m.name == name for m in client.search_registered_models(f"name = '{name}'")):
-            client.create_registered_model(name, description=_about(folder))
-        source = client.get_run(run_id).info.artifact_uri + f"/{PLACE}"
-        made = client.create_model_version(
-            name, source, run_id, tags=_tags(folder, result, said, recovered)
+        raise UserError(
+            "the study has no MLflow server (tracking_uri is 'none'): name one with --tracking-uri",
+            Code.MISSING,
+            key="tracking_uri",
         )
-        known = client.get_registered_model(name).aliases
+    server = tracking_uri(folder, uri)
+    tags = _tags(folder, result, bundle_result, recovered)
+    try:
+        runs = connect(folder, server)
+        if result.trial not in runs.runs:
+            sync(folder, uri)
+            runs.read()
+        name = model_name(folder.name)
+        made = _create_version(runs, folder, result.trial, bundle, tags)
+        stored = runs.client.get_registered_model(name).aliases
         given = tuple(aliases) or (
-            *(() if "champion" in known else ("champion",)),
+            *(() if "champion" in stored else ("champion",)),
             *aliases_of(folder, result, recovered),
         )
         for alias in given:
-            client.set_registered_model_alias(name, alias, made.version)
+            runs.client.set_registered_model_alias(name, alias, made)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"MLflow at {shown_uri(where)} failed: {error}") from error
-    return Registered(name, str(made.version), given, shown_uri(where))
+        raise UserError(
+            f"MLflow at {shown_uri(server)} failed: {error}",
+            Code.UNAVAILABLE,
+            server=shown_uri(server),
+        ) from error
+    return RegisteredVersion(name, made, given, shown_uri(server))
 
 
-def save_model(bundle: Path, place: Path) -> None:
-    """The bundle as an MLflow model of ONNX flavour, with signature and input example."""
+def _create_version(
+    runs: StudyRuns, folder: StudyFolder, trial: int, bundle: Path, tags: dict[str, str]
+) -> str:
+    """Upload the model to the trial's run and create a version from it."""
+    client: MlflowClient = runs.client
+    run_id, name = runs.runs[trial].run_id, model_name(folder.name)
+    with tempfile.TemporaryDirectory(prefix="vitpareto-register-") as scratch:
+        model = Path(scratch) / MODEL_ARTIFACT
+        save_model(bundle, model)
+        client.log_artifacts(run_id, str(model), MODEL_ARTIFACT)
+    if not any(m.name == name for m in client.search_registered_models(f"name = '{name}'")):
+        client.create_registered_model(name, description=_description(folder))
+    source = client.get_run(run_id).info.artifact_uri + f"/{MODEL_ARTIFACT}"
+    return str(client.create_model_version(name, source, run_id, tags=tags).version)
+
+
+def save_model(bundle: Path, folder: Path) -> None:
+    """Write the bundle as an MLflow model (ONNX flavour) with signature and input example."""
     import onnx
 
     preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
-    known = Measured.load(bundle / "verify.npz")
-    image = normalised(known.images[:1], preprocess).numpy()
-    logits = known.logits[:1].astype(np.float32)
+    reference = Measured.load(bundle / "verify.npz")
+    image = normalised(reference.images[:1], preprocess).numpy()
+    logits = reference.logits[:1].astype(np.float32)
     outputs = {
         "logits": logits,
         "score": np.zeros(1, np.float32),
         "class": logits.argmax(axis=1).astype(np.int64),
     }
-    mlflow_client.quiet()
+    configure_environment()
     with warnings.catch_warnings():
-        # of modules of MLflow's own, when they are imported
+        # raised by modules of MLflow when they are imported
         warnings.filterwarnings("ignore", ".*Any type hint is inferred")
         import mlflow.onnx
         from mlflow.models import infer_signature
 
         mlflow.onnx.save_model(
             onnx.load(bundle / "model.onnx"),
-            str(place),
+            str(folder),
             signature=infer_signature({"images": image}, outputs),
             input_example={"images": image},
-            pip_requirements=_requirements(),
+            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
             onnx_execution_providers=["CPUExecutionProvider"],
         )
-    for name in BESIDE:
-        shutil.copy(bundle / name, place / name)
+    for name in BUNDLE_FILES:
+        shutil.copy(bundle / name, folder / name)
 
 
-def _requirements() -> list[str]:
-    from importlib.metadata import version
-
-    return [f"{name}=={version(name)}" for name in NEEDS]
-
-
-def _about(folder: StudyFolder) -> str:
+def _description(folder: StudyFolder) -> str:
     job = folder.job()
     return (
         f"Models of the study {folder.name}: {job['model']} on {job['data']}. Input: images "
-        "[N, 3, H, W] in float32, as preprocess.json beside the model says; outputs: logits, score "
-        "and class, whose names are in labels.json."
+        "[N, 3, H, W] in float32, preprocessed as in preprocess.json next to the model. Outputs: "
+        "logits, score and class; labels.json has the names of the classes."
     )
 
 
 def _tags(
-    folder: StudyFolder, result: TrialResult, said: dict[str, Any], recovered: bool
+    folder: StudyFolder, result: TrialResult, bundle_result: dict[str, Any], recovered: bool
 ) -> dict[str, str]:
-    axes = objectives_named(folder.job()["objectives"])
+    axes = objectives_named(folder.objectives)
     front = [r.trial for r in front_of(measured(folder, recovered), axes)]
-    place = f"{front.index(result.trial) + 1} of {len(front)}" if result.trial in front else "none"
-    own, verification = result.certified, said["verification"]
+    position = "none"
+    if result.trial in front:
+        position = f"{front.index(result.trial) + 1} of {len(front)}"
+    certified, verification = result.certified, bundle_result["verification"]
     tags = {
         "study": folder.name,
         "trial": str(result.trial),
-        "recipe": Recipe.from_dict(said["recipe"]).to_yaml(),
-        "front": place,
+        "recipe": Recipe.from_dict(bundle_result["recipe"]).to_yaml(),
+        "front": position,
         "recovered": str(recovered).lower(),
         "top1": f"{result.values['top1']:.4f}",
         "gmacs": f"{result.values['gmacs']:.6g}",
         "verified": str(verification["verified"]).lower(),
         "verified.images": str(verification["images"]),
         "verified.max_difference": f"{verification['max_difference']:.2e}",
-        "seal": said["seal"],
+        "seal": bundle_result["seal"],
     }
-    if own is not None:
-        tags["certified_top1"] = f"{own.top1:.4f} ({own.low:.4f} to {own.high:.4f})"
+    if certified is not None:
+        tags["certified_top1"] = (
+            f"{certified.top1:.4f} ({certified.low:.4f} to {certified.high:.4f})"
+        )
     return tags

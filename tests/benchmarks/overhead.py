@@ -33,7 +33,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
-from vitpareto.search.tracking.mirror import Tracker
+from vitpareto.search.tracking.tracker import Tracker
 from vitpareto.search.trials.early_stopping import EarlyStopping
 from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.tune import TrialResources, run_tune
@@ -111,7 +111,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
                     memory.append(_memory_mb())
                 clocked.stamps.append(time.perf_counter())
 
-        with Tracker(folder, f"sqlite:///{scratch}/mlflow.db", say=lambda _: None) as tracker:
+        with Tracker(folder, f"sqlite:///{scratch}/mlflow.db", notify=lambda _: None) as tracker:
             searcher = FrontSearcher(
                 folder,
                 Space.of(SEARCHED, {}, {}),
@@ -120,7 +120,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
                 seed=0,
                 trials=trials,
                 reshape=ShapeFinder(model),
-                hooks=[heard, tracker.hear],
+                hooks=[heard, tracker.on_result],
                 judge=judge,
             )
             searcher.study.ask = clocked.clock("sampler", searcher.study.ask)

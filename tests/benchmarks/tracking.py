@@ -17,7 +17,7 @@ from pathlib import Path
 from vitpareto.dashboards.mlflow_server import serve
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.tracking.client import open_client
-from vitpareto.search.tracking.mirror import sync
+from vitpareto.search.tracking.sync import sync
 
 ROUNDS = 5
 

@@ -15,7 +15,10 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.front_table import study_front_rows
 from vitpareto.search.study.objectives import objectives_named
-from vitpareto.search.tracking.mirror import Page, sync
+from vitpareto.search.tracking.client import open_client
+from vitpareto.search.tracking.database import store_uri
+from vitpareto.search.tracking.page import StudyPage
+from vitpareto.search.tracking.sync import sync
 from vitpareto.search.tracking.views import saved_views
 
 #: below the hundred that MLflow's pages load at once
@@ -26,7 +29,7 @@ TRIALS = 90
 def study(tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
     folder = write_study(tmp_path_factory.mktemp("store"), "deit-s", TRIALS)
     page = write_explorer([folder], folder.folder / "explorer.html")
-    sync(folder, page=Page({page.name: page}, study_front_rows(folder)))
+    sync(folder, page=StudyPage({page.name: page}, study_front_rows(folder)))
     return folder
 
 
@@ -103,8 +106,6 @@ def test_the_explorer_works_inside_mlflows_frame(tab: Tab, served: Served) -> No
 def test_a_view_that_somebody_renamed_comes_back_at_the_next_sync(
     study: StudyFolder, tmp_path: Path
 ) -> None:
-    from vitpareto.search.tracking.client import open_client, store_uri
-
     client = open_client(store_uri(study.folder.parent))
     experiment = client.get_experiment_by_name("vitpareto/deit-s")
     (key,) = [k for k in experiment.tags if k.endswith("vitpareto-failed")]

@@ -17,7 +17,7 @@ from vitpareto.dashboards.mlflow_server import serve
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.tracking.mirror import sync
+from vitpareto.search.tracking.sync import sync
 
 
 def group_of(leader: int) -> list[int]:

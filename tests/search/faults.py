@@ -22,8 +22,8 @@ import psutil
 
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.tracking.client import open_client
-from vitpareto.search.tracking.mirror import tracking_uri
-from vitpareto.search.tracking.runs import STUDY_ID, experiment_of
+from vitpareto.search.tracking.run_contents import STUDY_ID_TAG, experiment_name
+from vitpareto.search.tracking.server_address import tracking_uri
 
 NAME = "k"
 
@@ -132,10 +132,10 @@ def look(store: Path, what: str, kills: int, seen: dict[str, bytes], mlflow: boo
 def unequal(folder: StudyFolder, uri: str | None = None) -> list[str]:
     """Where MLflow says something else than the study, in words."""
     client = open_client(tracking_uri(folder, uri))
-    experiment = client.get_experiment_by_name(experiment_of(folder.name))
+    experiment = client.get_experiment_by_name(experiment_name(folder.name))
     if experiment is None:
         return ["there is no experiment"]
-    runs = client.search_runs([experiment.experiment_id], f"tags.`{STUDY_ID}` LIKE '%'")
+    runs = client.search_runs([experiment.experiment_id], f"tags.`{STUDY_ID_TAG}` LIKE '%'")
     said = [
         f"run of trial {r.data.tags.get('trial')} is {r.info.status}"
         for r in runs

@@ -40,7 +40,8 @@ from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.tracking.client import open_client, store_uri
+from vitpareto.search.tracking.client import open_client
+from vitpareto.search.tracking.database import store_uri
 from vitpareto.search.tracking.registry import aliases_of, fastest, register
 from vitpareto.search.trials import run
 from vitpareto.search.trials.trial import OUTSIDE, Worker, outside_by, run_trial

@@ -35,7 +35,7 @@ from vitpareto.search.study.front_table import front_rows
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, unpack_bits
-from vitpareto.search.tracking.runs import runs_of
+from vitpareto.search.tracking.run_contents import trial_runs
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.preparation_cache import epochs_key
 from vitpareto.search.training.settings import Settings, train
@@ -500,7 +500,7 @@ def test_the_recovered_front_is_told_apart_everywhere(
     for row in rows:
         assert row.top1_before == top1[row.trial]
         assert row.top1_change == row.top1 - top1[0], "beside the study's own dense model"
-    specs = {s.trial: s for s in runs_of(
+    specs = {s.trial: s for s in trial_runs(
         results, study="s", objectives=("top1", "gmacs"), recovered=healed
     )}  # fmt: skip
     for trial, spec in specs.items():
