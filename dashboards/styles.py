@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from vitpareto import methods
 
+#: The dense model's name among the methods.
+REFERENCE = methods.Recipe().method
 #: The methods that prune without judging anything; every other method has to beat them.
-CONTROLS = frozenset(n for n in methods.names() if methods.get(n).control) - {"dense"}
+CONTROLS = frozenset(n for n in methods.names() if methods.get(n).control) - {REFERENCE}
 
 # The number of shapes has no common factor with that of colours, so 70 methods look different, and
 # methods that share a colour have shapes that are far apart.
@@ -48,7 +50,7 @@ def styles_of(methods: Iterable[str], controls: frozenset[str] = CONTROLS) -> di
     """A style for each method, by name, so that the same set always looks the same."""
     found = set(methods)
     # a second dense one, say in int8
-    plain = sorted(m for m in found if is_control(m, controls | {"dense"}))
+    plain = sorted(m for m in found if is_control(m, controls | {REFERENCE}))
     judged = sorted(found.difference(plain))
     return {
         m: Style(COLOURS[i % len(COLOURS)], _SHAPES[i % len(_SHAPES)], control=False)

@@ -17,6 +17,7 @@ class Dense(Method):
     name = "dense"
     summary = "the model as it is"
     control = True
+    is_reference = True
     identity = {}
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> Reduction:

@@ -27,6 +27,7 @@ class Resize(Method):
     kind = "structure"
     site = "before the model"
     control = True
+    resizes_input = True
     parameters = (
         Int("size", "input height in pixels, a multiple of the patch's", low=1, high=4096),
     )

@@ -62,6 +62,10 @@ class Method:
     reads_calibration: ClassVar[bool] = False
     #: costs may be read from a latency table of the model
     reads_latency_table: ClassVar[bool] = False
+    #: the model as it is: its recipe is the empty one, and every trial is compared with it
+    is_reference: ClassVar[bool] = False
+    #: makes the input images smaller and leaves the model's blocks as they are
+    resizes_input: ClassVar[bool] = False
     #: a control is what every method must beat; it is never a finding by itself
     control: ClassVar[bool] = False
     parameters: ClassVar[tuple[Parameter, ...]] = ()

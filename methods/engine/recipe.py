@@ -55,7 +55,7 @@ class Recipe:
         """The one-step recipe of a method by name; "dense" gives the empty one."""
         declared = get(method)
         checked = declared.check(params)
-        if method == "dense":
+        if declared.is_reference:
             return cls()
         step = Step(method, checked)
         return cls(structure=step) if declared.kind == "structure" else cls(tokens=step)
@@ -86,7 +86,7 @@ class Recipe:
             if not isinstance(step, Mapping) or "method" not in step:
                 raise BadInput(f"recipe.{part} needs a method and its parameters, got {step!r}")
             declared = get(str(step["method"]))
-            if declared.name == "dense":
+            if declared.is_reference:
                 continue
             if declared.kind != part:
                 raise BadInput(

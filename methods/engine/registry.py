@@ -25,7 +25,7 @@ def register(method: M) -> M:
 def names(kind: str | None = None) -> tuple[str, ...]:
     """All registered methods (of one kind), dense first, controls next, then by name."""
     chosen = [m for m in _REGISTRY.values() if kind is None or m.kind == kind]
-    chosen.sort(key=lambda m: (m.name != "dense", not m.control, m.name))
+    chosen.sort(key=lambda m: (not m.is_reference, not m.control, m.name))
     return tuple(m.name for m in chosen)
 
 

@@ -197,7 +197,7 @@ def cost_rows(
     bench.check_values(rates)
     if not models or not rates:
         raise UserError(f"no {'rate' if models else 'model'} is named: nothing to cost")
-    chosen = [methods.get(name).name for name in dict.fromkeys(names) if name != "dense"]
+    chosen = [n for n in dict.fromkeys(names) if not methods.get(n).is_reference]
     skeletons: dict[str, nn.Module] = {}
     for name in dict.fromkeys(models):
         with torch.device("meta"):
@@ -219,7 +219,7 @@ def _model_rows(
         )
     say = bench.say if dense is not None else lambda text: None  # closed forms need no patience
     say(f"{name}: dense")
-    row = CostRow(name, "dense", None, "", "dense")
+    row = CostRow(name, Recipe().method, None, "", str(Recipe()))
     first = _measured(row, Recipe(), skeleton, dense, images, bench)
     yield first
     for method in names:

@@ -91,7 +91,7 @@ class FrontRow:
     @property
     def is_reference(self) -> bool:
         """Whether this is the dense model."""
-        return self.method == "dense"
+        return self.method == Recipe().method
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain values, keys in the order of the fields."""

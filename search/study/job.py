@@ -199,7 +199,7 @@ class SearchConfig(JobKeys):
     def study_methods(self) -> tuple[str, ...]:
         """Methods that are searched, without dense: as given, or all except `untrained`."""
         chosen = self.methods or tuple(n for n in methods.names() if n not in self.untrained)
-        return tuple(n for n in chosen if n != "dense")
+        return tuple(n for n in chosen if not methods.get(n).is_reference)
 
     @property
     def untrained(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from vitpareto.methods import Recipe
 from vitpareto.search.measure.latency import Latency
 
 TrialState = Literal["finished", "raced_out", "failed", "running"]
@@ -110,8 +111,8 @@ class TrialResult:
     def method(self) -> str:
         """The methods' names, the structural one first: `topk`, `nvit+topk`; or "dense"."""
         parts = (self.recipe.get(part) for part in ("structure", "tokens"))
-        return "+".join(str(part["method"]) for part in parts if part) or "dense"
+        return "+".join(str(part["method"]) for part in parts if part) or Recipe().method
 
     @property
     def is_reference(self) -> bool:
-        return self.method == "dense"
+        return self.method == Recipe().method

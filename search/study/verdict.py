@@ -210,7 +210,8 @@ def _kind(control: TrialResult) -> str:
     structure = control.recipe.get("structure")
     if not structure:
         return ""
-    return "the smaller input, " if structure["method"] == "resize" else "the smaller model, "
+    resizes = methods.get(structure["method"]).resizes_input
+    return "the smaller input, " if resizes else "the smaller model, "
 
 
 def recipe_line(result: TrialResult) -> str:
