@@ -47,134 +47,131 @@ def key(kind: Kind, default: Any, help: str, shown: str = "") -> Any:
 class JobKeys:
     """All job keys in the order in which `job.yaml` holds them."""
 
-    name: str = key(Text(), "study", "study name; an existing study is continued")
-    model: str = key(Text(), "digits", "timm name, hf-hub:NAME, local-dir:PATH or digits")
+    name: str = key(Text(), "study", "Name of the study; an existing study is continued")
+    model: str = key(Text(), "digits", "Model: timm name, hf-hub:NAME, local-dir:PATH or digits")
     data: str = key(
         Text(), "digits",
-        "image folder, s3:// or gs:// address, digits, or cifar10, fashionmnist or imagenette, "
+        "Images: a folder, s3:// or gs:// address, digits, or cifar10, fashionmnist or imagenette, "
         "each with or without :DIR",
     )  # fmt: skip
     weights: str | None = key(
-        Text(), None, "weights of the model, .safetensors or .pth", "timm's weights"
-    )
+        Text(), None, "Weights of the model: .safetensors, or .pth with tensors only",
+        "timm's weights",
+    )  # fmt: skip
     trials: int | None = key(
         Integer(low=1, high=1_000_000), None,
-        "trials in total, the dense model and trials stopped early included",
-        f"{DEFAULT_TRIALS}, unlimited with time or patience",
+        "Trials in total, including the dense model and trials that are stopped early",
+        f"{DEFAULT_TRIALS}; unlimited with time or patience",
     )  # fmt: skip
     time: str | None = key(
         Text(
             pattern=r"(?=.*[1-9])\d+(\.\d+)?\s*[smh]",
             form="a number above 0 with s, m or h, for example 90s, 30m or 1.5h",
         ),
-        None, "start no new trials after this long, for example 90s, 30m or 1.5h", "no limit",
+        None, "Start no new trials after this long, for example 90s, 30m or 1.5h", "no limit",
     )  # fmt: skip
     patience: int | None = key(
         Integer(low=1, high=1_000_000), None,
-        "stop after this many trials without a 0.1 % gain in hypervolume", "no limit",
+        "Stop after this many trials without a 0.1 % gain in hypervolume", "no limit",
     )  # fmt: skip
     methods: tuple[str, ...] = key(
-        Names(), (), "methods to search, for example rajni,tome",
+        Names(), (), "Methods to search, for example rajni,tome",
         "all, except methods whose training has no epochs",
     )  # fmt: skip
     objectives: tuple[str, ...] = key(
         Names(known=SEARCHABLE_OBJECTIVES), ("top1", "gmacs"),
-        f"top1 and at least one cost, of {', '.join(SEARCHABLE_OBJECTIVES)}",
+        "Objectives: top1, at least one of gmacs, params_m, latency_ms, peak_mb; also top5",
     )  # fmt: skip
     sampler: str = key(OneOf(choices=SAMPLERS), "tpe", "Optuna sampler: tpe, nsga2 or random")
-    seed: int = key(Integer(), 0, "seed of the splits, the image order and the sampler")
+    seed: int = key(Integer(), 0, "Seed of the splits, the image order and the sampler")
     workers: int | None = key(
-        Integer(low=1, high=100_000), None, "trials that run at the same time", "as many as fit"
+        Integer(low=1, high=100_000), None, "Trials that run at the same time", "as many as fit"
     )
     device: str = key(
         Text(pattern=r"auto|cpu|cuda(:\d+)?", form="auto, cpu, cuda or cuda:N"), "auto",
-        "auto, cpu, cuda or cuda:N",
+        "Device: auto, cpu, cuda or cuda:N",
     )  # fmt: skip
-    dtype: str = key(
-        OneOf(choices=DTYPES), "float32", "dtype of the model: float32, bfloat16 or float16"
-    )
-    batch: int = key(Integer(low=1, high=65536), 64, "images per forward pass")
+    dtype: str = key(OneOf(choices=DTYPES), "float32", "Dtype: float32, bfloat16 or float16")
+    batch: int = key(Integer(low=1, high=65536), 64, "Images per forward pass")
     gpus_per_trial: float | None = key(
         Number(high=1024, open_low=True), None,
-        "GPUs per trial; 0.25 shares one GPU among four trials", "1",
+        "GPUs per trial; with 0.25, four trials share a GPU", "1",
     )  # fmt: skip
-    images: int | None = key(
-        Integer(low=1), None, "number of search images to use", "all search images"
-    )
+    images: int | None = key(Integer(low=1), None, "Number of search images to use", "all")
     min_gmacs: float | None = key(
-        Number(), None, "lower end of the budget window, GMACs per image", "no limit"
+        Number(), None, "Lower end of the budget window, GMACs per image", "no limit"
     )
     max_gmacs: float | None = key(
-        Number(), None, "upper end of the budget window, GMACs per image", "no limit"
+        Number(), None, "Upper end of the budget window, GMACs per image", "no limit"
     )
     race: str = key(
         OneOf(choices=("on", "off")), "on",
-        "on: stop dominated trials early; off: measure every trial on all images",
+        "Stop dominated trials early: on, or off to measure every trial on all images",
     )  # fmt: skip
     race_error: float = key(
         Number(high=0.5, open_low=True), 0.05,
-        "probability per study of losing a front member to early stopping",
+        "Probability per study of losing a front member to early stopping",
     )  # fmt: skip
     certify: str = key(
         OneOf(choices=("front", "off")), "front",
-        "front: measure the front on the held-out images at the end; off: do not",
+        "Measure the front on the held-out images at the end: front or off",
     )  # fmt: skip
     latency: str = key(
         OneOf(choices=("front", "off")), "front",
-        "front: measure the latency of the front at the end; off: do not",
+        "Measure the latency of the front at the end: front or off",
     )  # fmt: skip
-    latency_batch: int = key(Integer(low=1, high=65536), 1, "batch size for latency")
+    latency_batch: int = key(Integer(low=1, high=65536), 1, "Batch size at which latency is timed")
     latency_runtime: str = key(
-        OneOf(choices=RUNTIMES), "eager", f"runtime for latency: {', '.join(RUNTIMES)}"
-    )
+        OneOf(choices=RUNTIMES), "eager",
+        "Runtime that is timed: eager, compiled, cudagraph or onnxruntime",
+    )  # fmt: skip
     max_latency_ms: float | None = key(
         Number(open_low=True), None,
-        "maximum latency of a trial in ms, at that batch size in that runtime", "no limit",
+        "Maximum latency of a trial in ms, at latency_batch in latency_runtime", "no limit",
     )  # fmt: skip
     latency_on: str | None = key(
         Text(), None,
-        "where latency is measured: accelerator:H200, or a resource of one node",
+        "Node on which latency is measured: accelerator:H200, or a custom resource of the node",
         "where trials run",
     )  # fmt: skip
     train_epochs: int = key(
         Integer(high=100_000), 0,
-        "training epochs of each trial whose method is trained in it; 0 leaves such methods out",
+        "Training epochs of each trial whose method is trained; 0 excludes these methods",
     )  # fmt: skip
     prepare_epochs: int = key(
         Integer(high=100_000), 0,
-        "epochs of training that is done once per study (TNT, NViT); 0 leaves such methods out",
+        "Epochs of training that is done once per study (TNT, NViT); 0 excludes these methods",
     )  # fmt: skip
-    lr: float = key(Number(high=10.0, open_low=True), 1e-4, "learning rate of all training")
-    train_batch: int = key(Integer(low=1, high=65536), 128, "images per training step")
+    lr: float = key(Number(high=10.0, open_low=True), 1e-4, "Learning rate of all training")
+    train_batch: int = key(Integer(low=1, high=65536), 128, "Images per training step")
     profile: str | None = key(
-        Text(), None, "latency table of `vitpareto profile`: NViT prunes to fractions of its time"
+        Text(), None, "Latency table of `vitpareto profile`, for NViT's targets and for snap"
     )
     snap: str = key(
         OneOf(choices=("off", "steps")), "off",
-        "steps: keep as many tokens as cost the same in the latency table; off: do not",
+        "Round token counts up while a block's latency in the profile stays the same: steps or off",
     )  # fmt: skip
     tracking_uri: str | None = key(
-        Text(), None, "MLflow server; store: SQLite in the store; none: no MLflow",
+        Text(), None, "MLflow server; store for SQLite in the store; none for no MLflow",
         "MLFLOW_TRACKING_URI, or store",
     )  # fmt: skip
     storage: str | None = key(
         Text(), None,
-        "database for Optuna's trials, postgresql+psycopg://USER@HOST/DB", "the study's folder",
+        "Database for Optuna's trials, for example postgresql+psycopg://USER@HOST/DB",
+        "the study's folder",
     )  # fmt: skip
     space: dict[str, Any] = key(
-        Entries(), {},
-        "narrower ranges: {topk.keep_rate: [0.5, 0.9]}; structure lists what may lie beneath",
-    )  # fmt: skip
+        Entries(), {}, "Narrower ranges, for example {topk.keep_rate: [0.5, 0.9]}"
+    )
     fixed: dict[str, Any] = key(
-        Entries(), {}, "fixed parameters: {tome.inflection: 0}, {structure: none}"
+        Entries(), {}, "Fixed parameters, for example {tome.inflection: 0, structure: none}"
     )
     store: str = key(
-        Text(), "", "folder of studies, or s3:// or gs:// address", "VITPARETO_STORE, or ./studies"
+        Text(), "", "Studies: a folder, or s3:// or gs:// address", "VITPARETO_STORE, or ./studies"
     )
     cache: str = key(
-        Text(), "", "folder of decoded images",
-        "VITPARETO_CACHE, or the user's cache folder",
-    )  # fmt: skip
+        Text(), "", "Folder of decoded images", "VITPARETO_CACHE, or the user's cache folder"
+    )
 
 
 def _shown(default: Any) -> str:

@@ -1,0 +1,120 @@
+"""`table` and `reproduce`: costs of methods side by side, and beside published figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vitpareto.search.commands.inputs import cache_folder
+from vitpareto.search.commands.options import AsCsv, AsJson, Cache, Device
+from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.terminal import log, numbers, print_tables, words
+
+DtypeName = Annotated[str, typer.Option(help="Dtype: float32, bfloat16 or float16")]
+BatchSize = Annotated[int, typer.Option(help="Images per forward pass")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("table")(table_command)
+    app.command("reproduce")(reproduce_command)
+
+
+def table_command(
+    models: Annotated[
+        str, typer.Option(help="timm names or digits, separated by commas")
+    ] = "digits",
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, for example tram,topk [all]")
+    ] = None,
+    rates: Annotated[
+        str, typer.Option(help="Fractions of tokens kept at each prune layer")
+    ] = "0.75,0.5",
+    batch: BatchSize = 64,
+    device: Device = None,
+    dtype: DtypeName = "float32",
+    rounds: Annotated[
+        int, typer.Option(help="Rounds of paired timing; 0 for closed forms only")
+    ] = 30,
+    check: Annotated[bool, typer.Option("--check", help="Count with fvcore too")] = False,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare GMACs, parameters, images per second and memory of methods, without data or weights.
+
+    \b
+    vitpareto table --models vit_small_patch16_224,vit_base_patch16_224 --methods tram,topk,tome
+    vitpareto table --models deit_small_patch16_224 --rates 0.7 --rounds 0
+    """
+    from vitpareto import methods as registry
+    from vitpareto.dashboards.comparisons import cost_notes, cost_records, cost_tables
+    from vitpareto.search.compare.cost_table import Bench, cost_rows
+    from vitpareto.search.trials.run import resolve_device
+
+    bench = Bench(batch, resolve_device(device or "auto"), dtype, rounds, check, log)
+    chosen = registry.names() if methods is None else words(methods)
+    rows = list(cost_rows(words(models), chosen, numbers(rates, "--rates"), bench))
+    if as_csv or as_json:
+        _print_records(cost_records(rows), as_csv)
+    else:
+        print_tables(cost_tables(rows), cost_notes(rows))
+
+
+def reproduce_command(
+    data: Annotated[
+        str | None, typer.Option(help="Folder of ImageNet-1k's validation images")
+    ] = None,
+    models: Annotated[
+        str | None, typer.Option(help="Models of the rows, separated by commas [all]")
+    ] = None,
+    weights_dir: Annotated[
+        Path | None,
+        typer.Option(help="Folder with TIMM_TAG.safetensors or .pth [timm downloads]"),
+    ] = None,
+    device: Device = None,
+    dtype: DtypeName = "float32",
+    batch: BatchSize = 64,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+    cache: Cache = None,
+) -> None:
+    """Print published figures beside ours: GFLOPs, and top-1 of untrained methods where data and
+    weights are given.
+
+    \b
+    vitpareto reproduce
+    vitpareto reproduce --data /imagenet/val --models vit_small_patch16_224
+    """
+    from vitpareto.dashboards import comparisons
+    from vitpareto.search.compare import published
+    from vitpareto.search.compare.reproduction import Place, reproduce, select
+    from vitpareto.search.trials.run import resolve_device
+
+    rows = select(published.rows(), words(models or ""))
+    found = []
+    with ProgressDisplay() as display:
+        place = None
+        if data is None:
+            log("top-1 is measured with --data FOLDER, ImageNet-1k's validation images")
+        else:
+            place = Place(
+                data, cache_folder(cache), weights_dir, resolve_device(device or "auto"), dtype,
+                batch, display.counter("decoding images"), display.count,
+            )  # fmt: skip
+        for row in reproduce(rows, place):
+            found.append(row)
+            if row.accuracy is not None:  # at once: the other rows may take hours
+                log(f"{row.row.timm_tag} {row.row.label}: {row.accuracy.top1:.3f} %")
+    found.sort(key=lambda row: rows.index(row.row))
+    if as_csv or as_json:
+        _print_records(comparisons.figure_records(found), as_csv)
+    else:
+        tables = [comparisons.figures_table(found), comparisons.accuracy_table(found)]
+        print_tables(tables, comparisons.figure_notes(found))
+
+
+def _print_records(records: Any, as_csv: bool) -> None:
+    from vitpareto.dashboards.csv_json import csv_text, json_lines
+
+    typer.echo(csv_text(records) if as_csv else json_lines(records), nl=False)

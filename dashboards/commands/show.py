@@ -1,0 +1,103 @@
+"""`show`: draw which patches a recipe keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vitpareto.search.commands import options as o
+from vitpareto.search.commands.inputs import (
+    cache_folder,
+    check_recipe_or_trial,
+    find_study,
+    read_recipe,
+    read_weights,
+)
+from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.terminal import log
+
+if TYPE_CHECKING:
+    from vitpareto.search.compare.show import Asked
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("show")(show_command)
+
+
+def show_command(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="More image files", metavar="FILE")
+    ] = None,
+    recipe: o.RecipeFile = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="Image file; may be repeated [the first images of the data]"),
+    ] = None,
+    study: o.Study = None,
+    trial: o.Trial = None,
+    trained: o.Trained = None,
+    model: o.Model = None,
+    weights: o.Weights = None,
+    data: o.Data = None,
+    images: Annotated[
+        int | None, typer.Option(help="Number of images of the data to draw [4]")
+    ] = None,
+    seed: o.Seed = None,
+    out: Annotated[Path, typer.Option(help="Picture to write: FILE.png")] = Path("show.png"),
+    as_json: o.AsJson = False,
+    store: o.Store = None,
+    cache: o.Cache = None,
+) -> None:
+    """Draw which patches of an image a recipe keeps, merges or drops at each stage.
+
+    \b
+    vitpareto show --recipe recipe.yaml --model deit_small_patch16_224 --image cat.jpg dog.jpg
+    vitpareto show --study deit-s --trial 12 --out patches.png
+    """
+    from vitpareto.dashboards.csv_json import json_lines
+    from vitpareto.dashboards.patches import check_path, draw_patches, patch_rows, summary
+    from vitpareto.search.compare.show import Asked, look
+
+    check_path(out)
+    check_recipe_or_trial(recipe, study, trial)
+    if recipe is not None:
+        own = Path(weights) if weights else None
+        asked = Asked(
+            read_recipe(recipe), model or "digits", own, data, seed or 0,
+            trained=read_weights(trained),
+        )  # fmt: skip
+    else:
+        given = {"--model": model, "--weights": weights, "--data": data, "--trained": trained,
+                 "--seed": seed}  # fmt: skip
+        asked = _of_trial(study, trial, store, [k for k, v in given.items() if v is not None])
+    with ProgressDisplay() as display:
+        seen = look(
+            asked, [*(image or []), *(files or [])], images=images, cache=cache_folder(cache),
+            progress=display.counter("decoding images"),
+        )  # fmt: skip
+    for note in seen.notes:
+        log(f"note: {note}")
+    log(f"picture: {draw_patches(seen, out)}")
+    if as_json:
+        typer.echo(json_lines(patch_rows(seen)), nl=False)
+        return
+    for one in seen.images:
+        typer.echo(summary(one))
+
+
+def _of_trial(study: str | None, trial: int | None, store: str | None, given: list[str]) -> Asked:
+    """A trial of a study. Raises UserError where options that the study decides were given."""
+    from vitpareto.methods import Code
+    from vitpareto.search.compare.show import Asked
+    from vitpareto.search.errors import UserError
+
+    assert study is not None and trial is not None
+    if given:
+        raise UserError(
+            f"{', '.join(given)} must not be given with --study: the study decides them",
+            Code.CONFLICT,
+            options=tuple(given),
+        )
+    return Asked.of_trial(find_study(store, study), trial)

@@ -1,0 +1,70 @@
+"""Read what commands are given: studies by name, recipe files, trained weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitpareto.methods import Recipe
+    from vitpareto.search.study.folder import StudyFolder
+
+
+def store_folder(store: str | None) -> str:
+    """The store of a command: as given, VITPARETO_STORE, or ./studies."""
+    return store or os.environ.get("VITPARETO_STORE") or "studies"
+
+
+def find_study(store: str | None, name: str) -> StudyFolder:
+    """The study of this name. Raises UserError where it does not exist."""
+    from vitpareto.search.study.folder import StudyFolder
+
+    return StudyFolder.find(store_folder(store), name)
+
+
+def cache_folder(cache: str | None) -> Path:
+    """The folder of decoded images: as given, or the user's."""
+    from vitpareto.search.files.cache import default_cache
+
+    return Path(cache) if cache else default_cache()
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Raises UserError."""
+    from vitpareto.methods import Code, Recipe
+    from vitpareto.search.errors import UserError
+
+    try:
+        return Recipe.from_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"recipe file {path} cannot be read: {error.strerror}",
+            Code.NOT_FOUND if isinstance(error, FileNotFoundError) else Code.UNREADABLE,
+            path=str(path),
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"recipe file {path} must be UTF-8 text", Code.UNREADABLE, path=str(path)
+        ) from error
+
+
+def read_weights(path: Path | None) -> Mapping[str, Any] | None:
+    """The state dict in a weights file; None without a file. Raises UserError."""
+    from vitpareto.search.models.weight_files import read_weights_file
+
+    return None if path is None else read_weights_file(path).state
+
+
+def check_recipe_or_trial(recipe: Path | None, study: str | None, trial: int | None) -> None:
+    """Raise UserError unless exactly one of --recipe and --study with --trial is given."""
+    from vitpareto.methods import Code
+    from vitpareto.search.errors import UserError
+
+    if (recipe is None) == (study is None) or (study is None) != (trial is None):
+        raise UserError(
+            "give either --recipe FILE, or --study NAME with --trial N",
+            Code.MISSING if recipe is None else Code.CONFLICT,
+            options=("--recipe", "--study", "--trial"),
+        )

@@ -1,0 +1,139 @@
+"""`measure`: measure one recipe beside the dense model, in this process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vitpareto.search.commands import options as o
+from vitpareto.search.commands.inputs import (
+    check_recipe_or_trial,
+    find_study,
+    read_recipe,
+    read_weights,
+)
+from vitpareto.search.commands.progress import ProgressDisplay
+
+if TYPE_CHECKING:
+    from vitpareto.methods import Recipe
+    from vitpareto.search.study.results import Latency, TrialResult
+
+#: job keys that decide what is measured; a trial's are its study's unless options override them
+KEYS = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",
+        "latency_batch", "latency_runtime", "cache")  # fmt: skip
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("measure")(measure_command)
+
+
+def measure_command(
+    recipe: o.RecipeFile = None,
+    study: o.Study = None,
+    trial: o.Trial = None,
+    trained: o.Trained = None,
+    model: o.Model = None,
+    data: o.Data = None,
+    weights: o.Weights = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch: o.Batch = None,
+    images: o.Images = None,
+    seed: o.Seed = None,
+    latency_batch: o.LatencyBatch = None,
+    latency_runtime: o.LatencyRuntime = None,
+    as_json: o.AsJson = False,
+    store: o.Store = None,
+    cache: o.Cache = None,
+) -> None:
+    """Measure one recipe, or one trial of a study again, beside the dense model.
+
+    \b
+    vitpareto measure --model deit_small_patch16_224 --data /imagenet/val --recipe recipe.yaml
+    vitpareto measure --study deit-s --trial 12
+    """
+    given = {k: v for k, v in locals().items() if k in KEYS and v is not None}
+    from vitpareto.search.study.job import SearchConfig
+    from vitpareto.search.trials import run
+
+    chosen, job, state = _chosen(recipe, study, trial, trained, store)
+    config = SearchConfig.of({**{k: v for k, v in job.items() if k in KEYS}, **given})
+    with ProgressDisplay() as display:
+        result, dense, timed = run.measure(
+            config, chosen, decode=display.counter("decoding images"), trained=state
+        )
+    if as_json:
+        typer.echo(json.dumps(_record(result, dense, timed)))
+        return
+    for label, text in _rows(result, dense, timed, config.batch):
+        typer.echo(f"{label:<12} {text}")
+
+
+def _chosen(
+    recipe: Path | None, study: str | None, trial: int | None, trained: Path | None,
+    store: str | None,
+) -> tuple[Recipe, dict[str, Any], Mapping[str, Any] | None]:  # fmt: skip
+    """The recipe to measure, the job keys of its study, and its weights."""
+    from vitpareto.methods import Code
+    from vitpareto.search.compare.show import Asked
+    from vitpareto.search.errors import UserError
+
+    check_recipe_or_trial(recipe, study, trial)
+    if recipe is not None:
+        return read_recipe(recipe), {}, read_weights(trained)
+    assert study is not None and trial is not None
+    if trained is not None:
+        raise UserError(
+            "--trained requires --recipe: the weights of a trial are in its study",
+            Code.CONFLICT,
+            options=("--trained", "--study"),
+        )
+    folder = find_study(store, study)
+    asked = Asked.of_trial(folder, trial)
+    return asked.recipe, {**folder.job(), "weights": str(folder.weights)}, asked.trained
+
+
+def _record(result: TrialResult, dense: TrialResult, timed: Latency) -> dict[str, Any]:
+    """What --json prints."""
+    return {
+        "recipe": result.resolved,
+        **{k: round(v, 6) for k, v in result.values.items()},
+        "top1_low": result.top1_low,
+        "top1_high": result.top1_high,
+        "images": result.images,
+        "dense_top1": dense.values["top1"],
+        "dense_gmacs": dense.values["gmacs"],
+        "latency_ms": timed.p50_ms,
+        "latency_p95_ms": timed.p95_ms,
+        "dense_latency_ms": timed.dense_p50_ms,
+        "speedup": timed.speedup,
+        "speedup_low": timed.speedup_low,
+        "speedup_high": timed.speedup_high,
+        "latency_target": timed.target,
+    }
+
+
+def _rows(
+    result: TrialResult, dense: TrialResult, timed: Latency, batch: int
+) -> tuple[tuple[str, str], ...]:
+    """Labels and texts for people."""
+    from vitpareto.methods import Recipe
+
+    v, d = result.values, dense.values
+    target = ", ".join(f"{k} {t}" for k, t in timed.target.items())
+    return (
+        ("recipe", str(Recipe.from_dict(result.resolved))),
+        ("top-1", f"{v['top1']:.2f} % ({result.top1_low:.2f}–{result.top1_high:.2f}, "
+                  f"{result.images} images); dense {d['top1']:.2f} %"),
+        ("top-5", f"{v['top5']:.2f} %; dense {d['top5']:.2f} %"),
+        ("GMACs", f"{v['gmacs']:.4g} ({v['gmacs'] / d['gmacs']:.1%} of dense {d['gmacs']:.4g})"),
+        ("parameters", f"{v['params_m']:.4g} M"),
+        ("peak memory", f"{v['peak_mb']:.4g} MB at batch {batch}; dense {d['peak_mb']:.4g}"),
+        ("latency", f"p50 {timed.p50_ms:.3g} ms, p95 {timed.p95_ms:.3g}; "
+                    f"dense {timed.dense_p50_ms:.3g} ({target})"),
+        ("speed-up", f"{timed.speedup:.2f} ({timed.speedup_low:.2f}–{timed.speedup_high:.2f})"),
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""Options of the command line that come from job keys, so that each is described once.
+
+Imports typer and the declarations of job keys: nothing heavy.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from vitpareto.search.study.job_keys import KEYS
+from vitpareto.search.study.key_kinds import Entries
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def job_option(name: str) -> Any:
+    """The option of a job key, with the key's help and default."""
+    key = KEYS[name]
+    return typer.Option(help=f"{key.help} [{key.shown_default}]")
+
+
+Model = Annotated[str | None, job_option("model")]
+Data = Annotated[str | None, job_option("data")]
+Weights = Annotated[str | None, job_option("weights")]
+Device = Annotated[str | None, job_option("device")]
+Dtype = Annotated[str | None, job_option("dtype")]
+Batch = Annotated[int | None, job_option("batch")]
+Images = Annotated[int | None, job_option("images")]
+Seed = Annotated[int | None, job_option("seed")]
+LatencyBatch = Annotated[int | None, job_option("latency_batch")]
+LatencyRuntime = Annotated[str | None, job_option("latency_runtime")]
+TrackingUri = Annotated[str | None, job_option("tracking_uri")]
+Store = Annotated[str | None, job_option("store")]
+Cache = Annotated[str | None, job_option("cache")]
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="KEY=VALUE for any job key, for example trials=400"),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="HOST:PORT of a Ray head, or auto on its nodes [Ray on this machine]"),
+]
+RecipeFile = Annotated[Path | None, typer.Option(help="Recipe file (YAML)")]
+Trained = Annotated[
+    Path | None,
+    typer.Option(help="Weights that the recipe names: .safetensors, or .pth with tensors only"),
+]
+Study = Annotated[str | None, typer.Option(help="Study whose trial is used instead of --recipe")]
+Trial = Annotated[int | None, typer.Option(help="Number of the trial, with --study")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV")]
+
+
+def with_job_options(command: Command) -> Command:
+    """Replace the command's `**options` by one option per job key; None where not given.
+
+    `space` and `fixed` are mappings: `--set` gives their entries.
+    """
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for key in KEYS.values():
+        if not isinstance(key.kind, Entries):
+            annotation = Annotated[key.kind.python | None, job_option(key.name)]  # type: ignore[name-defined]
+            parameters.append(
+                inspect.Parameter(
+                    key.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+                )
+            )
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return command

@@ -1,0 +1,134 @@
+"""Progress on standard error: bars on a terminal, a line every 10 seconds in a log."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from vitpareto.search.study.results import TrialResult
+    from vitpareto.search.trials.searcher import Tally
+
+#: seconds between two lines in a log
+LOG_S = 10.0
+
+
+class ProgressDisplay:
+    """Shows how work advances, until the block ends.
+
+    Args:
+        terminal: bars or lines; None: bars where standard error is a terminal.
+    """
+
+    def __init__(self, terminal: bool | None = None) -> None:
+        self._terminal = sys.stderr.isatty() if terminal is None else terminal
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._shown = 0.0  # when a line was last written
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bars as they stand; the next update starts new ones."""
+        if self._bars is not None:
+            self._bars.stop()
+        self._bars = None
+        self._tasks.clear()
+
+    def counter(self, what: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows `what`, for example "decoding images"."""
+        return functools.partial(self.count, what)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Show `what: done/total`; a finished count is always shown."""
+        self.show(what, f"{what}: {done}/{total}", done, total, due=done >= total)
+        if done >= total:
+            self.close()
+
+    def show(self, name: str, text: str, done: int, total: int | None, due: bool = False) -> None:
+        """Show one line of text with its bar; total None: without an end.
+
+        due: write it to a log also before the next line is due.
+        """
+        if self._terminal:
+            self._draw(name, text, done, total)
+        elif due or time.monotonic() - self._shown >= LOG_S:
+            self._shown = time.monotonic()
+            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            sys.stderr.flush()
+
+    def _draw(self, name: str, text: str, done: int, total: int | None) -> None:
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(text, total=total)
+        self._bars.update(self._tasks[name], description=text, completed=done, total=total)
+
+
+def _bars() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
+
+    # the text is longer than a narrow terminal: it wraps instead of losing its end
+    text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False))
+    return Progress(BarColumn(bar_width=20), text, console=Console(stderr=True, highlight=False))
+
+
+class SearchProgress:
+    """How a search stands. `on_result` is a hook of the searcher."""
+
+    def __init__(self, display: ProgressDisplay) -> None:
+        self._display = display
+        self._begin: float | None = None
+        self._first = 0.0  # seconds from the first trial to the first result
+        self.results = 0
+        self.seconds = 0.0  # from the first trial to the last result
+
+    @property
+    def per_minute(self) -> float:
+        """Results per minute."""
+        return 60 * self.results / max(self.seconds, 1e-9)
+
+    def on_result(self, result: TrialResult | None, tally: Tally) -> None:
+        """A result was stored, or (None) a trial was handed out or the search ended."""
+        if self._begin is None:
+            self._begin = time.monotonic()
+        if result is not None:
+            self.results += 1
+            self.seconds = time.monotonic() - self._begin
+            self._first = self._first or self.seconds
+        ended = bool(tally.ended) and result is None
+        self._display.show("search", self.text(tally), tally.done, tally.wanted, due=ended)
+
+    def text(self, tally: Tally) -> str:
+        """How the search stands, in one line."""
+        total = "" if tally.wanted is None else f"/{tally.wanted}"
+        text = (
+            f"{tally.done}{total} done, {tally.raced_out} of them stopped early, "
+            f"{tally.running} running, {tally.failed} failed; "
+            f"front {len(tally.front)} trials, hypervolume {tally.hypervolume:.4g}"
+        )
+        left = self._seconds_left(tally)
+        return text if left is None else f"{text}; about {left // 60} min {left % 60} s left"
+
+    def _seconds_left(self, tally: Tally) -> int | None:
+        # from the second result on: the first waits for workers to start
+        if self.results < 2 or tally.wanted is None or tally.done >= tally.wanted:
+            return None
+        each = (self.seconds - self._first) / (self.results - 1)
+        return round((tally.wanted - tally.done) * each)
