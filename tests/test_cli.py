@@ -232,12 +232,12 @@ def test_a_demo_without_a_knee_exports_the_most_accurate(say, cache: Path, tmp_p
 def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from vitpareto.search.data import embedded
+    from vitpareto.search.data import embedded_images
 
     recipe, picture = tmp_path / "recipe.yaml", tmp_path / "patches.png"
     recipe.write_text("tokens: {method: rajni, gamma: 0.1, min_tokens: 8, budget: image}\n")
     files = [tmp_path / f"{i}.png" for i in range(3)]
-    for path, pixels in zip(files, embedded.draw("search")[0], strict=False):
+    for path, pixels in zip(files, embedded_images.draw("search")[0], strict=False):
         Image.fromarray(pixels).save(path)
     where = ("--cache", cache, "--out", picture)
     said = say("show", "--recipe", recipe, "--image", *files, "--json", *where)
@@ -247,7 +247,7 @@ def test_show(say, store: Path, cache: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in said.out.splitlines()]
     assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png"]
     for row in rows:
-        assert len(row["blocks"]) == 12 and row["pruned"]["name"] in embedded.CLASSES
+        assert len(row["blocks"]) == 12 and row["pruned"]["name"] in embedded_images.CLASSES
         for block in row["blocks"]:
             assert block["patches"] == 64 - block["dropped"]
             assert set(block["figures"]) == {"rho", "eta", "keep_ratio"}

@@ -122,10 +122,10 @@ sys.path.insert(0, {str(place)!r})
 import vitpareto, vitpareto.cli, vitpareto.clusters.connect, vitpareto.dashboards.plot
 from vitpareto import methods, search
 from vitpareto.search.compare import published
-from vitpareto.search.data import embedded
+from vitpareto.search.models import embedded_model
 for module in (methods, search, vitpareto, vitpareto.clusters, vitpareto.dashboards):
     assert module.__file__.startswith({str(place)!r}), module.__file__
-print(embedded.build().head.out_features, len(published.rows()), len(methods.names()))
+print(embedded_model.build().head.out_features, len(published.rows()), len(methods.names()))
 """
     done = python(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr

@@ -116,7 +116,7 @@ def train_demo_command(
     \b
     vitpareto train-demo --out digits_vit.safetensors
     """
-    from vitpareto.search.data import embedded
+    from vitpareto.search.training import embedded
 
     options = {} if epochs is None else {"epochs": epochs}
     report = embedded.train(out, seed=seed, progress=lambda line: log(str(line)), **options)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.compare.token_trace import Followed, follow
-from vitpareto.search.data import embedded
 from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
 from vitpareto.search.data.decoding import UNREADABLE
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of
+from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import fingerprint, load_model, num_classes
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
@@ -40,7 +40,7 @@ class Asked:
     """
 
     recipe: Recipe
-    model: str = embedded.NAME
+    model: str = embedded_model.NAME
     weights: Path | None = None
     data: str | None = None
     seed: int = 0
@@ -94,8 +94,8 @@ def look(
     recipe = asked.recipe.checked(shape)
     preprocess = Preprocess.of(dense)
     # the embedded set knows its own model's classes, and nobody else's
-    known = asked.data is not None or asked.model == embedded.NAME
-    spec = asked.data or (embedded.NAME if known or not files else None)
+    known = asked.data is not None or asked.model == embedded_model.NAME
+    spec = asked.data or (embedded_model.NAME if known or not files else None)
     data = None
     if spec is not None:
         data = open_data(spec, preprocess, cache=cache, seed=asked.seed, progress=progress)

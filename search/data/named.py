@@ -312,9 +312,9 @@ def check_imagenette(folder: Path, classes: tuple[str, ...]) -> None:
 @lru_cache(maxsize=4)
 def _drawn(split: str) -> tuple[np.ndarray, np.ndarray]:
     # not above: it imports scikit-learn, which only digits need
-    from vitpareto.search.data import embedded
+    from vitpareto.search.data import embedded_images
 
-    images, labels = embedded.draw(split)
+    images, labels = embedded_images.draw(split)
     return np.asarray(images), np.asarray(labels, dtype=np.int64)
 
 
@@ -345,7 +345,7 @@ class _Digits:
 
 
 def list_digits() -> tuple[tuple[str, ...], dict[str, Listed]]:
-    from vitpareto.search.data import embedded
+    from vitpareto.search.data import embedded_images
 
-    listed: dict[str, Listed] = {s: _Digits(s, n) for s, n in embedded.SPLITS.items()}
-    return tuple(embedded.CLASSES), listed
+    listed: dict[str, Listed] = {s: _Digits(s, n) for s, n in embedded_images.SPLITS.items()}
+    return tuple(embedded_images.CLASSES), listed

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.search.data import embedded
 from vitpareto.search.errors import UserError
+from vitpareto.search.models import embedded_model
 
 Floats = NDArray[np.float32]
 
@@ -286,8 +286,8 @@ def fresh_dense(result: dict[str, Any], outputs: int | None = None) -> nn.Module
     """The dense model that result.json names, with fresh weights; outputs: of its head, where they
     are not those of its architecture. Raises whatever timm raises.
     """
-    if result["model"] == embedded.NAME:
-        return embedded.build(pretrained=False).eval()
+    if result["model"] == embedded_model.NAME:
+        return embedded_model.build(pretrained=False).eval()
     options = dict(result.get("model_args", {}))
     if outputs is not None:
         options["num_classes"] = outputs

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from vitpareto.methods import ModelShape, Recipe, check_supported, model_shape
 from vitpareto.methods.engine.errors import nearest
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import replacing
+from vitpareto.search.models import embedded_model
 from vitpareto.search.models.checkpoint_layouts import read_checkpoint
 from vitpareto.search.models.weight_files import first_line
 
@@ -38,13 +39,13 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
     timm's pretrained weights. Raises UserError: unknown name (nearest), weights missing,
     unreadable, of an unknown layout or a wrong shape, or a model that cannot be pruned.
     """
-    if name != embedded.NAME:
+    if name != embedded_model.NAME:
         _check_buildable(name)
     given = read_checkpoint(weights) if weights is not None else None
-    if name == embedded.NAME:
-        model: nn.Module = embedded.build(pretrained=given is None)
+    if name == embedded_model.NAME:
+        model: nn.Module = embedded_model.build(pretrained=given is None)
         classes = None if given is None else _classes(given.model)
-        if classes not in (None, len(embedded.CLASSES)):
+        if classes not in (None, len(embedded_images.CLASSES)):
             cast(VisionTransformer, model).reset_classifier(cast(int, classes))
     else:
         model = _create(name, None if given is None else given.model)
@@ -60,8 +61,8 @@ def fresh_model(name: str) -> nn.Module:
 
     Raises UserError for an unknown name (with the nearest), UnsupportedModel.
     """
-    if name == embedded.NAME:
-        model: nn.Module = embedded.build(pretrained=False)
+    if name == embedded_model.NAME:
+        model: nn.Module = embedded_model.build(pretrained=False)
     else:
         _check_name(name)
         try:
@@ -75,7 +76,7 @@ def fresh_model(name: str) -> nn.Module:
 def _check_name(name: str) -> None:
     """UserError unless timm, or a place that the name gives, has such a model."""
     if not name.startswith(REMOTE) and name.split(".")[0] not in timm.list_models():
-        hint = nearest(name, [embedded.NAME, *timm.list_models()])
+        hint = nearest(name, [embedded_model.NAME, *timm.list_models()])
         if not hint.startswith(": did you mean"):  # rather than all thousand of timm's names
             hint = ": accepted is digits, a name of timm.list_models(), hf-hub:… or local-dir:…"
         raise UserError(f"unknown model {name!r}{hint}")

@@ -54,7 +54,7 @@ def test_a_package_runs_by_itself(tmp_path: Path) -> None:
     assert all(Path(f).is_relative_to(package) for f in done.stdout.split()), done.stdout
     assert len(done.stdout.split()) == 1 + len(SUBPACKAGES)
     assert (
-        package / "vitpareto" / "search" / "data" / "weights" / "digits_vit.safetensors"
+        package / "vitpareto" / "search" / "models" / "weights" / "digits_vit.safetensors"
     ).is_file()
 
 

@@ -23,8 +23,9 @@ from vitpareto.dashboards.painting import FUSED, OUTLINES, group_colours, outlin
 from vitpareto.dashboards.patches import COLUMNS, draw_patches, patch_rows, patches_figure, summary
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess, follow
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
+from vitpareto.search.models import embedded_model
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -48,12 +49,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 @cache
 def followed(name: str, images: int = 3) -> Followed:
     """The recipe of that name on the embedded model and its first images. Shared: no changes."""
-    dense = embedded.build()
-    batch = embedded.normalise(embedded.draw("search")[0][:images])
+    dense = embedded_model.build()
+    batch = embedded_images.normalise(embedded_images.draw("search")[0][:images])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Untrained)  # PatchMerger's
         pruned = Recipe.from_dict(RECIPES[name]).build(dense)
-    return follow(dense, pruned, batch, model="digits", classes=embedded.CLASSES)
+    return follow(dense, pruned, batch, model="digits", classes=embedded_images.CLASSES)
 
 
 def by_hand(
@@ -219,7 +220,7 @@ def test_a_column_for_the_input_and_each_stage() -> None:
     assert keys(figure) == ["dropped"]
     # each row is its own image
     shown = [axes.get_images()[0].get_array() for axes in figure.axes[::4]]
-    for array, pixels in zip(shown, embedded.draw("search")[0], strict=False):
+    for array, pixels in zip(shown, embedded_images.draw("search")[0], strict=False):
         assert np.array_equal(array, pixels / 255)
 
 

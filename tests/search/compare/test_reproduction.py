@@ -25,9 +25,10 @@ from vitpareto.search.compare.reproduction import (
     reproduce,
     select,
 )
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.data.datasets import EVALUATION, Preprocess, open_data
 from vitpareto.search.measure.accuracy import evaluate
+from vitpareto.search.models import embedded_model
 from vitpareto.search.stats.intervals import wilson_interval
 
 DENSE = Row("dense", "digits", {}, "here", False, "embedded", top1=90.0, timm_tag="digits")
@@ -46,9 +47,9 @@ TRAINED = replace(TOPK, trained=True)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 digits as an image folder: DIR/CLASS/*.png, lossless."""
     root = tmp_path_factory.mktemp("digits") / "val"
-    pixels, labels = embedded.draw("held-out")
+    pixels, labels = embedded_images.draw("held-out")
     for i, (image, label) in enumerate(zip(pixels[:60], labels[:60], strict=True)):
-        place = root / embedded.CLASSES[label]
+        place = root / embedded_images.CLASSES[label]
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(place / f"{i:03}.png")
     return root
@@ -66,7 +67,7 @@ def measured(one: Reproduced) -> Accuracy:
 
 def test_dense_and_pruned_are_measured_on_every_image(place: Place, folder: Path) -> None:
     """The figures are those of the evaluation itself, over all splits of the folder."""
-    model = embedded.build()
+    model = embedded_model.build()
     data = open_data(str(folder), Preprocess.of(model), cache=place.cache)
     splits = [data.split(name) for name in EVALUATION]
     assert sum(map(len, splits)) == 60
@@ -107,10 +108,10 @@ def test_the_sources_crop_is_taken(place: Place) -> None:
 
 
 def test_unreadable_images_are_counted_and_left_out(place: Place, folder: Path) -> None:
-    pixels, labels = embedded.draw("search")
+    pixels, labels = embedded_images.draw("search")
     root = Path(place.cache).parent / "many"
     for i in range(200):
-        kind = root / embedded.CLASSES[labels[i]]
+        kind = root / embedded_images.CLASSES[labels[i]]
         kind.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i]).save(kind / f"{i:03}.png")
     broken = next(iter(sorted(root.glob("0/*.png"))))
@@ -121,7 +122,7 @@ def test_unreadable_images_are_counted_and_left_out(place: Place, folder: Path) 
 
 def test_weights_from_a_folder(place: Place, tmp_path: Path) -> None:
     """The file named like the tag, and these weights: zeros give one class for every image."""
-    state = {k: torch.zeros_like(v) for k, v in embedded.build().state_dict().items()}
+    state = {k: torch.zeros_like(v) for k, v in embedded_model.build().state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "digits.safetensors")
     (one,) = reproduce([DENSE], replace(place, weights=tmp_path))
     assert measured(one).top1 < 20
@@ -179,7 +180,9 @@ def test_weights_that_cannot_be_downloaded(place: Place, monkeypatch: pytest.Mon
 def test_a_model_that_gives_no_numbers_is_told_and_the_next_row_runs(
     place: Place, tmp_path: Path
 ) -> None:
-    state = {k: torch.full_like(v, torch.nan) for k, v in embedded.build().state_dict().items()}
+    state = {
+        k: torch.full_like(v, torch.nan) for k, v in embedded_model.build().state_dict().items()
+    }
     safetensors.torch.save_file(state, tmp_path / "digits.safetensors")
     found = list(reproduce([DENSE, TOPK], replace(place, weights=tmp_path)))
     assert numbers(iter(found)) == [None, None]

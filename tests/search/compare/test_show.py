@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from tests.search import small
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare.show import MOST, Asked, look
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
+from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult
@@ -29,7 +30,7 @@ RAJNI = Recipe.of("rajni", gamma=0.3, min_tokens=8)
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     out = []
-    for i, pixels in enumerate(embedded.draw("search")[0][:2]):
+    for i, pixels in enumerate(embedded_images.draw("search")[0][:2]):
         out.append(tmp_path / f"{i}.png")
         Image.fromarray(pixels).save(out[-1])
     return out
@@ -37,7 +38,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 def test_without_files_the_first_search_images_are_shown(cache: Path) -> None:
     seen = look(Asked(TOPK), cache=cache)
-    pixels, labels = embedded.draw("search")
+    pixels, labels = embedded_images.draw("search")
     assert [image.name for image in seen.images] == [f"digits search {i}" for i in range(4)]
     for image, expected, label in zip(seen.images, pixels, labels, strict=False):
         assert np.array_equal(image.pixels, expected) and image.truth == str(label)
@@ -60,8 +61,8 @@ def test_calibration_is_the_datas_or_said_to_be_the_images_shown(
 ) -> None:
     whole = look(Asked(RAJNI), files, cache=cache)
     assert whole.notes == ("rajni is calibrated on the 200 calibration images of digits",)
-    model = embedded.build()
-    images = embedded.normalise(embedded.draw("calibration")[0])
+    model = embedded_model.build()
+    images = embedded_images.normalise(embedded_images.draw("calibration")[0])
     assert whole.recipe == RAJNI.build(model, calibration=images).recipe
 
     # a model of nobody's classes, and files alone: there are no other images
@@ -74,7 +75,7 @@ def test_calibration_is_the_datas_or_said_to_be_the_images_shown(
     # with its data named, theirs
     named = look(Asked(RAJNI, name, data="digits"), files, cache=cache)
     assert named.notes == whole.notes
-    assert named.images[0].dense.name in embedded.CLASSES
+    assert named.images[0].dense.name in embedded_images.CLASSES
 
 
 def own_model(folder: Path) -> str:
@@ -120,7 +121,7 @@ def study(tmp_path: Path) -> StudyFolder:
     """A study as a search leaves it, with a calibrated trial 1 and a failed trial 2."""
     folder = StudyFolder(tmp_path / "studies" / "s")
     folder.create()
-    model = embedded.build()
+    model = embedded_model.build()
     folder.settle({"model_fingerprint": fingerprint(model)})
     folder.write_job({"name": "s", "model": "digits", "data": "digits", "images": 30})
     save_file(model.state_dict(), folder.weights)

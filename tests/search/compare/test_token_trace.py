@@ -12,24 +12,25 @@ from tests.search import small
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare.token_trace import denormalised, follow, together
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.data.datasets import Preprocess
 from vitpareto.search.measure.accuracy import NonFiniteLogits
+from vitpareto.search.models import embedded_model
 
 STAGED = {"keep_rate": 0.6, "prune_layers": [3, 6, 9]}
 
 
 @pytest.fixture(scope="module")
 def drawn() -> tuple[np.ndarray, torch.Tensor]:
-    pixels = embedded.draw("search")[0][:3]
-    return pixels, embedded.normalise(pixels)
+    pixels = embedded_images.draw("search")[0][:3]
+    return pixels, embedded_images.normalise(pixels)
 
 
 def test_pixels_groups_counts_and_guesses_are_the_models(drawn) -> None:
     pixels, images = drawn
-    dense = embedded.build()
+    dense = embedded_model.build()
     pruned = methods.prune(dense, "topk", **STAGED)
-    followed = follow(dense, pruned, images, names=["a", "b"], classes=embedded.CLASSES)
+    followed = follow(dense, pruned, images, names=["a", "b"], classes=embedded_images.CLASSES)
     with torch.inference_mode():
         logits, trace = pruned(images, trace=True)
         plain = dense(images)
@@ -42,12 +43,12 @@ def test_pixels_groups_counts_and_guesses_are_the_models(drawn) -> None:
         assert (image.group[-1] >= 0).sum() == 13
         for guess, row in ((image.dense, plain[i]), (image.pruned, logits[i])):
             best = int(row.argmax())
-            assert (guess.label, guess.name) == (best, embedded.CLASSES[best])
+            assert (guess.label, guess.name) == (best, embedded_images.CLASSES[best])
             assert guess.probability == pytest.approx(float(row.softmax(0)[best]), abs=1e-6)
 
 
 def test_a_resized_model_is_followed_on_the_smaller_image(drawn) -> None:
-    dense = embedded.build()
+    dense = embedded_model.build()
     recipe = Recipe.from_yaml(
         "{structure: {method: resize, size: 48}, tokens: {method: tome, r: 2}}"
     )
@@ -64,7 +65,7 @@ def test_a_resized_model_is_followed_on_the_smaller_image(drawn) -> None:
 
 
 def test_images_decide_for_themselves_and_tell_their_figures(drawn) -> None:
-    dense = embedded.build()
+    dense = embedded_model.build()
     pruned = methods.prune(dense, "rajni", gamma=0.1, min_tokens=8, budget="image")
     followed = follow(dense, pruned, drawn[1])
     assert len({image.patches for image in followed.images}) == 3
@@ -166,7 +167,7 @@ def test_an_images_own_figures_are_the_same_in_every_batch() -> None:
 def test_a_patch_fused_alone_is_followed(drawn) -> None:
     """Three times one patch of 64: the tokens stay 64, and its token is no patch any more."""
     layers = [2, 5, 8]
-    dense = embedded.build()
+    dense = embedded_model.build()
     pruned = methods.prune(dense, "evit", keep_rate=63 / 64, prune_layers=layers)
     followed = follow(dense, pruned, drawn[1])
     assert followed.together == "fused"
@@ -188,7 +189,7 @@ def test_a_patch_fused_alone_is_followed(drawn) -> None:
 
 def test_every_patch_that_left_its_place_for_the_fused_token_is_in_it(drawn) -> None:
     """Many at a time: what a slow walk through the groups says."""
-    dense = embedded.build()
+    dense = embedded_model.build()
     pruned = methods.prune(dense, "evit", **STAGED)
     for image in follow(dense, pruned, drawn[1]).images:
         weighted: set[int] = set()
@@ -205,7 +206,7 @@ def test_every_patch_that_left_its_place_for_the_fused_token_is_in_it(drawn) -> 
 
 
 def test_what_changes_no_patch_has_no_stage(drawn) -> None:
-    dense = embedded.build()
+    dense = embedded_model.build()
     followed = follow(dense, Recipe().build(dense), drawn[1])
     assert followed.stages() == [] and followed.images[0].patches == (64,) * 12
     assert all(image.dense == image.pruned for image in followed.images)
@@ -244,7 +245,7 @@ def test_logits_that_are_no_numbers_are_named() -> None:
 
 
 def test_the_models_are_left_as_they_were(drawn) -> None:
-    dense = embedded.build()
+    dense = embedded_model.build()
     pruned = methods.prune(dense, "topk", **STAGED)
     follow(dense, pruned, drawn[1])
     assert not pruned.patch_embed._forward_pre_hooks and not dense.patch_embed._forward_pre_hooks

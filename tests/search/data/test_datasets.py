@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from vitpareto.search.data import datasets
+from vitpareto.search.data import datasets, embedded_images
 from vitpareto.search.data import decoding as decode
 from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError
@@ -583,19 +582,15 @@ def test_cifar10_that_cannot_be_downloaded_says_how_to_give_it(
 # --- the embedded digits
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("vitpareto.search.data.embedded") is None,
-    reason="vitpareto.search.data.embedded is not there yet",
-)
 def test_digits_bring_their_own_splits(cache: Path) -> None:
-    from vitpareto.search.data import embedded
-
-    preprocess = replace(SMALL, input_size=(3, embedded.SIZE, embedded.SIZE), crop_pct=1.0)
+    preprocess = replace(
+        SMALL, input_size=(3, embedded_images.SIZE, embedded_images.SIZE), crop_pct=1.0
+    )
     data = open_data("digits", preprocess, cache=cache, images=30)
-    assert data.sizes == {**embedded.SPLITS, "search": 30}
-    assert data.classes == tuple(map(str, embedded.CLASSES))
+    assert data.sizes == {**embedded_images.SPLITS, "search": 30}
+    assert data.classes == tuple(map(str, embedded_images.CLASSES))
     for name in ("search", "calibration"):
-        images, labels = embedded.draw(name)
+        images, labels = embedded_images.draw(name)
         split = data.split(name)
         assert len(split) == data.sizes[name]
         np.testing.assert_array_equal(split.images, np.asarray(images)[: len(split)])

@@ -21,7 +21,7 @@ from PIL import Image
 
 from vitpareto import methods
 from vitpareto.methods import Recipe
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.data.datasets import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import NotVerified, _preprocess, choose_trial, export
@@ -37,6 +37,7 @@ from vitpareto.search.export.verification import (
     seal,
     verify,
 )
+from vitpareto.search.models import embedded_model
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
@@ -59,7 +60,7 @@ RECIPES: dict[str, dict] = {
     "ppt": {"r": 9, "prune_layers": (0, 1), "threshold": 3e-4},
 }
 TRIALS = {name: i for i, name in enumerate(RECIPES)}
-_build = embedded.build
+_build = embedded_model.build
 
 
 def shallow(pretrained: bool = True):
@@ -88,7 +89,7 @@ class Study:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
     root = tmp_path_factory.mktemp("export")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(embedded, "build", shallow)
+        patch.setattr(embedded_model, "build", shallow)
         config = SearchConfig.of(
             {"name": "small", "store": str(root / "store"), "cache": str(root / "cache"),
              "images": 40, "device": "cpu", "latency": "off"}
@@ -139,7 +140,7 @@ def test_what_result_json_says(study: Study) -> None:
     assert (said["seed"], said["device"]) == (0, result.provenance["device"])
     assert said["measured_with"]["versions"]["torch"] == torch.__version__
     assert set(said["files"]) == {p.name for p in bundle.iterdir()} - {"result.json"}
-    assert json.loads((bundle / "labels.json").read_text()) == list(embedded.CLASSES)
+    assert json.loads((bundle / "labels.json").read_text()) == list(embedded_images.CLASSES)
     text = (bundle / "recipe.yaml").read_text()
     assert Recipe.from_yaml(text).to_dict() == result.resolved
 
@@ -182,7 +183,7 @@ def test_readme_programs_run_as_they_stand(study: Study) -> None:
                 cwd=bundle, capture_output=True, text=True, check=True,
             )  # fmt: skip
             said, share = done.stdout.split()
-            assert said == embedded.CLASSES[int(label)]
+            assert said == embedded_images.CLASSES[int(label)]
             assert float(share) == pytest.approx(float(score), abs=1e-4)
 
 

@@ -24,7 +24,6 @@ from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
 from vitpareto.search.choices import RUNTIMES
-from vitpareto.search.data import embedded
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.benchmark import bench, dense_model
 from vitpareto.search.export.bundle import export
@@ -32,6 +31,7 @@ from vitpareto.search.export.int8 import Int8
 from vitpareto.search.export.specialised import write_static
 from vitpareto.search.export.verification import Measured, check_files, normalised, verify
 from vitpareto.search.measure.accuracy import batches_of
+from vitpareto.search.models import embedded_model
 from vitpareto.search.runtimes.backends import onnx_session, prepared
 from vitpareto.search.runtimes.programs import Deployed
 from vitpareto.search.study.certificates import measured
@@ -301,7 +301,7 @@ def test_a_runtime_that_is_none_and_a_batch_of_nothing_are_refused(bundle: Path)
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_runtime_gives_the_models_logits(runtime: str) -> None:
-    model = methods.prune(embedded.build(), "topk", keep_rate=0.6, prune_layers=(3, 6))
+    model = methods.prune(embedded_model.build(), "topk", keep_rate=0.6, prune_layers=(3, 6))
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     if runtime == "cudagraph" and not torch.cuda.is_available():
         with pytest.raises(UserError, match="a CUDA graph needs a CUDA device; the device is cpu"):

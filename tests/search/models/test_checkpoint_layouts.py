@@ -30,8 +30,8 @@ from vitpareto.methods.slicing.sliced_model import (
     sliced_model,
     widths_of,
 )
-from vitpareto.search.data import embedded
 from vitpareto.search.errors import UserError
+from vitpareto.search.models import embedded_model
 from vitpareto.search.models.checkpoint_layouts import read_checkpoint
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.job import SearchConfig
@@ -44,7 +44,7 @@ EVIT = Recipe.of("evit", keep_rate=0.7, prune_layers=[3, 6, 9])
 
 @pytest.fixture(scope="module")
 def digits() -> nn.Module:
-    return embedded.build()
+    return embedded_model.build()
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +123,7 @@ def test_a_trained_methods_file_gives_the_model_and_with_the_recipe_its_parts(
     rename: Callable[[nn.Module], dict[str, Tensor]], mark: str,
 ) -> None:  # fmt: skip
     torch.manual_seed(9)
-    backbone = embedded.build(pretrained=False)
+    backbone = embedded_model.build(pretrained=False)
     model = built(backbone, recipe)
     state = rename(model)
     assert mark in state and not any(key.startswith("reduction.") for key in state)
@@ -192,7 +192,7 @@ def test_another_methods_parts_are_not_taken_and_a_setting_that_does_not_fit_is_
 def test_evits_file_is_timms(tmp_path: Path, images: Tensor) -> None:
     """It trains no part of its own: model and method are two questions."""
     torch.manual_seed(4)
-    model = embedded.build(pretrained=False).eval()
+    model = embedded_model.build(pretrained=False).eval()
     path = training_file(tmp_path / "evit.pth", dict(model.state_dict()))
     found = read_checkpoint(path)
     assert (found.layout, found.method, found.parts) == ("timm", None, {})

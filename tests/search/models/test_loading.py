@@ -19,8 +19,8 @@ from torch import nn
 
 from tests.search.small import images, vit
 from vitpareto.methods import BadInput, UnsupportedModel
-from vitpareto.search.data import embedded
 from vitpareto.search.errors import UserError
+from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import (
     MappedModel,
     architecture,
@@ -47,7 +47,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def digits_state() -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
-    return dict(embedded.build(pretrained=False).state_dict())
+    return dict(embedded_model.build(pretrained=False).state_dict())
 
 
 # --- loading

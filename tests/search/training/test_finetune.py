@@ -17,10 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from tests.search.small import PREPROCESS, images
 from vitpareto import cli
 from vitpareto.methods import BadInput, Recipe, model_shape, weights_digest
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.data.datasets import Preprocess, open_data
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import evaluate
+from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.training.finetune import Job, Renormalised, _fit_head, finetune
 from vitpareto.search.training.record import Trained
@@ -30,7 +31,7 @@ from vitpareto.search.training.settings import Settings
 def folder(root: Path, labels: dict[int, str], splits: dict[str, tuple[str, int]]) -> Path:
     """ROOT/SPLIT/CLASS/NNN.png: that many of the embedded digits of these labels."""
     for split, (source, count) in splits.items():
-        drawn, truth = embedded.draw(source)
+        drawn, truth = embedded_images.draw(source)
         chosen = [i for i in range(len(truth)) if truth[i] in labels][:count]
         for i in chosen:
             place = root / split / labels[int(truth[i])]
@@ -223,7 +224,7 @@ def test_what_cannot_be_trained_is_refused_and_leaves_nothing(
     job: Job, data: Path, three: Path, tmp_path: Path
 ) -> None:
     weights = tmp_path / "three.safetensors"
-    own = embedded.build()
+    own = embedded_model.build()
     own.reset_classifier(3)
     safetensors.torch.save_file(own.state_dict(), weights)
     train_less = folder(tmp_path / "held", {0: "a", 1: "b"}, {"val": ("search", 20)})

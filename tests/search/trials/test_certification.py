@@ -14,7 +14,7 @@ from scipy.stats import beta, norm
 
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
-from vitpareto.search.data import embedded
+from vitpareto.search.data import embedded_images
 from vitpareto.search.data.datasets import Preprocess
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.stats.intervals import clopper_pearson, paired_difference, wilson_interval
@@ -382,7 +382,7 @@ def test_the_front_is_measured_on_the_held_out_images_image_by_image(real: Real)
     held = {r.trial: r for r in real.folder.certified()}
     assert set(held) == {r.trial for r in members}
     model = load_model("digits")
-    raw, labels = embedded.draw("held-out")
+    raw, labels = embedded_images.draw("held-out")
     images = Preprocess.of(model).normalise(torch.from_numpy(raw))
     for result in members:
         assert result.resolved is not None
@@ -400,7 +400,7 @@ def test_the_front_is_measured_on_the_held_out_images_image_by_image(real: Real)
     front = front_of(measured(real.folder), AXES)
     assert why_not(real.folder, front) == ""
     worst = front[0].certified.worst if front[0].certified else None
-    assert worst is not None and worst.name in embedded.CLASSES
+    assert worst is not None and worst.name in embedded_images.CLASSES
 
 
 def test_what_is_certified_is_not_measured_twice(real: Real) -> None:

@@ -81,10 +81,10 @@ def test_a_trial_is_what_measuring_its_recipe_by_hand_gives(
 ) -> None:
     """Second implementation: timm model, prune, one plain loop; no search code in between."""
     folder, _, _ = study
-    from vitpareto.search.data import embedded
+    from vitpareto.search.data import embedded_images
 
     model = load_model("digits")
-    raw, labels = embedded.draw("search")
+    raw, labels = embedded_images.draw("search")
     images = Preprocess.of(model).normalise(torch.from_numpy(raw[:IMAGES]))
     for result in folder.results():
         assert result.resolved is not None

@@ -1,0 +1,37 @@
+"""The training loop's basic behaviour on a linear model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vitpareto.search.training.loop import cross_entropy, fit
+
+
+def test_fit_refuses_what_cannot_be_trained() -> None:
+    net = nn.Linear(2, 2)
+    batch = (torch.randn(4, 2), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="at least 1 epoch but got 0"):
+        fit(net, lambda _: [batch], epochs=0, lr=1.0)
+    with pytest.raises(ValueError, match="must be positive but got 0"):
+        fit(net, lambda _: [batch], epochs=1, lr=0.0)
+    with pytest.raises(ValueError, match="epoch 0 has no batches"):
+        fit(net, lambda _: [], epochs=1, lr=1.0)
+    with pytest.raises(ValueError, match="smoothing must be in"):
+        cross_entropy(1.0)
+    broken = (torch.full((4, 2), torch.nan), batch[1])
+    with pytest.raises(FloatingPointError, match="nan at epoch 1, step 1"):
+        fit(net, lambda epoch: [batch, broken if epoch else batch], epochs=2, lr=0.1)
+
+
+def test_fit_lowers_the_loss_along_its_schedule() -> None:
+    torch.manual_seed(0)
+    images = torch.randn(64, 2)
+    labels = (images[:, 0] > 0).long()
+    net = nn.Linear(2, 2)
+    history = fit(net, lambda _: [(images, labels)] * 4, epochs=10, lr=0.1, warmup_epochs=2)
+    assert history[-1].loss < history[0].loss / 2
+    rates = [epoch.lr for epoch in history]
+    assert rates[0] < max(rates) and rates[-1] < 0.01 * max(rates)
+    assert not net.training
