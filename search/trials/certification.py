@@ -1,7 +1,7 @@
-"""Certification: the front measured once more at the end, on images that no decision was made by.
+"""Certification: the front measured again at the end, on images that no decision was based on.
 
-A Ray task a recipe, each durable by itself as it ends: what is there is never measured again, and a
-trial that enters the front of a continued study is added. What the numbers say is worked out when
+One Ray task per recipe, each durable when it ends: what was measured is not measured again, and a
+trial that enters the front of a continued study is added. What the numbers mean is computed when
 they are read (`search.study.certificates`).
 """
 
@@ -11,114 +11,127 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import ray
-
 from vitpareto.methods import Recipe
-from vitpareto.search.data.datasets import Data
+from vitpareto.search.data.datasets import Data, Split
 from vitpareto.search.study.certificates import Record
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, reference_of
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.verdict import controls_of, verdict
-from vitpareto.search.trials.trial import Task, Worker, measure_built
+from vitpareto.search.trials.measurement import measure_model
+from vitpareto.search.trials.ray_cluster import run_for_each
+from vitpareto.search.trials.task import TrialTask
+from vitpareto.search.trials.worker import Worker
 
 log = logging.getLogger("vitpareto")
 
 
 def members_of(results: Sequence[TrialResult], objectives: Sequence[str]) -> list[TrialResult]:
     """What is certified, by trial number: the front, the dense model, the front of the controls,
-    and the two that the verdict compares.
+    and the two trials that the verdict compares.
     """
     axes = objectives_named(objectives)
-    said = verdict(results, objectives)
-    pair = () if said is None else (said.method, said.control)
-    wanted = [*front_of(results, axes), *front_of(controls_of(results), axes)]
-    wanted += [r for r in (reference_of(results), *pair) if r is not None]
-    return [r for _, r in sorted({r.trial: r for r in wanted}.items())]
+    found = verdict(results, objectives)
+    pair = () if found is None else (found.method, found.control)
+    members = [*front_of(results, axes), *front_of(controls_of(results), axes)]
+    members += [r for r in (reference_of(results), *pair) if r is not None]
+    return [r for _, r in sorted({r.trial: r for r in members}.items())]
 
 
 def certify_front(
     folder: StudyFolder,
-    task: Task,
+    task: TrialTask,
     data: Data,
     objectives: Sequence[str],
     *,
     cpus: int,
     gpus: float,
-    say: Callable[[str], None] = log.info,
+    report: Callable[[str], None] = log.info,
     recovered: bool = False,
 ) -> dict[int, str]:
-    """Measure on the held-out images, on the Ray that is there, what is not measured there yet.
+    """Measure on the held-out images what has not been measured there yet.
 
-    cpus, gpus: of one task. `say` hears what is done, a line each. recovered: of the study's
-    recovered trials, those on their front; only after the study's own.
+    Args:
+        cpus, gpus: of one task.
+        report: called with a line per step.
+        recovered: certify the front of the recovered trials, after the study's own.
 
-    Returns the trials that could not be measured and why; the others are kept, and the next call
-    tries those again. Raises what decoding raises.
+    Returns the trials that could not be measured, with the reason; the next call retries them.
+    Raises what decoding raises.
     """
     results = folder.recovered() if recovered else folder.results()
     members = members_of(results, objectives)
     if not members:
         return {}
     if recovered and not any(r.is_reference for r in folder.certified()):
-        say("the recovered front is not certified: the study's dense model is not")
+        report("the recovered front is not certified: the study's dense model is not certified")
         return {}
     held_out = data.split("held-out")
     if not len(held_out):
-        say("the front is not certified: there are no held-out images")
+        report("the front is not certified: there are no held-out images")
         return {}
-    plain = folder.certification(recovered)
-    record = Record(held_out.fingerprint, data.classes, held_out.labels)
-    if plain is not None:
-        record = Record.of(plain)
-    if record.fingerprint != held_out.fingerprint:
-        say(
-            f"the front is not certified: what is certified of {folder.name} saw other held-out "
-            "images (or decoded by another version), and numbers are not mixed; without its folder "
-            "`certified` all of it is measured anew"
+    if not _record_members(folder, members, held_out, data.classes, recovered):
+        report(
+            f"the front is not certified: earlier certificates of study {folder.name!r} are of "
+            "other held-out images, or of another decoder version; remove its folder `certified` "
+            "to measure all of them again"
         )
         return {}
+    certified = {r.trial for r in folder.certified(recovered)}
+    pending = [r for r in members if r.trial not in certified]
+    if not pending:
+        return {}
+    report(f"certifying {len(pending)} trials on {len(held_out)} held-out images")
+    # costs are known: only accuracy is measured
+    task = replace(
+        task,
+        images=replace(task.images, search=held_out),
+        latency=replace(task.latency, per_trial=False),
+    )
+    certify = _certify_recovered if recovered else _certify
+    failed = {
+        done.item.trial: done.reason
+        for done in run_for_each(certify, task, pending, cpus=cpus, gpus=gpus)
+        if done.reason
+    }
+    for trial, reason in sorted(failed.items()):
+        report(f"trial {trial} is not certified: {reason}")
+    return failed
+
+
+def _record_members(
+    folder: StudyFolder,
+    members: Sequence[TrialResult],
+    held_out: Split,
+    classes: Sequence[str],
+    recovered: bool,
+) -> bool:
+    """Add new members to the record of what is certified, before any of them is measured: the error
+    that each interval may have depends on it. False if the record is of other images.
+    """
+    plain = folder.certification(recovered)
+    if plain is None:
+        record = Record(held_out.fingerprint, tuple(classes), held_out.labels)
+    else:
+        record = Record.of(plain)
+    if record.fingerprint != held_out.fingerprint:
+        return False
     known = {trial for trials in record.rounds for trial in trials}
     if new := tuple(r.trial for r in members if r.trial not in known):
-        # before any is measured: what each interval has of the error is settled by then
         record = replace(record, rounds=(*record.rounds, new))
         folder.write_certification(record.plain(), recovered)
-    there = {r.trial for r in folder.certified(recovered)}
-    todo = [r for r in members if r.trial not in there]
-    if not todo:
-        return {}
-    say(f"certifying {len(todo)} trials on {len(held_out)} held-out images")
-    # costs are known: only the images are others
-    task = replace(task, search=held_out, times_trials=False)
-    failed = _run(task, todo, recovered, cpus, gpus)
-    for trial, why in sorted(failed.items()):
-        say(f"trial {trial} is not certified: {why}")
-    return failed
+    return True
 
 
-def _run(
-    task: Task, todo: Sequence[TrialResult], recovered: bool, cpus: int, gpus: float
-) -> dict[int, str]:
-    """All of them, as many at a time as there is room for; the reasons of those that failed."""
-    remote = ray.remote(_certify).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    shared = ray.put(task)
-    waiting = {remote.remote(shared, one, recovered): one.trial for one in todo}
-    failed = {}
-    while waiting:
-        (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-        trial = waiting.pop(ready)
-        try:
-            ray.get(ready)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            failed[trial] = f"{type(cause).__name__}: {cause}"
-    return failed
+def _certify(task: TrialTask, result: TrialResult, recovered: bool = False) -> None:
+    """On a worker: rebuild the candidate as it was resolved, measure it and write the result."""
+    worker = Worker.open(task)
+    model = worker.build(Recipe.from_dict(result.resolved or result.recipe))
+    measured = measure_model(worker, result.trial, model, {"split": task.images.search.name})
+    task.study.folder.write_certified(replace(measured, recipe=result.recipe), recovered)
 
 
-def _certify(task: Task, result: TrialResult, recovered: bool) -> None:
-    """On a worker: rebuild the candidate as it was resolved, measure it, make that durable."""
-    place = Worker.open(task)
-    model = place.build(Recipe.from_dict(result.resolved or result.recipe))
-    held = measure_built(place, result.trial, model, {"split": task.search.name})
-    task.study.write_certified(replace(held, recipe=result.recipe), recovered)
+def _certify_recovered(task: TrialTask, result: TrialResult) -> None:
+    """On a worker, for a recovered trial."""
+    _certify(task, result, recovered=True)

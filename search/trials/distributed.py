@@ -1,9 +1,9 @@
 """One training on several GPUs: the same loop in every process, each on its share of every batch.
 
 Ray Train starts the processes and connects them; how they share the work is
-`search.training.data_parallel`. What comes out is what one process would have made, but for
-rounding (and for what a method draws in the forward itself, which every process draws for its own
-images). Only the first process writes.
+`search.training.data_parallel`'s. The result is what one process would compute, up to rounding (and
+up to what a method draws in its forward, which every process draws for its own images). Only the
+first process writes files. Ray is imported when several processes train, not before.
 """
 
 from __future__ import annotations
@@ -16,59 +16,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import ray
-
 from vitpareto.search.files.atomic import disable_writes
 from vitpareto.search.files.object_store import ObjectStore
 from vitpareto.search.files.write_through import object_store_of
 from vitpareto.search.training.data_parallel import ranks
 
 T = TypeVar("T")
-#: of a GPU: what a trial keeps of its first one to measure on, and what each process trains on
-MEASURES, TRAINS = 0.1, 0.9
+#: fractions of a GPU: what a trial holds of its first one to measure on, and of each to train on
+MEASURING_GPU, TRAINING_GPU = 0.1, 0.9
 
 
 @dataclass(frozen=True)
 class DataParallel:
-    """How many processes train together; cuda: each on a GPU of its own."""
+    """workers: processes that train together. cuda: each has a GPU of its own."""
 
     workers: int = 1
     cuda: bool = False
 
     def run(self, call: Callable[[], T], scratch: Path) -> T:
-        """What `call` gives in the first of the processes; with one worker it is just called.
+        """Run `call` in all processes and return what the first one's gives.
 
-        call: takes nothing and is sent to the processes, with every tensor that it holds on the
-        CPU. scratch: a folder of the study, for Ray's record of the run; gone afterwards. Raises
-        what `call` raises.
+        Args:
+            call: sent to the processes, with every tensor that it holds on the CPU. With one worker
+                it is just called.
+            scratch: a folder of the study for Ray's record of the run, which is removed.
+
+        Raises what `call` raises.
         """
         if self.workers == 1:
             return call()
         with warnings.catch_warnings():
-            # Ray sets what it has deprecated itself, and says so
+            # Ray sets options that it deprecates itself
             warnings.simplefilter("ignore", DeprecationWarning)
-            return self._run(call, scratch)
+            return self._train(call, scratch)
 
-    def _run(self, call: Callable[[], T], scratch: Path) -> T:
+    def _train(self, call: Callable[[], T], scratch: Path) -> T:
+        import ray
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
 
-        mailbox: Any = ray.remote(_Mailbox).options(num_cpus=0).remote()
+        first_rank: Any = ray.remote(_FirstRankOutcome).options(num_cpus=0).remote()
         name = f"ray-{uuid.uuid4().hex[:12]}"
-        system, place = _storage(scratch)
+        system, path = _storage(scratch)
         trainer = TorchTrainer(
-            _loop,
-            train_loop_config={"call": ray.put([call]), "mailbox": mailbox},
+            _train_loop,
+            train_loop_config={"call": ray.put([call]), "outcome": first_rank},
             torch_config=TorchConfig(backend="nccl" if self.cuda else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=self.workers,
                 use_gpu=self.cuda,
-                resources_per_worker={"CPU": 0, "GPU": TRAINS} if self.cuda else {"CPU": 1},
+                resources_per_worker=(
+                    {"CPU": 0, "GPU": TRAINING_GPU} if self.cuda else {"CPU": 1}
+                ),
             ),
             run_config=RunConfig(
                 name=name,
-                storage_path=place,
+                storage_path=path,
                 storage_filesystem=system,
                 failure_config=FailureConfig(max_failures=0),
             ),
@@ -76,17 +80,17 @@ class DataParallel:
         try:
             trainer.fit()
         except TrainingFailedError as error:
-            raised = ray.get(mailbox.raised.remote())
+            raised = ray.get(first_rank.get_error.remote())
             raise (raised if raised is not None else error) from error
         finally:
             shutil.rmtree(scratch / name, ignore_errors=True)
-        done: T = ray.get(mailbox.read.remote())
-        ray.kill(mailbox)
-        return done
+        value: T = ray.get(first_rank.get_value.remote())
+        ray.kill(first_rank)
+        return value
 
 
 def _storage(scratch: Path) -> tuple[Any, str]:
-    """Where Ray keeps its record: all processes have to see it."""
+    """File system and path of Ray's record, which all processes must see."""
     remote = object_store_of(scratch)
     if isinstance(remote, ObjectStore):
         return remote.filesystem, remote.key(scratch)
@@ -94,36 +98,38 @@ def _storage(scratch: Path) -> tuple[Any, str]:
     return None, str(scratch.absolute())
 
 
-class _Mailbox:
-    """Keeps what the first process made when the processes are gone."""
+class _FirstRankOutcome:
+    """A Ray actor that holds the first process's value, or the first error, after they end."""
 
     def __init__(self) -> None:
-        self.letter: Any = None
+        self.value: Any = None
         self.error: BaseException | None = None
 
-    def write(self, letter: Any) -> None:
-        self.letter = letter
+    def set_value(self, value: Any) -> None:
+        self.value = value
 
-    def fail(self, error: BaseException) -> None:
+    def set_error(self, error: BaseException) -> None:
         self.error = self.error or error
 
-    def read(self) -> Any:
-        return self.letter
+    def get_value(self) -> Any:
+        return self.value
 
-    def raised(self) -> BaseException | None:
+    def get_error(self) -> BaseException | None:
         return self.error
 
 
-def _loop(config: dict[str, Any]) -> None:
+def _train_loop(config: dict[str, Any]) -> None:
     """In each process."""
+    import ray
+
     rank, _ = ranks()
     if rank:
         disable_writes()
     (call,) = ray.get(config["call"])
     try:
-        made = call()
+        value = call()
     except Exception as error:
-        ray.get(config["mailbox"].fail.remote(error))
+        ray.get(config["outcome"].set_error.remote(error))
         raise
     if rank == 0:
-        ray.get(config["mailbox"].write.remote(made))
+        ray.get(config["outcome"].set_value.remote(value))

@@ -1,8 +1,8 @@
-"""The driver's part of racing: who a climbing trial is compared with, and what a stopped one is.
+"""Early stopping: whether a trial goes on to its next rung, by the study's results so far.
 
-The statistics are `search.stats.racing`'s; here are the study's results. A trial is stopped only
-for a fully measured one that costs no more in any objective, so that the front stays what it would
-have been, up to the error that the job allows.
+The statistics are in `search.stats.racing`. A trial is stopped only if a fully measured one is
+confidently better and costs no more in any objective, so that the front stays what it would have
+been, up to the error that the job allows. Does not import ray or optuna.
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ from vitpareto.search.stats.confidence_sequences import cost_floor
 from vitpareto.search.stats.racing import Incumbent, Race
 from vitpareto.search.study.objectives import Objective
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
+from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.verdict import only_controls
-from vitpareto.search.trials.trial import Rung
 
 
 @dataclass
 class EarlyStopping:
-    """One study's race. `admit` what is measured in full, `hear` of every rung.
+    """One study's early stopping: call `on_result` with every result and `on_rung` at every rung.
 
-    A control is compared with controls alone: they have a front of their own, which says what
-    pruning gains, and which no method may thin out.
+    A control is compared with controls only: they have a front of their own, which shows what
+    pruning gains, and methods must not thin it out.
 
-    race: the rules; objectives: the study's; provenance: what goes into a stopped trial's result.
+    Attributes:
+        race: the statistical rules.
+        objectives: the study's.
+        provenance: of a stopped trial's result.
+        dense: bool [images], correctness of the dense model; None until it is measured.
     """
 
     race: Race
     objectives: Sequence[Objective]
     provenance: dict[str, Any]
     dense: np.ndarray | None = None
+    #: fully measured trials that no other one covers, for controls (True) and for all (False)
     _fronts: dict[bool, list[Incumbent]] = field(default_factory=lambda: {True: [], False: []})
 
-    def admit(self, result: TrialResult) -> None:
-        """A result that is durable: a fully measured one is an incumbent from now on."""
+    def on_result(self, result: TrialResult) -> None:
+        """Take in a durable result: a fully measured one becomes an incumbent."""
         if result.state == "raced_out":
             self.race.behind(result.trial)
         if result.state != "finished":
@@ -50,36 +55,43 @@ class EarlyStopping:
         new = Incumbent(result.trial, right, self._costs(result.values))
         control = only_controls(result.recipe)
         for group in (True, False) if control else (False,):
-            kept = self._fronts[group]
-            if not any(old.covers(new) for old in kept):
-                self._fronts[group] = [*(old for old in kept if not new.covers(old)), new]
-            elif group == control:  # among those that it would have been raced against
+            front = self._fronts[group]
+            if not any(old.covers(new) for old in front):
+                self._fronts[group] = [*(old for old in front if not new.covers(old)), new]
+            elif group == control:  # among those that it would have been compared with
                 self.race.behind(result.trial)
 
-    def hear(self, trial: int, recipe: Recipe, rung: Rung) -> TrialResult | None:
-        """What the trial is if it stops here, because it is confidently behind; None: it climbs."""
+    def on_rung(self, trial: int, recipe: Recipe, report: RungReport) -> TrialResult | None:
+        """The trial's result if it stops at this rung, or None if it goes on."""
         if self.dense is None or recipe == Recipe():
             return None
-        values = dict(rung.values)
-        if rung.macs_each is not None:
-            # of an input-adaptive cost only what it will surely come to counts against others
-            floor = cost_floor(
-                rung.macs_each, rung.bounds, len(self.dense), self.race.cost_error(trial)
-            )
+        values = dict(report.values)
+        if report.macs_each is not None:
+            # of a cost that images decide, only its lower bound counts against others
+            error = self.race.cost_error(trial)
+            floor = cost_floor(report.macs_each, report.bounds, len(self.dense), error)
             values["gmacs"] = floor / 1e9
         incumbents = self._fronts[only_controls(recipe.to_dict())]
-        lost = self.race.look(trial, rung.right, self._costs(values), incumbents, self.dense)
+        lost = self.race.look(trial, report.right, self._costs(values), incumbents, self.dense)
         if lost is None:
             return None
-        estimate = lost.estimate
-        seen = len(rung.right)
+        estimate, seen = lost.estimate, len(report.right)
         return TrialResult(
-            trial, "raced_out", recipe.to_dict(), rung.key,
-            {**rung.values, "top1": estimate.value}, rung.resolved, seen, pack_bits(rung.right),
-            estimate.low, estimate.high, rung.seconds,
-            f"behind trial {lost.by} after {seen} of {len(self.dense)} images",
-            {**self.provenance, **rung.record},
-        )  # fmt: skip
+            trial=trial,
+            state="raced_out",
+            recipe=recipe.to_dict(),
+            key=report.key,
+            values={**report.values, "top1": estimate.value},
+            resolved=report.resolved,
+            images=seen,
+            bits=pack_bits(report.right),
+            top1_low=estimate.low,
+            top1_high=estimate.high,
+            seconds=report.seconds,
+            reason=f"behind trial {lost.by} after {seen} of {len(self.dense)} images",
+            provenance={**self.provenance, **report.record},
+        )
 
     def _costs(self, values: dict[str, float]) -> tuple[float, ...]:
+        """All objectives but top1, each with the sign that makes less better."""
         return tuple(o.sign * values[o.name] for o in self.objectives if o.name != "top1")

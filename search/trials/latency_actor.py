@@ -1,69 +1,103 @@
-"""Latency on the device that the job names: one actor in a slot that it shares with nothing.
+"""Latency on the device that the job names: one Ray actor in a slot that it shares with nothing.
 
-Where workers are of different kinds, accuracy may be measured on any of them; a latency holds for
-one device alone. The actor takes its slot before the first trial and keeps it until the study is
-done: trials, which hold their own slots, then never wait for one that others of them fill.
+Accuracy can be measured on any kind of worker; a latency holds for one device. The actor takes its
+slot before the first trial and holds it until the study is done, so that trials, which hold slots
+of their own while they wait for a latency, never wait for a slot that other trials hold.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
 from vitpareto.methods import Recipe
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.latency import Latency
-from vitpareto.search.trials.nodes import alive, check_target
-from vitpareto.search.trials.trial import Task, Worker
+from vitpareto.search.trials.nodes import latency_slot
+from vitpareto.search.trials.ray_cluster import live_nodes
+from vitpareto.search.trials.task import LatencyTimer, TrialTask
+from vitpareto.search.trials.worker import Worker
 
-#: seconds in which a slot has to be free: the study's own trials do not run yet
+#: seconds within which the slot must become free; the study's own trials do not run yet
 SLOT_S = 600.0
 
 
-class Timer:
-    """The actor: recipes in, their latencies beside the dense model out, one after the other."""
+class LatencyActor:
+    """Measures latencies in the actor's process, one after the other."""
 
-    def __init__(self, task: Task) -> None:
-        self.place = Worker.open(task)
+    def __init__(self, task: TrialTask) -> None:
+        self.worker = Worker.open(task)
 
     def device(self) -> str:
-        """What it measures on."""
-        return str(self.place.task.provenance["device"])
+        """Name of the device that it measures on."""
+        return str(self.worker.task.provenance["device"])
 
-    def timed(self, recipe: dict[str, Any]) -> Latency:
-        """A resolved recipe's."""
-        return self.place.timed(self.place.build(Recipe.from_dict(recipe)))
+    def measure(self, recipe: Recipe) -> Latency:
+        return self.worker.measure_latency(self.worker.build(recipe))
 
-    def timed_all(self, recipes: Sequence[tuple[int, dict[str, Any]]]) -> dict[int, Latency]:
-        """By trial."""
-        return {trial: self.timed(recipe) for trial, recipe in recipes}
+    def measure_all(self, recipes: Sequence[tuple[int, Recipe]]) -> dict[int, Latency]:
+        return {trial: self.measure(recipe) for trial, recipe in recipes}
+
+
+@dataclass(frozen=True)
+class RemoteTimer:
+    """A `LatencyTimer` that asks a LatencyActor. actor: its handle, which Ray can pickle."""
+
+    actor: Any
+
+    def measure(self, recipe: Recipe) -> Latency:
+        latency: Latency = ray.get(self.actor.measure.remote(recipe))
+        return latency
+
+    def measure_all(self, recipes: Sequence[tuple[int, Recipe]]) -> dict[int, Latency]:
+        latencies: dict[int, Latency] = ray.get(self.actor.measure_all.remote(recipes))
+        return latencies
 
 
 @contextlib.contextmanager
-def timing_on(target: str, task: Task, say: Callable[[str], None]) -> Iterator[Any]:
-    """The actor, in an exclusive slot of this target (`nodes.check_target`); gone with the block.
+def latency_actor(
+    target: str, task: TrialTask, report: Callable[[str], None]
+) -> Iterator[LatencyTimer]:
+    """Start the actor in a slot of the target (`nodes.latency_slot`); it ends with the block.
 
-    UserError where there is none, or none falls free.
+    Raises UserError if no node has the target, or no slot becomes free.
     """
-    slot = check_target(target, alive())
-    cpus, gpus = slot.pop("CPU"), slot.pop("GPU", 0.0)
-    task = dataclasses.replace(task, threads=None, timer=None, device="cuda" if gpus else "cpu")
+    slot = latency_slot(target, live_nodes())
+    task = replace(
+        task,
+        execution=replace(
+            task.execution, device="cuda" if slot.gpus else "cpu", threads=None
+        ),
+        latency=replace(task.latency, timer=None),
+    )
     actor: Any = (
-        ray.remote(Timer).options(num_cpus=cpus, num_gpus=gpus, resources=slot).remote(task)
+        ray.remote(LatencyActor)
+        .options(num_cpus=slot.cpus, num_gpus=slot.gpus, resources={slot.resource: slot.amount})
+        .remote(task)
     )
     try:
-        try:
-            device = ray.get(actor.device.remote(), timeout=SLOT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            raise UserError(
-                f"latency_on is {target!r}, and no slot of it fell free in {SLOT_S:.0f} s: other "
-                "work of the cluster fills them"
-            ) from error
-        say(f"latencies are measured on {device}, in a slot of {target} by itself")
-        yield actor
+        device = _wait_for_slot(actor, target)
+        report(f"latencies are measured on {device}, in an exclusive slot of {target}")
+        yield RemoteTimer(actor)
     finally:
         ray.kill(actor)
+
+
+def _wait_for_slot(actor: Any, target: str) -> str:
+    """The actor's device, once it has started."""
+    try:
+        device: str = ray.get(actor.device.remote(), timeout=SLOT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        raise UserError(
+            f"a slot of latency_on {target!r} must become free within {SLOT_S:.0f} s; other work "
+            "on the cluster holds all of them",
+            Code.BUSY,
+            key="latency_on",
+            got=target,
+        ) from error
+    return device

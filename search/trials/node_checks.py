@@ -1,60 +1,49 @@
-"""Whether every node of a cluster can take part in a study.
+"""Check that every node of a cluster can take part in a study.
 
-A study's results, weights and images have to be the same from everywhere. That is looked at before
-anything is measured, on every node, so that a search does not end an hour later with one node's
-results missing or measured on other images; a node that joins later looks for itself
-(`Worker.open`).
+A study's results, weights and images must be the same from every node. They are checked before
+anything is measured, so that a search does not fail an hour later with one node's results missing
+or measured on other images. A node that joins later checks itself (`Worker.open`).
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from vitpareto.methods import Code
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search import code_identity
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import delete_file, write_atomic
-from vitpareto.search.files.object_store import store_folder
 from vitpareto.search.files.write_through import refresh
-from vitpareto.search.trials.nodes import alive, split_here
-from vitpareto.search.trials.trial import Task
+from vitpareto.search.trials.local_images import local_split
+from vitpareto.search.trials.nodes import Node
+from vitpareto.search.trials.ray_cluster import (
+    Finished,
+    live_nodes,
+    own_node_id,
+    pickled_by_value,
+    run_on_nodes,
+)
+from vitpareto.search.trials.task import TrialTask
+from vitpareto.search.versions import package_versions
 
-#: whose versions decide numbers: the same on every node
-SAME = ("torch", "timm", "torchvision", "pillow", "onnxruntime", "optuna", "vitpareto")
+#: packages whose versions affect results: the same on every node
+SAME_VERSIONS = ("torch", "timm", "torchvision", "pillow", "onnxruntime", "optuna", "vitpareto")
 
 
 def check_code() -> None:
-    """Have a worker on every node say which code it would run.
+    """Check that a worker on every node would run the driver's code.
 
-    The question is sent by value: a node with another version could not answer one that names a
-    function of this version.
-
-    Raises:
-        UserError: a node has other code than this process, or none; names the nodes.
+    Raises UserError that names the nodes with other code, or with none.
     """
-    ray.cloudpickle.register_pickle_by_value(code_identity)
-    expected, nodes = code_identity.code_fingerprint(), alive()
-    try:
-        asked = ray.remote(code_identity.describe_code)
-        answers = [
-            asked.options(
-                num_cpus=0,
-                max_retries=0,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False),
-            ).remote()
-            for node in nodes
-        ]
-        found = dict(zip((n.address for n in nodes), ray.get(answers), strict=True))
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(code_identity)
+    expected, found = code_identity.code_fingerprint(), {}
+    # by value: a node with another version has no such function of this version
+    with pickled_by_value(code_identity):
+        for done in run_on_nodes(code_identity.describe_code, live_nodes()):
+            found[done.item.address] = done.result()
     wrong = {at: (code, folder) for at, (code, folder) in found.items() if code != expected}
     if wrong:
         listed = "; ".join(f"{at}: {where} ({code})" for at, (code, where) in wrong.items())
@@ -67,91 +56,104 @@ def check_code() -> None:
         )
 
 
-def check_nodes(task: Task, data: Data, say: Callable[[str], None]) -> None:
-    """Have every node look at the study's folder, its versions and its images.
+@dataclass(frozen=True)
+class _Expected:
+    """What every node is compared with. probe: a file that the driver wrote into the study."""
 
-    With one node there is nothing that could differ. UserError, naming the nodes and what would
-    help, where one cannot take part.
+    task: TrialTask
+    data: Data
+    probe: Path
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a node found. reason: why it cannot take part, "" if it can."""
+
+    sees_store: bool
+    reason: str = ""
+
+
+def check_nodes(task: TrialTask, data: Data, report: Callable[[str], None]) -> None:
+    """Check the study's folder, the package versions and the images on every node.
+
+    A cluster of one node passes: nothing can differ. Raises UserError that names the nodes that
+    cannot take part, and the fix.
     """
-    nodes = alive()
+    nodes = live_nodes()
     if len(nodes) < 2:
         return
-    study = task.study.folder
-    probe = study / f".probe-{uuid.uuid4().hex}"
+    report(f"{len(nodes)} nodes: checking store, versions and images on each")
+    folder = task.study.folder.folder
+    probe = folder / f".probe-{uuid.uuid4().hex}"
     write_atomic(probe, probe.name)
-    versions = versions_here()
-    say(f"{len(nodes)} nodes: looking for the study, the versions and the images on each")
-    shared = ray.put((task, data))
-    waiting = {}
-    for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
-        gpus = 0.01 if node.gpus and task.device.startswith("cuda") else 0
-        remote = ray.remote(_look).options(
-            num_cpus=0, num_gpus=gpus, scheduling_strategy=there, max_retries=0
-        )
-        waiting[remote.remote(shared, probe, versions)] = node
-    unseen: list[str] = []
+    expected = _Expected(task, data, probe, package_versions(*SAME_VERSIONS))
+    cuda = task.execution.device.startswith("cuda")
     try:
-        while waiting:
-            (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-            node = waiting.pop(ready)
-            name = f"{node.address} ({node.id[:8]})"
-            try:
-                why: str = ray.get(ready)
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", None) or error
-                raise UserError(f"node {name} cannot take part: {cause}") from error
-            if why == _UNSEEN or not refresh(_reply(probe, node.id)):
-                unseen.append(name)
-            elif why:
-                raise UserError(f"node {name} cannot take part: {why}")
+        unseen = [
+            _label(done.item)
+            for done in run_on_nodes(
+                _check_node, nodes, expected, gpus=0.01 if cuda else 0.0
+            )
+            if not _shares_store(done, probe)
+        ]
     finally:
-        for left in study.glob(f"{probe.name}*"):
+        for left in folder.glob(f"{probe.name}*"):
             delete_file(left)
     if unseen:
+        _refuse_store(folder.parent, sorted(unseen))
+
+
+def _shares_store(done: Finished[Node, _Answer], probe: Path) -> bool:
+    """Whether node and driver see each other's files. Raises UserError for any other difference."""
+    name = _label(done.item)
+    reason = str(done.error) if done.error is not None else done.result().reason
+    if reason:
+        details = getattr(done.error, "details", {})
         raise UserError(
-            f"the store {study.parent} is not the same folder on every node: "
-            f"{', '.join(sorted(unseen))} cannot see what is written there. Name a folder that all "
-            "nodes mount (--store /shared/studies), or object storage (--store s3://BUCKET/studies)"
-        )
+            f"node {name} cannot take part: {reason}",
+            Code.MISMATCH,
+            **{**details, "node": name},
+        ) from done.error
+    return done.result().sees_store and refresh(_reply(probe, done.item.id))
 
 
-_UNSEEN = "the study's folder is another one there"
+def _refuse_store(store: Path, nodes: Sequence[str]) -> None:
+    raise UserError(
+        f"the store must be the same folder on every node (got {store}, which is another folder on "
+        f"{', '.join(nodes)}); give a folder that all nodes mount (--store /shared/studies), or "
+        "object storage (--store s3://BUCKET/studies)",
+        Code.MISMATCH,
+        key="store",
+        got=str(store),
+        nodes=list(nodes),
+    )
 
 
-def _reply(probe: Path, node: str) -> Path:
-    return probe.with_name(f"{probe.name}.{node}")
+def _label(node: Node) -> str:
+    return f"{node.address} ({node.id[:8]})"
 
 
-def versions_here() -> dict[str, str]:
-    """Of the packages that decide numbers, in this process."""
-    found = {}
-    for package in SAME:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = torch.__version__  # with its build, which the package's version lacks
-    return found
+def _reply(probe: Path, node_id: str) -> Path:
+    """The file with which a node answers the driver's probe."""
+    return probe.with_name(f"{probe.name}.{node_id}")
 
 
-def _look(shared: tuple[Task, Data], probe: Path, versions: Mapping[str, str]) -> str:
-    """On a node: why it cannot take part, "" where it can."""
-    task, data = shared
-    if task.store is not None:
-        folder = store_folder(task.store) / task.study.name
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / probe.name
-    here = versions_here()
-    differ = [f"{p} is {here[p]}, the driver's {v}" for p, v in versions.items() if here[p] != v]
-    if differ:
-        return "; ".join(differ) + ": give all nodes one image"
+def _check_node(expected: _Expected) -> _Answer:
+    """On the node."""
+    folder = expected.task.study.on_this_node().folder.folder
+    probe = folder / expected.probe.name
+    here = package_versions(*SAME_VERSIONS)
+    differing = [
+        f"{package} is {here[package]}, the driver's is {version}"
+        for package, version in expected.versions.items()
+        if here[package] != version
+    ]
+    if differing:
+        return _Answer(True, "; ".join(differing) + "; give all nodes the same image")
     if not refresh(probe) or probe.read_text(encoding="utf-8") != probe.name:
-        return _UNSEEN
-    write_atomic(_reply(probe, ray.get_runtime_context().get_node_id()), "")
-    try:
-        for split in task.splits:
-            split_here(split, data)
-    except UserError as error:
-        return str(error)
-    return ""
+        return _Answer(False)
+    write_atomic(_reply(probe, own_node_id()), "")
+    for split in expected.task.splits:
+        local_split(split, expected.data)
+    return _Answer(True)

@@ -1,30 +1,25 @@
-"""The nodes of the Ray that is there: what each offers, and a study's images on this one."""
+"""The nodes of a cluster: what each offers, and which of them a job's device names mean.
+
+Does not import ray: `search.trials.ray_cluster` lists the nodes.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import ray
-import torch
-
-from vitpareto.search.data.datasets import Data
-from vitpareto.search.data.decoding import Split, is_whole
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search.errors import UserError
-from vitpareto.search.measure.accuracy import DTYPES
-from vitpareto.search.measure.cost import target_of
 
-#: what Ray calls a kind of accelerator among a node's resources
-KIND = "accelerator_type:"
+#: prefix of an accelerator's type among a node's Ray resources, and in a job
+RAY_ACCELERATOR, JOB_ACCELERATOR = "accelerator_type:", "accelerator:"
+#: resources that Ray gives to every node
+STANDARD = ("CPU", "GPU", "memory", "object_store_memory")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One that is alive: Ray's id and address of it, and its resources."""
+    """A live node: Ray's id and address of it, and its Ray resources."""
 
     id: str
     address: str
@@ -39,99 +34,84 @@ class Node:
         return int(self.resources.get("GPU", 0))
 
     def __str__(self) -> str:
-        kinds = [name.removeprefix(KIND) for name in self.resources if name.startswith(KIND)]
-        gpus = f", {self.gpus} GPUs{f' ({kinds[0]})' if kinds else ''}" if self.gpus else ", no GPU"
-        return f"{self.address}: {self.cpus} CPUs{gpus}"
+        if not self.gpus:
+            return f"{self.address}: {self.cpus} CPUs, no GPU"
+        types = [
+            name.removeprefix(RAY_ACCELERATOR)
+            for name in self.resources
+            if name.startswith(RAY_ACCELERATOR)
+        ]
+        gpu_type = f" ({types[0]})" if types else ""
+        return f"{self.address}: {self.cpus} CPUs, {self.gpus} GPUs{gpu_type}"
 
 
-def alive() -> list[Node]:
-    """The nodes of the Ray that is there."""
-    return [
-        Node(found["NodeID"], found["NodeManagerAddress"], found["Resources"])
-        for found in ray.nodes()
-        if found["Alive"]
-    ]
+@dataclass(frozen=True)
+class LatencySlot:
+    """An exclusive slot for latency measurements: a whole GPU, or all CPUs of a node without one.
+
+    resource: Ray's name of the target, of which the slot takes `amount`.
+    """
+
+    resource: str
+    amount: float
+    cpus: float
+    gpus: float = 0.0
 
 
-def largest(nodes: Sequence[Node] | None = None) -> int:
-    """The CPUs of the node that has most: no task can ask for more."""
-    return max((n.cpus for n in (alive() if nodes is None else nodes)), default=0)
+def most_cpus(nodes: Sequence[Node]) -> int:
+    """CPUs of the largest node; no task can ask for more. 0 without nodes."""
+    return max((n.cpus for n in nodes), default=0)
 
 
-def cluster_device(asked: str, nodes: Sequence[Node]) -> str:
-    """The device that a cluster's trials run on; the driver may be on a node without it.
+def cluster_device(device: str, nodes: Sequence[Node]) -> str:
+    """The device that trials on these nodes use; the driver's own node may lack it.
 
-    UserError, with what is there, where GPUs are asked for and no node has one.
+    Raises UserError if CUDA is requested and no node has a GPU.
     """
     gpus = sum(n.gpus for n in nodes)
-    if asked == "auto":
+    if device == "auto":
         return "cuda" if gpus else "cpu"
-    if asked.startswith("cuda") and not gpus:
-        there = "; ".join(str(n) for n in nodes)
+    if device.startswith("cuda") and not gpus:
+        listed = "; ".join(str(n) for n in nodes)
         raise UserError(
-            f"the job's device is {asked}, and no node of the cluster has a GPU. There are {there}"
+            f"device {device!r} requires a node with a GPU, and no node has one (nodes: {listed})",
+            Code.UNAVAILABLE,
+            key="device",
+            got=device,
+            nodes=[str(n) for n in nodes],
         )
-    return asked
+    return device
 
 
-def check_target(target: str, nodes: Sequence[Node]) -> dict[str, float]:
-    """Ray's resources of one slot of the target where latencies are measured: `accelerator:H200`,
-    or a resource that the cluster's owner gave to nodes, by its name.
+def latency_slot(target: str, nodes: Sequence[Node]) -> LatencySlot:
+    """The slot in which a job's `latency_on` target measures latencies.
 
-    UserError, with what is there, where no node has it.
+    target: `accelerator:H200`, or the name of a custom Ray resource. Raises UserError if no node
+    has it.
     """
     resource = target
-    if target.startswith("accelerator:"):
-        resource = KIND + target.removeprefix("accelerator:")
-    having = [n for n in nodes if n.resources.get(resource)]
-    if not having:
-        own = ("CPU", "GPU", "memory", "object_store_memory")
-        named = {r.replace(KIND, "accelerator:") for n in nodes for r in n.resources}
-        said = sorted(r for r in named if r not in own and not r.startswith("node:"))
+    if target.startswith(JOB_ACCELERATOR):
+        resource = RAY_ACCELERATOR + target.removeprefix(JOB_ACCELERATOR)
+    candidates = [n for n in nodes if n.resources.get(resource)]
+    if not candidates:
+        accepted = _targets(nodes)
         raise UserError(
-            f"latency_on is {target!r}, and no node has it: there is "
-            + (", ".join(said) if said else "no accelerator and no resource of the owner's")
+            f"latency_on must be an accelerator or a custom resource of a node (got {target!r}); "
+            f"known: {', '.join(accepted) or 'none'}",
+            Code.NOT_FOUND,
+            key="latency_on",
+            got=target,
+            accepted=accepted,
         )
-    node = having[0]
-    # a slot is exclusive: a whole GPU, or all CPUs of a node without one
-    slot = {resource: 0.001 if resource.startswith(KIND) else min(1.0, node.resources[resource])}
+    node = candidates[0]
+    is_type = resource.startswith(RAY_ACCELERATOR)
+    amount = 0.001 if is_type else min(1.0, node.resources[resource])
     if node.gpus:
-        return {**slot, "GPU": 1.0, "CPU": 1.0}
-    return {**slot, "CPU": float(node.cpus)}
+        return LatencySlot(resource, amount, cpus=1.0, gpus=1.0)
+    return LatencySlot(resource, amount, cpus=float(node.cpus))
 
 
-def target_there(batch: int, dtype: str, device: str) -> dict[str, Any]:
-    """What a latency holds for (`cost.target_of`) where the trials run, be it another node."""
-    if not device.startswith("cuda") or torch.cuda.is_available():
-        return _target(batch, dtype, device)
-    found: dict[str, Any] = ray.get(
-        ray.remote(_target).options(num_cpus=0, num_gpus=1).remote(batch, dtype, "cuda")
-    )
-    return found
-
-
-def _target(batch: int, dtype: str, device: str) -> dict[str, Any]:
-    return target_of(torch.empty(batch, dtype=DTYPES[dtype], device=device))
-
-
-def split_here(split: Split, data: Data) -> Split:
-    """The split as this node has it decoded, once a node: in the folder that its environment names
-    (VITPARETO_CACHE), else where the driver has it, which may be seen from here.
-
-    UserError where the images are not the same here.
-    """
-    cache = os.environ.get("VITPARETO_CACHE")
-    if cache:
-        split = replace(split, folder=Path(cache).absolute() / "decoded" / split.folder.name)
-    if is_whole(split):
-        return split
-    own = data.at(Path(cache) if cache else None).split(split.name)
-    if own.fingerprint != split.fingerprint:
-        lacking = sorted(set(own.corrupt) - set(split.corrupt))[:3]
-        why = f"; unreadable here: {', '.join(lacking)}" if lacking else ""
-        raise UserError(
-            f"the images of {data.spec} ({split.name}) on {socket.gethostname()} are not those of "
-            f"the study: {len(own)} with fingerprint {own.fingerprint[:12]}, the study's "
-            f"{split.fingerprint[:12]}{why}"
-        )
-    return own
+def _targets(nodes: Sequence[Node]) -> list[str]:
+    """The accelerators and custom resources of the nodes, as a job names them."""
+    names = {r.replace(RAY_ACCELERATOR, JOB_ACCELERATOR) for n in nodes for r in n.resources}
+    return sorted(r for r in names if r not in STANDARD and not r.startswith("node:"))

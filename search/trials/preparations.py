@@ -26,15 +26,16 @@ from vitpareto.search.training.preparation_cache import (
     PreparationRecord,
     PreparationUse,
 )
-from vitpareto.search.trials.trial import Task, Worker
+from vitpareto.search.trials.task import TrialTask
+from vitpareto.search.trials.worker import Worker
 
 #: seconds between two progress reports
 REPORT_EVERY_S = 10.0
 
 
 def prepare_shared(
-    names: Iterable[str], task: Task, cpus: float, gpus: float, log: Callable[[str], None]
-) -> Task:
+    names: Iterable[str], task: TrialTask, cpus: float, gpus: float, log: Callable[[str], None]
+) -> TrialTask:
     """Run the preparations of these methods, each on its own worker, and record them in the study.
 
     Returns the task with the study's preparations. Raises UserError, with the reason, for a
@@ -54,7 +55,7 @@ def prepare_shared(
         ready, _ = ray.wait(list(pending), num_returns=1, timeout=REPORT_EVERY_S)
         if not ready:
             for name in pending.values():
-                line = _read_progress(task.study, name)
+                line = _read_progress(task.study.folder, name)
                 if line and reported.get(name) != line:
                     reported[name] = line
                     log(f"{name}: {line}")
@@ -77,14 +78,14 @@ def prepare_shared(
         record = finished[name].record
         log(f"{name}: {'prepared' if record.fresh else 'found in the cache; prepared'} in "
             f"{record.seconds:.0f} s ({record.key})")  # fmt: skip
-    record_preparations(task.study, finished.values())
+    record_preparations(task.study.folder, finished.values())
     return with_preparations(task)
 
 
-def _prepare(task: Task, name: str) -> CachedPreparation:
+def _prepare(task: TrialTask, name: str) -> CachedPreparation:
     """On a worker."""
     trainer = Worker.open(task).trainer
-    path = _progress_file(task.study, name)
+    path = _progress_file(task.study.folder, name)
     path.parent.mkdir(exist_ok=True)
     trainer.log = lambda line: write_atomic(path, line)
     try:
@@ -133,11 +134,11 @@ def structural_outcomes(study: StudyFolder) -> dict[str, PreparationOutcome]:
     }
 
 
-def with_preparations(task: Task) -> Task:
+def with_preparations(task: TrialTask) -> TrialTask:
     """The task with the preparations that its study has recorded."""
     if task.training is None:
         return task
-    records = {r.method: r for r in recorded(task.study)}
+    records = {r.method: r for r in recorded(task.study.folder)}
     return replace(task, training=replace(task.training, records=records))
 
 

@@ -1,9 +1,9 @@
-"""Recovery: the front's recipes fine-tuned after the search, and a second front of them.
+"""Recovery: fine-tune the front's recipes after the search, which gives a second front.
 
-Each recipe goes on from the weights it was measured with (its own, or the dense model's), with the
-study's dense model as its teacher, and is measured on the same search images. The dense model is
-recovered too where it is on the front: what training alone is worth. Results lie in the study's
-`recovered/` under their trial's number, each written once.
+Each recipe starts from the weights that it was measured with (its own, or the dense model's), has
+the study's dense model as its teacher, and is measured on the same search images. The dense model
+is recovered too if it is on the front: that shows what training alone gains. Results are written
+once, to the study's `recovered/`, under their trial's number.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-import torch
-
 from vitpareto.methods import Recipe, Untrained
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import delete_tree
 from vitpareto.search.study.folder import StudyFolder
@@ -28,35 +26,39 @@ from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.training.settings import Settings
 from vitpareto.search.trials.certification import certify_front
-from vitpareto.search.trials.nodes import Node, alive
-from vitpareto.search.trials.run import (
-    DecodeProgress,
-    Prepared,
-    looked_at,
-    make_task,
-    prepare,
-    training_of,
-)
-from vitpareto.search.trials.trial import STATE, Task, Worker, measure_built
+from vitpareto.search.trials.job_check import CheckedJob, DecodeProgress, check_job
+from vitpareto.search.trials.measurement import measure_model
+from vitpareto.search.trials.nodes import Node
+from vitpareto.search.trials.ray_cluster import live_nodes, run_for_each
+from vitpareto.search.trials.run_study import with_node_images, worker_task
+from vitpareto.search.trials.study_task import training_for
+from vitpareto.search.trials.task import TrialTask
 from vitpareto.search.trials.tune import TrialResources
+from vitpareto.search.trials.worker import CHECKPOINT, Worker
 
 log = logging.getLogger("vitpareto")
 
 
 class NotRecovered(RuntimeError):
-    """Some trials could not be recovered; the message says which and why. Others are kept."""
+    """Some trials could not be recovered. failed: the reason by trial; the others are stored."""
+
+    def __init__(self, failed: Mapping[int, str], pending: int) -> None:
+        reasons = "; ".join(f"trial {t}: {why}" for t, why in sorted(failed.items()))
+        super().__init__(f"{len(failed)} of {pending} trials could not be recovered ({reasons})")
+        self.failed, self.pending = dict(failed), pending
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.failed, self.pending)
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """A recovery that was looked at whole before anything is trained: `todo` are the trials that
-    have no result yet.
-    """
+    """A recovery that was checked before anything is trained. pending: trials without a result."""
 
     folder: StudyFolder
-    prepared: Prepared
+    job: CheckedJob
     settings: Settings
-    todo: tuple[TrialResult, ...]
+    pending: tuple[TrialResult, ...]
 
     @classmethod
     def of(
@@ -72,113 +74,132 @@ class Recovery:
         decode: DecodeProgress | None = None,
         nodes: Sequence[Node] = (),
     ) -> Recovery:
-        """trials: their numbers; none: the front's. lr, batch: as the recovery that was begun had
-        them, or as the job says; workers: as the job says; nodes: `prepare`'s. UserError: nothing
-        to recover, a trial that is not finished, no training images, settings other than those of a
-        recovery that was begun.
+        """Check what is to be recovered, and with which settings.
+
+        Args:
+            trials: their numbers; none means the front's.
+            lr, batch: None means those of the recovery that was started before, else the job's.
+            workers: None means the job's.
+            nodes: of the cluster that is joined (`check_job`).
+
+        Raises UserError if there is nothing to recover, a trial is not finished, there are no
+        training images, or the settings differ from those of a recovery that was started before.
         """
-        job = {**folder.job(), "store": folder.store, "cache": cache or None}
-        config = SearchConfig.of(job if workers is None else {**job, "workers": workers})
-        wanted = chosen(folder, config.objectives, trials)
-        begun = folder.recovery() or {}
+        stored = {**folder.job(), "store": folder.store, "cache": cache or None}
+        config = SearchConfig.of(stored if workers is None else {**stored, "workers": workers})
+        selected = select_trials(folder, config.objectives, trials)
+        started = folder.recovery() or {}
         settings = Settings(
             epochs=epochs,
-            lr=begun.get("lr", config.lr) if lr is None else lr,
-            batch=begun.get("batch", config.train_batch) if batch is None else batch,
+            lr=started.get("lr", config.lr) if lr is None else lr,
+            batch=started.get("batch", config.train_batch) if batch is None else batch,
             seed=config.seed,
         )
-        prepared = prepare(config, decode, nodes=nodes)
+        job = check_job(config, decode, nodes=nodes)
         folder.settle_recovery(
-            {**settings.plain(), "train_fingerprint": prepared.data.split("train").fingerprint}
+            {**settings.plain(), "train_fingerprint": job.data.split("train").fingerprint}
         )
-        there = {r.trial for r in folder.recovered()}
-        todo = tuple(r for r in wanted if r.trial not in there)
-        return cls(folder, prepared, settings, todo)
+        recovered = {r.trial for r in folder.recovered()}
+        pending = tuple(r for r in selected if r.trial not in recovered)
+        return cls(folder, job, settings, pending)
 
     def run(
         self,
         *,
         cpus: int,
         gpus: int,
-        heard: Callable[[TrialResult, TrialResult], None],
-        say: Callable[[str], None] = log.info,
+        on_result: Callable[[TrialResult, TrialResult], None],
+        report: Callable[[str], None] = log.info,
     ) -> list[TrialResult]:
-        """Recover what is left to do on the Ray that is there, and certify the recovered front
-        where the study's is; all that is recovered.
+        """Recover the pending trials and certify the recovered front, if the study's is certified.
 
-        heard(before, after): called with each as it becomes durable. NotRecovered, once all others
-        are done, for those that failed.
+        Args:
+            cpus, gpus: of the cluster.
+            on_result: called with (before, after) when a recovered trial is durable.
+            report: called with a line per step.
+
+        Returns all recovered trials. Raises NotRecovered, after all others are done, if some fail.
         """
-        config = self.prepared.config
-        crew = TrialResources.of(config, self.prepared.device, cpus, gpus, alive())
-        failed = {}
+        config = self.job.config
+        resources = TrialResources.of(config, self.job.device, cpus, gpus, live_nodes())
+        failed: dict[int, str] = {}
         with self.folder.locked():
-            task = make_task(self.prepared, "", threads=None if crew.gpus else crew.cpus)
-            task = replace(task, device=torch.device(task.device).type)
-            if self.todo:
-                task = replace(task, training=training_of(self.prepared, self.settings))
-            task = looked_at(self.prepared, task, say)
-            if self.todo:
-                remote = ray.remote(_recover).options(
-                    num_cpus=crew.cpus, num_gpus=crew.gpus, max_retries=0
-                )
-                shared = ray.put(task)
-                waiting = {remote.remote(shared, one): one for one in self.todo}
-                while waiting:
-                    (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-                    before = waiting.pop(ready)
-                    try:
-                        heard(before, ray.get(ready))
-                    except ray.exceptions.RayError as error:
-                        cause = getattr(error, "cause", None) or error
-                        failed[before.trial] = f"{type(cause).__name__}: {cause}"
+            task = worker_task(self.job, resources)
+            if self.pending:
+                task = replace(task, training=training_for(self.job, self.settings, None))
+            task = with_node_images(self.job, task, report)
+            for done in run_for_each(
+                _recover, task, self.pending, cpus=resources.cpus, gpus=resources.gpus
+            ):
+                if done.error is not None:
+                    failed[done.item.trial] = done.reason
+                else:
+                    on_result(done.item, done.result())
             if config.certify == "front":
                 certify_front(
-                    self.folder, task, self.prepared.data, config.objectives,
-                    cpus=crew.cpus, gpus=crew.gpus, say=say, recovered=True,
-                )  # fmt: skip
+                    self.folder,
+                    task,
+                    self.job.data,
+                    config.objectives,
+                    cpus=resources.cpus,
+                    gpus=resources.gpus,
+                    report=report,
+                    recovered=True,
+                )
         if failed:
-            said = "; ".join(f"trial {t}: {why}" for t, why in sorted(failed.items()))
-            raise NotRecovered(
-                f"{len(failed)} of {len(self.todo)} trials could not be recovered, the others are "
-                f"kept: {said}"
-            )
+            raise NotRecovered(failed, len(self.pending))
         return self.folder.recovered()
 
 
-def chosen(
+def select_trials(
     folder: StudyFolder, objectives: Sequence[str], trials: Sequence[int]
 ) -> list[TrialResult]:
-    """The finished trials of these numbers, or the front's members. UserError where one is none."""
+    """The finished trials of these numbers, or the front's members if none are given.
+
+    Raises UserError if a trial does not exist or is not finished.
+    """
     results = {r.trial: r for r in folder.results()}
     finished = [r for r in results.values() if r.state == "finished"]
     if not finished:
-        raise UserError(f"study {folder.name} has no finished trial to recover")
+        raise UserError(
+            f"study {folder.name!r} must have a finished trial to recover (it has none)",
+            Code.EMPTY,
+            study=folder.name,
+        )
     if not trials:
         return front_of(finished, objectives_named(objectives))
     for number in trials:
-        known = results.get(number)
-        if known is None:
-            near = sorted(finished, key=lambda r: abs(r.trial - number))[:3]
-            said = ", ".join(str(r.trial) for r in near)
-            raise UserError(f"there is no trial {number}; nearest: {said}")
-        if known.state != "finished":
-            raise UserError(f"trial {number} is {known.state}: only finished trials are recovered")
+        result = results.get(number)
+        if result is None:
+            near = [r.trial for r in sorted(finished, key=lambda r: abs(r.trial - number))[:3]]
+            raise UserError(
+                f"trial {number} does not exist; nearest: {', '.join(map(str, near))}",
+                Code.NOT_FOUND,
+                trial=number,
+                nearest=near,
+            )
+        if result.state != "finished":
+            raise UserError(
+                f"a trial to recover must be finished (trial {number} is {result.state})",
+                Code.UNSUPPORTED,
+                trial=number,
+                got=result.state,
+            )
     return [results[n] for n in dict.fromkeys(trials)]
 
 
-def _recover(task: Task, before: TrialResult) -> TrialResult:
-    """On a worker: fine-tune, measure, make the result durable."""
-    place, begin = Worker.open(task), time.monotonic()
+def _recover(task: TrialTask, before: TrialResult) -> TrialResult:
+    """On a worker: fine-tune, measure and write the result."""
+    worker, start = Worker.open(task), time.monotonic()
     assert task.training is not None and task.training.trial is not None
-    study, settings = task.study, task.training.trial
+    study, settings = task.study.folder, task.training.trial
     recipe = Recipe.from_dict(before.resolved or before.recipe)
     progress = study.folder / "recovered" / "training" / f"{before.trial:06d}"
     weights = None if recipe.weights is None else study.artifacts.load(recipe.weights)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Untrained)
-        model = recipe.build(place.trainer.dense, weights=weights)
-    history = place.trainer.fit(model, settings, recipe, progress / STATE)
+        model = recipe.build(worker.trainer.dense, weights=weights)
+    history = worker.trainer.fit(model, settings, recipe, progress / CHECKPOINT)
     digest = study.artifacts.save(model.state_dict())
     record: dict[str, Any] = {
         "recovery": {
@@ -188,9 +209,9 @@ def _recover(task: Task, before: TrialResult) -> TrialResult:
             "loss": history[-1].loss,
         }
     }
-    built = place.build(replace(recipe, weights=digest))
-    result = measure_built(place, before.trial, built, record)
-    result = replace(result, recipe=before.recipe, seconds=time.monotonic() - begin)
+    built = worker.build(replace(recipe, weights=digest))
+    measured = measure_model(worker, before.trial, built, record)
+    result = replace(measured, recipe=before.recipe, seconds=time.monotonic() - start)
     study.write_recovered(result)
     delete_tree(progress)
     return result

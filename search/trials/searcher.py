@@ -23,15 +23,17 @@ from ray.tune.search import Searcher
 
 from vitpareto.methods import BadInput, ModelShape, Recipe
 from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import frozen_trials, open_storage, study_name
 from vitpareto.search.study.results import TrialResult
+from vitpareto.search.study.rungs import SAME_CANDIDATE
 from vitpareto.search.study.samplers import make_sampler
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.early_stopping import EarlyStopping
-from vitpareto.search.trials.trial import RUNG, SAME, window_violation
+from vitpareto.search.trials.trial_actor import RUNG
 
 #: asks in a row that bring nothing new before the space counts as exhausted
 BARREN_ASKS = 100
@@ -332,7 +334,7 @@ class FrontSearcher(Searcher):
             # one that costs more than the dense model (ReViT may) is no reduction of it
             dense = recipe_macs(Recipe(), self.reshape(Recipe()))[0] / 1e9
             ceiling = dense if ceiling is None else min(ceiling, dense)
-        return max(window_violation(low, (None, ceiling)), window_violation(high, (floor, None)))
+        return BudgetWindow(floor, ceiling).violation_between(low, high)
 
     def _tell_outside(self, trial: optuna.Trial, key: str, violation: float) -> None:
         self.outside[key] = violation
@@ -352,7 +354,7 @@ class FrontSearcher(Searcher):
         if asked is None or rung is None or self.judge is None:
             return True
         try:
-            stopped = self.judge.hear(asked.trial.number, asked.recipe, rung)
+            stopped = self.judge.on_rung(asked.trial.number, asked.recipe, rung)
             if stopped is None:
                 return True
             self.folder.write(stopped)
@@ -424,10 +426,10 @@ class FrontSearcher(Searcher):
         self.by_key.setdefault(result.key, result)
         if result.resolved is not None:
             self.by_key.setdefault(self._asked_key(result), result)
-        self.tally.images += 0 if result.reason.startswith(SAME) else result.images
+        self.tally.images += 0 if result.reason.startswith(SAME_CANDIDATE) else result.images
         self.tally.barren += 1
         if self.judge is not None:
-            self.judge.admit(result)
+            self.judge.on_result(result)
         if result.state == "raced_out":
             self.tally.raced_out += 1
             return

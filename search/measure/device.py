@@ -1,0 +1,28 @@
+"""Which torch device a name such as `auto` means in this process."""
+
+from __future__ import annotations
+
+import torch
+
+from vitpareto.methods.engine.errors import Code
+from vitpareto.search.errors import UserError
+
+
+def resolve_device(device: str) -> str:
+    """`auto` becomes the first GPU, or the CPU without one; other names are returned.
+
+    Raises UserError if CUDA, or that CUDA device, does not exist here.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (torch.device(device).index or 0) >= count:
+            raise UserError(
+                f"device must exist (got {device!r}); torch sees {count} CUDA devices",
+                Code.UNAVAILABLE,
+                key="device",
+                got=device,
+                devices=count,
+            )
+    return device

@@ -1,0 +1,305 @@
+"""One trial: build the recipe, measure it rung by rung, and make a result of it.
+
+Whether a trial goes on to its next rung is decided elsewhere (`search.trials.early_stopping`); who
+runs it and where its result is written is `search.trials.trial_actor`'s. Does not import ray.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from vitpareto import methods
+from vitpareto.methods import ModelShape, Recipe
+from vitpareto.search.measure.accuracy import Correctness, evaluate, fitting
+from vitpareto.search.measure.cost import (
+    parameters,
+    peak_mb,
+    recipe_macs,
+    recipe_of,
+    schedule_macs,
+)
+from vitpareto.search.measure.latency import Latency
+from vitpareto.search.stats.intervals import wilson_interval
+from vitpareto.search.study.results import TrialResult, pack_bits
+from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, SAME_CANDIDATE, RungReport
+from vitpareto.search.trials.task import TrialTask
+from vitpareto.search.trials.worker import Worker
+
+
+@dataclass(frozen=True)
+class KnownCost:
+    """A built candidate's cost before it runs.
+
+    params_m: parameters in millions. macs: fewest and most MACs an image can cost. adaptive: images
+    decide the cost; otherwise both bounds are equal.
+    """
+
+    params_m: float
+    macs: tuple[int, int]
+    adaptive: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, recipe: Recipe, shape: ModelShape) -> KnownCost:
+        counts: tuple[int, ...] | None = shape.dense_counts()
+        if recipe.tokens is not None:
+            counts = recipe.tokens.declared.counts(recipe.tokens.params, shape)
+        if counts is None:
+            macs = recipe_macs(recipe, shape)
+        else:
+            macs = (schedule_macs(recipe, shape, counts),) * 2
+        return cls(parameters(model) / 1e6, macs, adaptive=counts is None)
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The objectives that are known: params_m, and gmacs unless images decide it."""
+        known = {"params_m": self.params_m}
+        return known if self.adaptive else {**known, "gmacs": self.macs[0] / 1e9}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A built recipe with everything that is known of it before it runs.
+
+    recipe: resolved, with calibrated settings written into it. record: how it got its weights, for
+    the result's provenance.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    key: str
+    cost: KnownCost
+    record: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, record: dict[str, Any]) -> Candidate:
+        recipe, shape = recipe_of(model), methods.model_shape(model)
+        return cls(model, recipe, recipe.key(shape), KnownCost.of(model, recipe, shape), record)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.recipe == Recipe()
+
+    def outside(self, trial: int, values: dict[str, float]) -> TrialResult:
+        """The result of a candidate that lies outside the study's limits."""
+        recipe = self.recipe.to_dict()
+        return TrialResult(trial, "failed", recipe, self.key, values, recipe,
+                           reason=OUTSIDE_BUDGETS)  # fmt: skip
+
+
+def run_rungs(worker: Worker, trial: int, recipe: Recipe) -> Iterator[RungReport | TrialResult]:
+    """Measure a recipe: a report after each rung of the task but the last, then the result.
+
+    Raises what building, training or running the recipe raises.
+    """
+    task, start = worker.task, time.monotonic()
+    weighted = worker.with_weights(recipe)
+    candidate = Candidate.of(worker.build(weighted.recipe), weighted.record)
+    proposed = recipe.to_dict()
+    values = candidate.cost.values
+    if "gmacs" in values and task.window.violation(values["gmacs"]) > 0 and not candidate.is_dense:
+        yield replace(candidate.outside(trial, values), recipe=proposed)
+        return
+    # calibration can resolve two settings to the same candidate, which is measured once
+    known = task.study.folder.known(candidate.key)
+    if known is not None:
+        yield TrialResult(
+            trial=trial,
+            state=known.state,
+            recipe=proposed,
+            key=candidate.key,
+            values=known.values,
+            resolved=candidate.recipe.to_dict(),
+            images=known.images,
+            bits=known.bits,
+            top1_low=known.top1_low,
+            top1_high=known.top1_high,
+            seconds=time.monotonic() - start,
+            reason=f"{SAME_CANDIDATE} {known.trial}",
+            provenance={**known.provenance, **candidate.record},
+        )
+        return
+    for step in measure_rungs(worker, trial, candidate, task.rungs):
+        seconds = time.monotonic() - start
+        if isinstance(step, RungReport):
+            yield replace(step, seconds=seconds)
+        else:
+            yield replace(step, recipe=proposed, seconds=seconds)
+
+
+def measure_recipe(worker: Worker, trial: int, recipe: Recipe) -> TrialResult:
+    """Measure a recipe on all search images; the task's rungs are not used to stop it."""
+    *_, result = run_rungs(worker, trial, recipe)
+    assert isinstance(result, TrialResult)
+    return result
+
+
+def measure_model(
+    worker: Worker, trial: int, model: nn.Module, record: dict[str, Any]
+) -> TrialResult:
+    """Measure a built candidate on all search images; the result's recipe is the resolved one.
+
+    record: how it got its weights, for the result's provenance.
+    """
+    *_, result = measure_rungs(worker, trial, Candidate.of(model, record), ())
+    assert isinstance(result, TrialResult)
+    return result
+
+
+def measure_rungs(
+    worker: Worker, trial: int, candidate: Candidate, rungs: tuple[int, ...]
+) -> Iterator[RungReport | TrialResult]:
+    """Measure a candidate: a report after each of these numbers of search images, then the result.
+
+    Measured costs (latency, peak memory) come first if they are objectives, else last: a stopped
+    trial does not pay for them.
+    """
+    task, total = worker.task, len(worker.task.images.search)
+    if candidate.cost.adaptive:
+        # padding is part of the cost: batches must be those of a trial without rungs
+        batch = task.execution.batch
+        rungs = tuple(-(-n // batch) * batch for n in rungs)
+    measurement = _Measurement(worker, candidate)
+    if task.latency.per_trial:
+        measurement.measure_latency()
+        if measurement.too_slow and not candidate.is_dense:
+            yield candidate.outside(trial, measurement.values)
+            return
+    if task.memory_first:
+        measurement.measure_memory()
+    for stop in sorted({n for n in rungs if n < total}):
+        measurement.evaluate_until(stop)
+        yield measurement.report()
+    measurement.evaluate_until(total)
+    if not task.memory_first:
+        measurement.measure_memory()
+    yield measurement.result(trial)
+
+
+class _Measurement:
+    """A candidate's measurement as it grows. The batch is halved when memory does not suffice."""
+
+    def __init__(self, worker: Worker, candidate: Candidate) -> None:
+        self.worker, self.task, self.candidate = worker, worker.task, candidate
+        self.start = time.monotonic()
+        self.batch = self.task.execution.batch
+        self.values = candidate.cost.values
+        self.correctness: Correctness | None = None
+        self.latency: Latency | None = None
+
+    def measure_latency(self) -> None:
+        self.latency = self.worker.measure_latency(self.candidate.model)
+        reference = self.task.study.folder.result(0)
+        milliseconds = drift_free_ms(self.latency, reference)
+        self.values["latency_ms"] = milliseconds
+        self.values["images_per_s"] = 1e3 * self.task.latency.batch / milliseconds
+
+    @property
+    def too_slow(self) -> bool:
+        limit = self.task.latency.limit_ms
+        return limit is not None and self.values["latency_ms"] > limit
+
+    def measure_memory(self) -> None:
+        total = len(self.task.images.search)
+
+        def peak(batch: int) -> float:
+            images = self.worker.search_batch(min(batch, total))
+            return peak_mb(self.candidate.model, images)
+
+        self.batch, self.values["peak_mb"] = fitting(self.batch, peak)
+
+    def evaluate_until(self, stop: int) -> None:
+        """Extend the measured images to the first `stop` of the search split."""
+        before = self.batch
+        self.batch, seen = fitting(
+            before, lambda batch: self._evaluate(stop, batch, restart=batch != before)
+        )
+        self.correctness = seen
+        if seen.macs is not None and seen.macs_mean is not None:
+            self.values["gmacs"] = seen.macs / 1e9
+            self.values["gmacs_mean"] = seen.macs_mean / 1e9
+        self.values["top1"] = 100 * float(np.mean(seen.top1))
+        self.values["top5"] = 100 * float(np.mean(seen.top5))
+
+    def _evaluate(self, stop: int, batch: int, restart: bool) -> Correctness:
+        seen, execution = self.correctness, self.task.execution
+        if self.candidate.cost.adaptive and restart:
+            seen = None  # padding is part of the cost: all batches must be of one size
+        added = evaluate(
+            self.candidate.model,
+            self.task.images.search,
+            self.task.images.preprocess,
+            batch=batch,
+            device=execution.device,
+            dtype=execution.torch_dtype,
+            head_indices=self.task.images.head_indices,
+            start=0 if seen is None else len(seen.top1),
+            stop=stop,
+        )
+        return added if seen is None else seen.then(added)
+
+    @property
+    def _record(self) -> dict[str, Any]:
+        """For provenance: how the candidate got its weights, and the batch if it was halved."""
+        halved = {} if self.batch == self.task.execution.batch else {"batch": self.batch}
+        return {**self.candidate.record, **halved}
+
+    def report(self) -> RungReport:
+        assert self.correctness is not None
+        cost = self.candidate.cost
+        return RungReport(
+            key=self.candidate.key,
+            resolved=self.candidate.recipe.to_dict(),
+            values=dict(self.values),
+            right=self.correctness.top1,
+            macs_each=self.correctness.macs_each,
+            bounds=cost.macs if cost.adaptive else (0.0, 0.0),
+            # the driver writes a stopped trial's result, and may run on another device
+            record={"device": self.task.provenance["device"], **self._record},
+        )
+
+    def result(self, trial: int) -> TrialResult:
+        assert self.correctness is not None
+        right, resolved = self.correctness.top1, self.candidate.recipe.to_dict()
+        low, high = wilson_interval(int(right.sum()), len(right))
+        return TrialResult(
+            trial=trial,
+            state="finished",
+            recipe=resolved,
+            key=self.candidate.key,
+            values=self.values,
+            resolved=resolved,
+            images=len(right),
+            bits=pack_bits(right),
+            top1_low=low,
+            top1_high=high,
+            seconds=time.monotonic() - self.start,
+            provenance={**self.task.provenance, **self._record},
+            latency=None if self.latency is None else asdict(self.latency),
+        )
+
+
+def drift_free_ms(timed: Latency, reference: TrialResult | None) -> float:
+    """Milliseconds per batch as an objective: the reference's dense p50 over this trial's speed-up.
+
+    A trial's own p50 depends on the machine's load at that time; candidate and dense were timed in
+    turn, so their ratio does not. Trial 0 has no reference: its own p50.
+    """
+    base = None if reference is None else reference.timed
+    return timed.p50_ms if base is None else base.p50_ms / timed.speedup
+
+
+def limit_violation(result: TrialResult, task: TrialTask) -> float:
+    """How far a measured candidate lies outside the study's limits; <= 0 inside.
+
+    In GMACs; if its MACs are inside, the fraction of the latency limit by which it is slower.
+    """
+    macs = task.window.violation(result.values["gmacs"]) if "gmacs" in result.values else 0.0
+    if macs > 0 or task.latency.limit_ms is None:
+        return macs
+    return result.values.get("latency_ms", 0.0) / task.latency.limit_ms - 1

@@ -1,0 +1,185 @@
+"""Run or continue a study on the Ray cluster that this process is connected to.
+
+The caller starts or joins Ray (`clusters`). Knows nothing of tables and plots: hooks get results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from vitpareto.search.stats.racing import Race, rungs
+from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.optuna_storage import close, open_storage
+from vitpareto.search.study.results import TrialResult
+from vitpareto.search.trials.certification import certify_front
+from vitpareto.search.trials.early_stopping import EarlyStopping
+from vitpareto.search.trials.front_latency import measure_front_latency
+from vitpareto.search.trials.job_check import CheckedJob
+from vitpareto.search.trials.latency_actor import latency_actor
+from vitpareto.search.trials.node_checks import check_code, check_nodes
+from vitpareto.search.trials.preparations import prepare_shared, structural_outcomes
+from vitpareto.search.trials.ray_cluster import live_nodes
+from vitpareto.search.trials.searcher import FrontSearcher, Tally
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.task import LatencyTimer, TrialTask
+from vitpareto.search.trials.tune import TrialResources, run_tune
+
+#: called with each new result, or None, and the study's progress
+Hook = Callable[[TrialResult | None, Tally], None]
+
+log = logging.getLogger("vitpareto")
+
+
+@dataclass(frozen=True)
+class StudyOutcome:
+    """A study after its search, and how the search ended."""
+
+    folder: StudyFolder
+    progress: Tally
+
+
+def run_study(
+    job: CheckedJob,
+    *,
+    cpus: int,
+    gpus: int,
+    hooks: list[Hook] | None = None,
+    report: Callable[[str], None] = log.info,
+) -> StudyOutcome:
+    """Run or continue the study until its trials are measured, then time and certify its front.
+
+    Args:
+        cpus, gpus: of the cluster.
+        hooks: called with every new result; must not raise.
+        report: called with a line per step of preparation, latency and certification.
+
+    Results are on disk however it ends. Raises UserError if another driver holds the study, its
+    settings differ, or the store cannot be written.
+    """
+    config, folder = job.config, job.folder
+    resources = TrialResources.of(config, job.device, cpus, gpus, live_nodes())
+    check_code()
+    with folder.locked(), contextlib.ExitStack() as stack:
+        epoch = _claim(job)
+        task = worker_task(job, resources, epoch)
+        task = with_node_images(job, task, report)
+        timer: LatencyTimer | None = None
+        if config.latency_on is not None:
+            timer = stack.enter_context(latency_actor(config.latency_on, task, report))
+        if config.times_trials:
+            task = replace(task, latency=replace(task.latency, timer=timer))
+        early_stopping = early_stopping_for(job)
+        if early_stopping is not None:
+            task = replace(task, rungs=rungs(len(job.data.split("search")))[:-1])
+        if config.budget is None or folder.durable_trials() < config.budget:
+            task = prepare_shared(job.trained, task, resources.cpus, resources.gpus, report)
+        job.model.reshape.use_outcomes(structural_outcomes(folder))
+        progress = _run_trials(job, task, resources, early_stopping, hooks)
+        if config.latency == "front" and progress.ended:
+            measure_front_latency(folder, task, config.objectives, timer)
+        if config.certify == "front" and progress.ended:
+            certify_front(
+                folder,
+                task,
+                job.data,
+                config.objectives,
+                cpus=resources.cpus,
+                gpus=resources.gpus,
+                report=report,
+            )
+    return StudyOutcome(folder, progress)
+
+
+def _claim(job: CheckedJob) -> str:
+    """Write the job and start this driver's epoch in the study; returns the epoch."""
+    folder, plain = job.folder, job.config.plain()
+    if not folder.exists:  # a study without its job could not be continued by name alone
+        folder.write_job(plain)
+    folder.settle(job.identity)
+    folder.write_job(plain)
+    epoch = uuid.uuid4().hex
+    folder.start_epoch(epoch)
+    return epoch
+
+
+def _run_trials(
+    job: CheckedJob,
+    task: TrialTask,
+    resources: TrialResources,
+    early_stopping: EarlyStopping | None,
+    hooks: list[Hook] | None,
+) -> Tally:
+    """Run the study's remaining trials; returns how it stands."""
+    config = job.config
+    with _storage(job) as storage:
+        searcher = FrontSearcher(
+            job.folder,
+            job.space,
+            objectives=config.objectives,
+            sampler=config.sampler,
+            seed=config.seed,
+            trials=config.budget,
+            window=(task.window.low, task.window.high),
+            reshape=job.model.reshape,
+            hooks=hooks,
+            judge=early_stopping,
+            patience=config.patience,
+            seconds=config.seconds,
+            storage=storage,
+        )
+        if config.budget is None or searcher.done < config.budget:
+            run_tune(searcher, task, resources)
+        else:
+            searcher.tally.ended = f"{searcher.done} trials measured"
+        return searcher.tally
+
+
+@contextlib.contextmanager
+def _storage(job: CheckedJob) -> Iterator[object]:
+    """Optuna's storage of the study, closed when the block ends."""
+    storage = open_storage(job.folder, job.config.storage)
+    try:
+        yield storage
+    finally:
+        close(storage)
+
+
+def worker_task(job: CheckedJob, resources: TrialResources, epoch: str = "") -> TrialTask:
+    """The job's task as Ray workers get it. Ray shows a worker its own GPUs only, counted from 0,
+    so that the device has no number.
+    """
+    threads = None if resources.gpus else resources.cpus
+    task = study_task(job, epoch=epoch, threads=threads)
+    device = torch.device(task.execution.device).type
+    return replace(task, execution=replace(task.execution, device=device))
+
+
+def with_node_images(
+    job: CheckedJob, task: TrialTask, report: Callable[[str], None]
+) -> TrialTask:
+    """Check the nodes of a cluster, and give the task the images that other nodes decode from.
+
+    Raises UserError if a node cannot take part (`check_nodes`).
+    """
+    if not job.nodes:
+        return task
+    train = () if task.training is None else ("train",)
+    source = job.data.only("search", "calibration", "held-out", *train)
+    check_nodes(task, source, report)
+    return replace(task, images=replace(task.images, source=source))
+
+
+def early_stopping_for(job: CheckedJob) -> EarlyStopping | None:
+    """The study's early stopping; None if every trial is measured in full."""
+    config = job.config
+    if config.race == "off":
+        return None
+    race = Race(len(job.data.split("search")), config.race_error, config.budget)
+    return EarlyStopping(race, [OBJECTIVES[o] for o in config.objectives], job.provenance)
