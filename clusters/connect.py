@@ -32,7 +32,8 @@ import ray
 
 from vitpareto.search.code_identity import PACKAGE, link_code
 from vitpareto.search.errors import UserError
-from vitpareto.search.trials.nodes import Node, alive
+from vitpareto.search.trials.nodes import Node
+from vitpareto.search.trials.ray_cluster import live_nodes
 
 #: seconds in which a head has to answer
 ANSWER_S = 10.0
@@ -160,7 +161,7 @@ def joined_cluster(address: str) -> Iterator[ClusterCapacity]:
         try:
             resources = ray.cluster_resources()
             cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
-            yield ClusterCapacity(cpus, gpus, tuple(alive()))
+            yield ClusterCapacity(cpus, gpus, tuple(live_nodes()))
         finally:
             ray.shutdown()
 

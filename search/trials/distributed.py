@@ -66,9 +66,7 @@ class DataParallel:
             scaling_config=ScalingConfig(
                 num_workers=self.workers,
                 use_gpu=self.cuda,
-                resources_per_worker=(
-                    {"CPU": 0, "GPU": TRAINING_GPU} if self.cuda else {"CPU": 1}
-                ),
+                resources_per_worker=({"CPU": 0, "GPU": TRAINING_GPU} if self.cuda else {"CPU": 1}),
             ),
             run_config=RunConfig(
                 name=name,

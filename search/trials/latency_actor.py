@@ -70,9 +70,7 @@ def latency_actor(
     slot = latency_slot(target, live_nodes())
     task = replace(
         task,
-        execution=replace(
-            task.execution, device="cuda" if slot.gpus else "cpu", threads=None
-        ),
+        execution=replace(task.execution, device="cuda" if slot.gpus else "cpu", threads=None),
         latency=replace(task.latency, timer=None),
     )
     actor: Any = (

@@ -92,9 +92,7 @@ def check_nodes(task: TrialTask, data: Data, report: Callable[[str], None]) -> N
     try:
         unseen = [
             _label(done.item)
-            for done in run_on_nodes(
-                _check_node, nodes, expected, gpus=0.01 if cuda else 0.0
-            )
+            for done in run_on_nodes(_check_node, nodes, expected, gpus=0.01 if cuda else 0.0)
             if not _shares_store(done, probe)
         ]
     finally:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from optuna.storages import BaseStorage
 
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
@@ -142,7 +143,7 @@ def _run_trials(
 
 
 @contextlib.contextmanager
-def _storage(job: CheckedJob) -> Iterator[object]:
+def _storage(job: CheckedJob) -> Iterator[BaseStorage]:
     """Optuna's storage of the study, closed when the block ends."""
     storage = open_storage(job.folder, job.config.storage)
     try:
@@ -161,9 +162,7 @@ def worker_task(job: CheckedJob, resources: TrialResources, epoch: str = "") -> 
     return replace(task, execution=replace(task.execution, device=device))
 
 
-def with_node_images(
-    job: CheckedJob, task: TrialTask, report: Callable[[str], None]
-) -> TrialTask:
+def with_node_images(job: CheckedJob, task: TrialTask, report: Callable[[str], None]) -> TrialTask:
     """Check the nodes of a cluster, and give the task the images that other nodes decode from.
 
     Raises UserError if a node cannot take part (`check_nodes`).

@@ -54,9 +54,7 @@ def measure_once(
     return SingleMeasurement(result, dense, latency)
 
 
-def _with_weights(
-    job: CheckedJob, recipe: Recipe, trained: Mapping[str, Tensor] | None
-) -> Recipe:
+def _with_weights(job: CheckedJob, recipe: Recipe, trained: Mapping[str, Tensor] | None) -> Recipe:
     """The recipe with its weights among the job's artifacts. Raises UserError if they lack."""
     artifacts = job.folder.artifacts
     given = None if trained is None else artifacts.save(trained)

@@ -11,13 +11,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray import tune
 
 from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher
-from vitpareto.search.trials.task import TrialTask
 from vitpareto.search.trials.trial_actor import RUNG, TrialActor
 from vitpareto.search.trials.tune_internals import DiskWatch, DropReport, RungScheduler
 
@@ -27,16 +27,18 @@ UNLIMITED = 2**31
 
 def run_tune(
     searcher: FrontSearcher,
-    task: TrialTask,
+    task: Any,
     resources: TrialResources,
     actor: type[tune.Trainable] = TrialActor,
 ) -> None:
     """Run the searcher's proposals until it ends the study.
 
-    actor: the trainable that measures; it takes `task` and must be reusable.
+    Args:
+        task: what every actor gets, once: a `TrialTask`.
+        actor: the trainable that measures; it must be reusable.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    folder = task.study.folder.folder
+    folder = searcher.folder.folder.absolute()
     # Where workers fill the cluster, one proposal is made ahead while they are busy. Not with one
     # worker, so that the same seed gives the same trials; not where the proposal would start too.
     full = resources.fit(ray.cluster_resources()) <= resources.workers

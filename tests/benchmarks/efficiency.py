@@ -40,11 +40,12 @@ from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import TrialResult, pack_bits
+from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.early_stopping import EarlyStopping
 from vitpareto.search.trials.searcher import TELL_RACED, FrontSearcher
-from vitpareto.search.trials.trial import RUNG, Rung
+from vitpareto.search.trials.trial_actor import RUNG
 
 AXES = (OBJECTIVES["top1"], OBJECTIVES["gmacs"])
 NAMES = tuple(o.name for o in AXES)
@@ -146,7 +147,7 @@ def _climb(
     right, (top1, gmacs) = lab.pool.right[at], lab.point(at)
     for stop in looked:
         values = {"top1": lab.point(at, stop)[0], "gmacs": gmacs}
-        rung = Rung(config["key"], config["recipe"], values, right[:stop])
+        rung = RungReport(config["key"], config["recipe"], values, right[:stop])
         if not searcher.climbs("t", {RUNG: rung}):
             return stop
     folder.write(

@@ -35,8 +35,9 @@ from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.tracking.tracker import Tracker
 from vitpareto.search.trials.early_stopping import EarlyStopping
+from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher
-from vitpareto.search.trials.tune import TrialResources, run_tune
+from vitpareto.search.trials.tune import run_tune
 
 from sleeping import Place, Sleep, SleepingTrial  # isort: skip  # it imports ray
 
@@ -129,9 +130,9 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
                 setattr(searcher, name, clocked.clock(name, getattr(searcher, name)))
             looked = rungs(images)[:-1] if race else ()
             task = Sleep(Place(folder.folder), "epoch", images, sleep, looked)
-            crew = TrialResources(workers, 1, 0.0)
+            resources = TrialResources(workers, 1, 0.0)
             before = time.process_time()
-            run_tune(searcher, task, crew, worker=SleepingTrial)  # type: ignore[arg-type]
+            run_tune(searcher, task, resources, actor=SleepingTrial)  # type: ignore[arg-type]
             whole = time.process_time() - before
             tally = searcher.tally
         results = folder.results()
@@ -253,10 +254,10 @@ def main() -> None:
         ]
     show("2 workers, trials of 2 s; in full, then raced", rows)
     grown = []
-    for crew in workers:
-        with local_cluster(crew):
+    for resources in workers:
+        with local_cluster(resources):
             for many in trials:
-                grown.append(study_of(crew, many, 0.05, "random", race=False))
+                grown.append(study_of(resources, many, 0.05, "random", race=False))
                 show("growth, trials of 50 ms, random sampler", grown[-1:])
     show("growth, trials of 50 ms, random sampler", grown)
     draw(grown, given.out)

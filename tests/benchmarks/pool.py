@@ -1,10 +1,10 @@
 """A pool of measured recipes, so that every arm of a comparison can be replayed for nothing.
 
 Presets, random recipes and those of a few TPE searches, each measured once on every search image by
-the search's own `run_trial`: correctness image by image, and the cost. A proposal of an arm stands
-for the recipe of the pool that is nearest to it in the search space (1-nearest-neighbour, the same
-methods, choices scaled to their ranges), so that arms never see anything but real measurements.
-"""
+the search's own `measure_recipe`: correctness image by image, and the cost. A proposal of an arm
+stands for the recipe of the pool that is nearest to it in the search space (1-nearest-neighbour,
+the same methods, choices scaled to their ranges), so that arms never see anything but real
+measurements."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.results import unpack_bits
 from vitpareto.search.study.samplers import make_sampler
-from vitpareto.search.trials import run
-from vitpareto.search.trials.trial import Worker, run_trial
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 #: how much further a choice is that one of two recipes does not have, or has another of
 OTHER = 1.0
@@ -129,9 +131,9 @@ def _measured(
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found: dict[str, tuple[np.ndarray, float, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = run.prepare(SearchConfig.of({**config.plain(), "store": scratch}))
-        place = Worker.open(run.make_task(prepared, epoch="", threads=1))
-        dense = run_trial(place, 0, Recipe())
+        prepared = check_job(SearchConfig.of({**config.plain(), "store": scratch}))
+        place = Worker.open(study_task(prepared, threads=1))
+        dense = measure_recipe(place, 0, Recipe())
         found[dense.key] = (unpack_bits(dense.bits, dense.images), dense.values["gmacs"], {})
         presets = [p for _, p in prepared.space.preset_params()]
         for kind, many in (("random", random), ("tpe", tpe)):
@@ -146,13 +148,13 @@ def _measured(
                     break
                 asked = study.ask()
                 try:
-                    recipe = prepared.space.suggest(asked, prepared.reshape)
-                    key = recipe.key(prepared.reshape(recipe))
+                    recipe = prepared.space.suggest(asked, prepared.model.reshape)
+                    key = recipe.key(prepared.model.reshape(recipe))
                 except BadInput:
                     study.tell(asked, state=optuna.trial.TrialState.PRUNED)
                     continue
                 if key not in found:
-                    one = run_trial(place, len(found), recipe)
+                    one = measure_recipe(place, len(found), recipe)
                     found[key] = (
                         unpack_bits(one.bits, one.images), one.values["gmacs"], dict(asked.params),
                     )  # fmt: skip

@@ -81,10 +81,11 @@ class SleepingTrial(tune.Trainable):
         top1 = 100 * float(right[:stop].mean())
         values = {"top1": top1, "top5": top1, "gmacs": gmacs, "params_m": 1.0, "peak_mb": 1.0}
         if stop < task.images:
-            from vitpareto.search.trials.trial import RUNG, Rung
+            from vitpareto.search.study.rungs import RungReport
+            from vitpareto.search.trials.trial_actor import RUNG
 
             seconds = time.time() - self.begin
-            rung = Rung(key, recipe, values, right[:stop], seconds=seconds)
+            rung = RungReport(key, recipe, values, right[:stop], seconds=seconds)
             return {"done": False, "top1": top1, RUNG: rung}
         low, high = wilson_interval(int(right.sum()), task.images)
         result = TrialResult(

@@ -17,8 +17,10 @@ from vitpareto.methods import Recipe
 from vitpareto.search.export.bundle import export
 from vitpareto.search.export.verification import verify
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.trials import run
-from vitpareto.search.trials.trial import Worker, run_trial
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 SETTINGS = {"dense": {}, "resize": {"size": 48}, "random": {"keep_rate": 0.75}}
 
@@ -28,18 +30,18 @@ def main() -> None:
         config = SearchConfig.of(
             {"name": "all", "store": scratch, "cache": f"{scratch}/cache", "device": "cpu"}
         )
-        prepared = run.prepare(config)
+        prepared = check_job(config)
         prepared.folder.write_job(config.plain())
         prepared.folder.settle(prepared.identity)
-        place = Worker.open(run.make_task(prepared, epoch="", threads=2))
+        place = Worker.open(study_task(prepared, threads=2))
         untrained = [n for n in methods.names() if methods.get(n).training != "required"]
         print(f"{'method':<12}{'eager':>9}{'onnx':>9}{'pt2':>9}  class  tied  wrong      s  recipe")
         for trial, name in enumerate(untrained):
             declared = methods.get(name)
             params = SETTINGS.get(name)
             if params is None:
-                params = declared.preset(declared.presets[0], prepared.shape)
-            result = run_trial(place, trial, Recipe.of(name, **params))
+                params = declared.preset(declared.presets[0], prepared.model.shape)
+            result = measure_recipe(place, trial, Recipe.of(name, **params))
             assert result.state == "finished", result
             prepared.folder.write(result)
             begin = time.monotonic()

@@ -17,8 +17,9 @@ import ray
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.trials import run
+from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.ray_metrics import NUMBERS, WINDOW_S, Metrics
+from vitpareto.search.trials.run_study import run_study
 from vitpareto.search.trials.searcher import Tally
 
 BOARD = Path(__file__).parents[2] / "dashboards" / "grafana" / "searches.json"
@@ -52,7 +53,7 @@ def test_every_query_finds_its_number_on_the_page_of_a_running_search(
         "fixed": {"structure": "none"},
     })  # fmt: skip
     metrics = Metrics("metered", 2, lambda: 3)
-    run.search(run.prepare(config), cpus=room.cpus, gpus=0, hooks=[metrics.hear])
+    run_study(check_job(config), cpus=room.cpus, gpus=0, hooks=[metrics.hear])
     asked = list(queries(json.loads(BOARD.read_text())))
     names = {name for query in asked for name in re.findall(r"\bray_vitpareto_\w+", query)}
     assert names == {f"ray_{name}" for name in NUMBERS}, "each number is shown, and no other"

@@ -42,8 +42,10 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.trials import run
-from vitpareto.search.trials.trial import Worker, run_trial
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 DEPTH, IMAGES = 2, 10
 RECIPES: dict[str, dict] = {
@@ -94,14 +96,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
             {"name": "small", "store": str(root / "store"), "cache": str(root / "cache"),
              "images": 40, "device": "cpu", "latency": "off"}
         )  # fmt: skip
-        prepared = run.prepare(config)
+        prepared = check_job(config)
         prepared.folder.create()
         prepared.folder.write_job(config.plain())
         prepared.folder.settle(prepared.identity)
-        place = Worker.open(run.make_task(prepared, epoch="", threads=1))
+        place = Worker.open(study_task(prepared, threads=1))
         results = {}
         for name, params in RECIPES.items():
-            results[name] = run_trial(place, TRIALS[name], Recipe.of(name, **params))
+            results[name] = measure_recipe(place, TRIALS[name], Recipe.of(name, **params))
             prepared.folder.write(results[name])
         yield Study(prepared.folder, place, root / "bundles", results)
 
@@ -150,7 +152,7 @@ def test_any_batch_size_gives_the_same_results(study: Study, batch: int) -> None
     import onnxruntime
 
     bundle = study.bundle("tome")
-    images = study.place.images(batch)
+    images = study.place.search_batch(batch)
     with torch.no_grad():
         expected = rebuild(bundle, {"model": "digits"})(images)
         pt2 = torch.export.load(bundle / "model.pt2").module()(images)
@@ -290,7 +292,7 @@ def test_a_changed_study_is_refused(study: Study, tmp_path: Path) -> None:
 
 def test_image_budget_names_the_calibrated_one(study: Study, tmp_path: Path) -> None:
     recipe = Recipe.of("rajni", gamma=0.5, min_tokens=8, budget="image")
-    result = run_trial(study.place, 90, recipe)
+    result = measure_recipe(study.place, 90, recipe)
     with pytest.raises(UserError, match="trial 90 .*budget=calibrated instead"):
         export(study.folder, result, tmp_path / "out")
 

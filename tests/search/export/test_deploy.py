@@ -40,12 +40,16 @@ from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
+from vitpareto.search.study.rungs import OUTSIDE_BUDGETS
 from vitpareto.search.tracking.client import open_client
 from vitpareto.search.tracking.database import store_uri
 from vitpareto.search.tracking.registry import aliases_of, fastest, register
-from vitpareto.search.trials import run
-from vitpareto.search.trials.trial import OUTSIDE, Worker, outside_by, run_trial
-from vitpareto.search.trials.tune import TrialResources
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import limit_violation, measure_recipe
+from vitpareto.search.trials.resources import TrialResources
+from vitpareto.search.trials.run_study import run_study
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not None
 
@@ -59,7 +63,7 @@ def study(
         "certify": "off", "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
         "device": "cpu", "fixed": {"structure": "none"},
     })  # fmt: skip
-    folder, _ = run.search(run.prepare(config), cpus=room.cpus, gpus=0)
+    folder = run_study(check_job(config), cpus=room.cpus, gpus=0).folder
     return folder
 
 
@@ -211,11 +215,11 @@ def test_int8_is_measured_on_all_search_images_before_it_is_called_verified(
     bundle, said = extended
     found = check_files(bundle)["int8"]
     config = SearchConfig.of({**study.job(), "cache": str(cache)})
-    prepared = run.prepare(config)
+    prepared = check_job(config)
     images = [
         (x, y)
         for x, y in batches_of(
-            prepared.data.split("search"), prepared.preprocess, batch=64, device="cpu",
+            prepared.data.split("search"), prepared.model.preprocess, batch=64, device="cpu",
             dtype=torch.float32,
         )
     ]  # fmt: skip
@@ -328,7 +332,7 @@ def test_a_runtime_that_cannot_run_here_is_refused_before_the_search(
         ({"max_latency_ms": 0}, "max_latency_ms"),
     ):
         with pytest.raises(methods.BadInput, match=said):
-            run.prepare(SearchConfig.of({**job, **more}))
+            check_job(SearchConfig.of({**job, **more}))
     assert not list(tmp_path.glob("*/trials/*"))
 
 
@@ -341,18 +345,18 @@ def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
         "latency_runtime": "onnxruntime", "max_latency_ms": 1e-3, "fixed": {"structure": "none"},
         "store": str(tmp_path), "cache": str(cache),
     })  # fmt: skip
-    prepared = run.prepare(config)
+    prepared = check_job(config)
     assert prepared.identity["latency_runtime"] == "onnxruntime"
     assert prepared.identity["max_latency_ms"] == 1e-3
     assert TrialResources.of(config, "cpu", 2, 0).workers == 1, "timed alone on its device"
-    task = run.make_task(prepared, epoch="", threads=1)
+    task = study_task(prepared, threads=1)
     place = Worker.open(task)
     recipe = Recipe.of("topk", keep_rate=0.5, prune_layers=(3,))
-    above = run_trial(place, 1, recipe)
-    assert (above.state, above.reason, above.images) == ("failed", OUTSIDE, 0)
-    assert outside_by(above, task) == above.values["latency_ms"] / 1e-3 - 1 > 0
-    dense = run_trial(place, 0, Recipe())
+    above = measure_recipe(place, 1, recipe)
+    assert (above.state, above.reason, above.images) == ("failed", OUTSIDE_BUDGETS, 0)
+    assert limit_violation(above, task) == above.values["latency_ms"] / 1e-3 - 1 > 0
+    dense = measure_recipe(place, 0, Recipe())
     assert dense.state == "finished" and dense.images == 20 and dense.timed is not None
     assert dense.timed.target["runtime"] == "onnxruntime" and dense.timed.target["batch"] == 4
-    wide = replace(place, task=replace(task, max_latency_ms=1e6))
-    assert run_trial(wide, 1, recipe).state == "finished"
+    wide = replace(place, task=replace(task, latency=replace(task.latency, limit_ms=1e6)))
+    assert measure_recipe(wide, 1, recipe).state == "finished"

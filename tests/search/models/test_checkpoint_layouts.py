@@ -35,7 +35,7 @@ from vitpareto.search.models import embedded_model
 from vitpareto.search.models.checkpoint_layouts import read_checkpoint
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.trials import run
+from vitpareto.search.trials.single_measurement import measure_once
 
 TNT = Recipe.of("tnt", prune_layers=[2, 4], keep_rates=[0.7, 0.7], similarity_prune=6)
 DYNAMICVIT = Recipe.of("dynamicvit", prune_layers=[3, 6, 9], keep_rates=[0.7, 0.49, 0.343])
@@ -167,12 +167,13 @@ def test_measure_takes_model_and_parts_from_one_file(
     model = built(digits, DYNAMICVIT)
     path = training_file(tmp_path / "d.pth", dynamicvit_state(model))
     config = SearchConfig.of({"weights": str(path), "images": 20, "cache": str(cache)})
-    result, dense, _ = run.measure(config, DYNAMICVIT)
+    measured = measure_once(config, DYNAMICVIT)
+    result, dense = measured.result, measured.dense
     assert result.resolved is not None
     assert result.resolved["weights"] == weights_digest(model.state_dict())
     assert (result.images, dense.recipe, dense.resolved) == (20, {}, {})
     topk = Recipe.of("topk", keep_rate=0.7, prune_layers=[3, 6, 9])
-    result, _, _ = run.measure(config, topk)
+    result = measure_once(config, topk).result
     assert result.resolved == topk.to_dict(), "the model alone"
 
 

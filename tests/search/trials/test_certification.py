@@ -38,10 +38,13 @@ from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.verdict import is_control
 from vitpareto.search.trials import certification as certify
-from vitpareto.search.trials import run
 from vitpareto.search.trials.certification import certify_front, members_of
-from vitpareto.search.trials.run import Prepared
-from vitpareto.search.trials.tune import TrialResources
+from vitpareto.search.trials.job_check import CheckedJob, check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.resources import TrialResources
+from vitpareto.search.trials.run_study import run_study
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 OBJECTIVES = ("top1", "gmacs")
 AXES = objectives_named(OBJECTIVES)
@@ -336,8 +339,8 @@ def test_what_is_certified_is_the_front_the_dense_model_and_the_controls_front()
 class Real:
     """A study whose search is over, and what certifies it."""
 
-    prepared: Prepared
-    crew: TrialResources
+    prepared: CheckedJob
+    resources: TrialResources
     said: list[str]
 
     @property
@@ -345,10 +348,10 @@ class Real:
         return self.prepared.folder
 
     def certify(self, recovered: bool = False) -> dict[int, str]:
-        task = run.make_task(self.prepared, "", threads=self.crew.cpus)
+        task = study_task(self.prepared, threads=self.resources.cpus)
         return certify_front(
-            self.folder, task, self.prepared.data, OBJECTIVES, cpus=self.crew.cpus,
-            gpus=self.crew.gpus, say=self.said.append, recovered=recovered,
+            self.folder, task, self.prepared.data, OBJECTIVES, cpus=self.resources.cpus,
+            gpus=self.resources.gpus, report=self.said.append, recovered=recovered,
         )  # fmt: skip
 
     def files(self) -> dict[str, int]:
@@ -366,8 +369,8 @@ def real(
         "cache": str(cache), "workers": 2, "device": "cpu", "latency": "off", "certify": "off",
         "race": "off",
     })  # fmt: skip
-    prepared = run.prepare(config)
-    run.search(prepared, cpus=room.cpus, gpus=room.gpus)
+    prepared = check_job(config)
+    run_study(prepared, cpus=room.cpus, gpus=room.gpus)
     prepared.folder.write_job(
         {**config.plain(), "certify": "front"}
     )  # as if it had been broken off
@@ -428,8 +431,8 @@ def test_a_member_that_is_added_later_has_a_round_of_its_own(real: Real) -> None
     results = real.folder.results()
     cheapest = min(results, key=lambda r: r.values["gmacs"])
     recipe = Recipe.of("tome", r=8)
-    place = run.Worker.open(run.make_task(real.prepared, "", threads=None))
-    added = run.run_trial(place, len(results), recipe)
+    place = Worker.open(study_task(real.prepared, threads=None))
+    added = measure_recipe(place, len(results), recipe)
     assert added.values["gmacs"] < cheapest.values["gmacs"]
     real.folder.write(added)
     assert why_not(real.folder, front_of(measured(real.folder), AXES)).startswith(
@@ -489,8 +492,8 @@ def test_the_recovered_front_is_certified_beside_the_studys_own(real: Real) -> N
         pruned.head.bias += 0.01  # type: ignore[union-attr, operator]
     digest = real.folder.artifacts.save(pruned.state_dict())
     recipe = replace(Recipe.from_dict(one.resolved or one.recipe), weights=digest)
-    place = run.Worker.open(run.make_task(real.prepared, "", threads=None))
-    after = run.run_trial(place, one.trial, recipe)
+    place = Worker.open(study_task(real.prepared, threads=None))
+    after = measure_recipe(place, one.trial, recipe)
     (real.folder.folder / "recovered").mkdir(exist_ok=True)
     real.folder.write_recovered(replace(after, recipe=one.recipe))
     away = real.folder.folder / "certified"

@@ -17,13 +17,18 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
+from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.study.verdict import only_controls
-from vitpareto.search.trials import run
 from vitpareto.search.trials.early_stopping import EarlyStopping
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.run_study import run_study
 from vitpareto.search.trials.searcher import FrontSearcher
-from vitpareto.search.trials.trial import RUNG, Rung, Worker, run_trial
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.trial_actor import RUNG
+from vitpareto.search.trials.worker import Worker
 
 IMAGES = 240
 AXES = [OBJECTIVES["top1"], OBJECTIVES["gmacs"]]
@@ -46,24 +51,24 @@ def result(
     )
 
 
-def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> Rung:
+def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> RungReport:
     values = {"top1": 100 * float(right.mean()), "params_m": 1.0}
     if gmacs is not None:
         values["gmacs"] = gmacs
-    return Rung("own", {"tokens": {"method": "topk"}}, values, right, **more)
+    return RungReport("own", {"tokens": {"method": "topk"}}, values, right, **more)
 
 
 def judge() -> EarlyStopping:
     """The dense model at 2 GMACs, and a good method at 1."""
     found = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {"seed": 0})
-    found.admit(result(0, Recipe(), bits(0.95), 2.0))
-    found.admit(result(1, TOPK, bits(0.9, 1), 1.0))
+    found.on_result(result(0, Recipe(), bits(0.95), 2.0))
+    found.on_result(result(1, TOPK, bits(0.9, 1), 1.0))
     return found
 
 
 def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
     right = bits(0.4, 2)[:90]
-    stopped = judge().hear(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
+    stopped = judge().on_rung(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
     assert stopped is not None
     assert (stopped.state, stopped.trial, stopped.images) == ("raced_out", 7, 90)
     assert stopped.reason == "behind trial 1 after 90 of 240 images"
@@ -74,23 +79,23 @@ def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
 
 
 def test_one_that_costs_less_than_all_others_climbs_on_whatever_it_shows() -> None:
-    assert judge().hear(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
+    assert judge().on_rung(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
 
 
 def test_nobody_is_stopped_before_the_dense_model_is_known_nor_the_dense_model() -> None:
     early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {})
-    assert early.hear(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
-    assert judge().hear(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
+    assert early.on_rung(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
+    assert judge().on_rung(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
 
 
 def test_controls_race_among_themselves() -> None:
     """Their front says what pruning gains: no method may thin it out."""
     poor = rung(bits(0.4, 2)[:150], 1.2)
     found = judge()
-    assert found.hear(7, RANDOM, poor) is None
-    assert found.hear(7, TOPK, poor) is not None
-    found.admit(result(2, RANDOM, bits(0.8, 3), 1.1))
-    stopped = found.hear(8, RANDOM, poor)
+    assert found.on_rung(7, RANDOM, poor) is None
+    assert found.on_rung(7, TOPK, poor) is not None
+    found.on_result(result(2, RANDOM, bits(0.8, 3), 1.1))
+    stopped = found.on_rung(8, RANDOM, poor)
     assert stopped is not None and stopped.reason.startswith("behind trial 2 ")
     assert only_controls(RANDOM.to_dict()) and not only_controls(TOPK.to_dict())
 
@@ -99,21 +104,21 @@ def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> N
     """ATS: its first images say 1.2 GMACs a piece, and the rest may still be cheaper."""
     poor, costs = bits(0.4, 2)[:90], np.full(90, 1.2e9)
     adaptive = rung(poor, 1.2, macs_each=costs, bounds=(0.2e9, 2e9))
-    assert judge().hear(7, ATS, adaptive) is None, "a third of the images prove no cost above 1"
+    assert judge().on_rung(7, ATS, adaptive) is None, "a third of the images prove no cost above 1"
     sure = rung(poor, 1.2, macs_each=costs, bounds=(1.1e9, 2e9))
-    stopped = judge().hear(7, ATS, sure)
+    stopped = judge().on_rung(7, ATS, sure)
     assert stopped is not None and stopped.values["gmacs"] == 1.2
 
 
 def test_all_objectives_have_to_be_no_higher() -> None:
     axes = [*AXES, OBJECTIVES["params_m"]]
     found = EarlyStopping(Race(IMAGES, 0.05, 20), axes, {})
-    found.admit(result(0, Recipe(), bits(0.95), 2.0))
-    found.admit(result(1, TOPK, bits(0.9, 1), 1.0))
+    found.on_result(result(0, Recipe(), bits(0.95), 2.0))
+    found.on_result(result(1, TOPK, bits(0.9, 1), 1.0))
     poor = rung(bits(0.4, 2)[:150], 1.2)
-    assert found.hear(7, TOPK, poor) is not None
+    assert found.on_rung(7, TOPK, poor) is not None
     poor.values["params_m"] = 0.5
-    assert found.hear(8, TOPK, poor) is None
+    assert found.on_rung(8, TOPK, poor) is None
 
 
 # ----------------------------------------------------------------------------- with the searcher
@@ -125,7 +130,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
         "images": IMAGES, "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
         "device": "cpu",
     })  # fmt: skip
-    return Worker.open(run.make_task(run.prepare(config), epoch="", threads=None))
+    return Worker.open(study_task(check_job(config), threads=None))
 
 
 def searcher(folder: StudyFolder, place: Worker, **changed: Any) -> FrontSearcher:
@@ -225,14 +230,15 @@ def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
         "name": "s", "trials": 24, "images": IMAGES, "store": str(tmp_path), "cache": str(cache),
         "workers": 2, "device": "cpu", "latency": "off", "certify": "off", "tracking_uri": "none",
     })  # fmt: skip
-    folder, tally = run.search(run.prepare(config), cpus=room.cpus, gpus=room.gpus)
+    outcome = run_study(check_job(config), cpus=room.cpus, gpus=room.gpus)
+    folder, tally = outcome.folder, outcome.progress
     results = {r.trial: r for r in folder.results()}
     stopped = [r for r in results.values() if r.state == "raced_out"]
     assert len(results) == tally.done == 24 and tally.raced_out == len(stopped) >= 3
     assert tally.images == sum(r.images for r in results.values() if not _same(r))
     for one in stopped:
         assert one.images in rungs(IMAGES)[:-1] or one.images % config.batch == 0 or _same(one)
-        whole = run_trial(place, one.trial, Recipe.from_dict(one.recipe))
+        whole = measure_recipe(place, one.trial, Recipe.from_dict(one.recipe))
         right = unpack_bits(whole.bits, whole.images)
         same = (right[: one.images] == unpack_bits(one.bits, one.images)).sum()
         assert same >= one.images - 1  # threads may flip a near-tied image

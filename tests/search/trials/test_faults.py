@@ -35,9 +35,13 @@ from vitpareto.search.study.optuna_storage import close, frozen_trials, open_sto
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
-from vitpareto.search.trials import run
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.run_study import run_study
 from vitpareto.search.trials.searcher import FrontSearcher
-from vitpareto.search.trials.trial import RecipeTrial, Worker, run_trial
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.trial_actor import TrialActor
+from vitpareto.search.trials.worker import Worker
 
 TRIALS = 14
 
@@ -94,7 +98,7 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
         "name": NAME, "trials": 24, "store": str(tmp_path), "workers": 2, "images": 200,
         "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off", "race": "off",
     })  # fmt: skip
-    prepared = run.prepare(config)
+    prepared = check_job(config)
     seen: dict[str, bytes] = {}
     killed: list[str] = []
 
@@ -111,7 +115,8 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
 
         thread = threading.Thread(target=breaking)
         thread.start()
-        folder, tally = run.search(prepared, cpus=2, gpus=0)
+        outcome = run_study(prepared, cpus=2, gpus=0)
+        folder, tally = outcome.folder, outcome.progress
         thread.join(timeout=60)
     assert killed == ["worker", "node"]
     found = look(tmp_path, "worker and node", 2, seen, mlflow=False)
@@ -132,7 +137,7 @@ def test_the_same_seed_and_one_worker_give_the_same_trials(
             "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off",
             "workers": 1, "seed": 5, "methods": "tome,topk,random",
         })  # fmt: skip
-        folder, _ = run.search(run.prepare(config), cpus=room.cpus, gpus=0)
+        folder = run_study(check_job(config), cpus=room.cpus, gpus=0).folder
         found.append([
             (r.trial, r.state, r.recipe, r.resolved, r.images, r.values.get("gmacs"), r.bits)
             for r in folder.results()
@@ -153,14 +158,14 @@ def test_the_same_seed_and_one_worker_give_the_same_trials(
 def test_nan_logits_and_a_recipe_that_raises_are_failed_trials_and_the_worker_goes_on(
     place: Worker, broken: bool, recipe: Recipe, reason: str
 ) -> None:
-    worker = RecipeTrial.__new__(RecipeTrial)
+    worker = TrialActor.__new__(TrialActor)
     worker.place = Worker(place.task, copy.deepcopy(place.dense), place.shape)
     if broken:
         with torch.no_grad():
             next(worker.place.dense.parameters()).fill_(float("nan"))
     worker.reset_config({"trial": 3, "key": "k", "recipe": recipe.to_dict()})
     assert worker.step()["done"] is True
-    failed = place.task.study.result(3)
+    failed = place.task.study.folder.result(3)
     assert failed is not None and failed.state == "failed" and not failed.values
     assert re.match(reason, failed.reason), failed.reason
     assert "Traceback" in failed.provenance["traceback"]
@@ -168,7 +173,7 @@ def test_nan_logits_and_a_recipe_that_raises_are_failed_trials_and_the_worker_go
     worker.reset_config({"trial": 4, "key": "k4", "recipe": Recipe.of("tome", r=2).to_dict()})
     while not worker.step()["done"]:
         pass
-    after = place.task.study.result(4)
+    after = place.task.study.folder.result(4)
     assert after is not None and after.state == "finished"
 
 
@@ -240,24 +245,28 @@ from dataclasses import replace
 import torch
 torch.set_num_threads(1)
 from vitpareto.methods import Recipe
-from vitpareto.search.trials import run
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.run_study import run_study
+from vitpareto.search.trials.study_task import study_task
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.trials.trial import RecipeTrial, Worker, run_trial
+from vitpareto.search.trials.trial_actor import TrialActor
+from vitpareto.search.trials.worker import Worker
+from vitpareto.search.trials.measurement import measure_recipe
 
 config = SearchConfig.of({"images": 400, "batch": 400, "store": sys.argv[1], "cache": sys.argv[2],
                           "device": "cpu"})
-place = Worker.open(run.make_task(run.prepare(config), epoch="", threads=1))
+place = Worker.open(study_task(check_job(config), threads=1))
 fixed = Recipe.of("topk", keep_rate=0.5)
 adaptive = Recipe.of("rajni", gamma=0.1, min_tokens=8, budget="image")
 # what is kept for good is taken now: threads, kernels
 small = Worker(replace(place.task, batch=8), place.dense, place.shape)
 for recipe in (fixed, adaptive):
-    run_trial(small, 0, recipe)
+    measure_recipe(small, 0, recipe)
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for limit in (here + 60 * 2**20, resource.RLIM_INFINITY):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     for recipe in (fixed, adaptive):
-        result = run_trial(place, 1, recipe)
+        result = measure_recipe(place, 1, recipe)
         print(result.provenance["batch"], result.values["top1"], result.values["gmacs"])
 """
 
@@ -356,7 +365,7 @@ def measure(own: FrontSearcher, place: Worker, count: int) -> list[TrialResult]:
     for _ in range(count):
         asked = own.suggest("t")
         assert isinstance(asked, dict)
-        made.append(run_trial(place, asked["trial"], Recipe.from_dict(asked["recipe"])))
+        made.append(measure_recipe(place, asked["trial"], Recipe.from_dict(asked["recipe"])))
         own.folder.write(made[-1])
         own.on_trial_complete("t", {})
     return made
@@ -367,7 +376,7 @@ def place(tmp_path: Path, cache: Path) -> Worker:
     config = SearchConfig.of({
         "images": 40, "store": str(tmp_path / "studies"), "cache": str(cache), "device": "cpu",
     })  # fmt: skip
-    return Worker.open(run.make_task(run.prepare(config), epoch="", threads=1))
+    return Worker.open(study_task(check_job(config), threads=1))
 
 
 def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, place: Worker) -> None:

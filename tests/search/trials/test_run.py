@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.refusals import refused
 from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import BadInput, Recipe
@@ -23,9 +24,13 @@ from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import unpack_bits
-from vitpareto.search.trials import run
-from vitpareto.search.trials.trial import Worker, run_trial
-from vitpareto.search.trials.tune import TrialResources
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.resources import TrialResources
+from vitpareto.search.trials.run_study import run_study
+from vitpareto.search.trials.single_measurement import measure_once
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 IMAGES = 60
 
@@ -37,8 +42,9 @@ def job(tmp_path: Path, cache: Path, **changed: Any) -> SearchConfig:
     return SearchConfig.of({**given, **changed})
 
 
-def run_study(config: SearchConfig, room: ClusterCapacity, **more: Any) -> tuple[StudyFolder, Any]:
-    return run.search(run.prepare(config), cpus=room.cpus, gpus=room.gpus, **more)
+def search(config: SearchConfig, room: ClusterCapacity, **more: Any) -> tuple[StudyFolder, Any]:
+    outcome = run_study(check_job(config), cpus=room.cpus, gpus=room.gpus, **more)
+    return outcome.folder, outcome.progress
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def study(
     """One study of 22 trials over every method, for the tests that only look at it."""
     told: list[Any] = []
     config = job(tmp_path_factory.mktemp("store"), cache, trials=22)
-    folder, tally = run_study(config, room, hooks=[lambda r, t: told.append(r)])
+    folder, tally = search(config, room, hooks=[lambda r, t: told.append(r)])
     return folder, tally, told
 
 
@@ -124,9 +130,9 @@ def test_the_same_command_again_measures_nothing_twice(
     folder, _, _ = study
     before = {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()}
     config = job(folder.folder.parent, cache, trials=22)
-    _, tally = run_study(config, room)
+    _, tally = search(config, room)
     assert {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()} == before
-    _, tally = run_study(replace(config, trials=24), room)
+    _, tally = search(replace(config, trials=24), room)
     assert tally.finished == 24
     keys = [r.key for r in folder.results() if not r.reason]
     assert len(keys) == len(set(keys))
@@ -141,7 +147,7 @@ def test_another_model_data_or_dtype_is_refused(
     for change in ({"dtype": "bfloat16"}, {"images": 50}, {"seed": 1}, {"methods": "tome"}):
         config = job(store, cache, **{"trials": 30, **change})
         with pytest.raises(UserError, match=f"numbers are not mixed: {next(iter(change))} was"):
-            run_study(config, room)
+            search(config, room)
     assert sorted(p.name for p in (folder.folder / "trials").iterdir()) == before
 
 
@@ -152,7 +158,7 @@ def test_the_budget_window_holds_for_every_trial_but_dense(
     gmacs = dense.macs(dense.dense_counts(), "mid-block") / 1e9
     low, high = 0.4 * gmacs, 0.7 * gmacs
     config = job(tmp_path, cache, trials=12, min_gmacs=low, max_gmacs=high, latency="off")
-    folder, tally = run_study(config, room)
+    folder, tally = search(config, room)
     results = folder.results()
     assert results[0].is_reference and len(results) == 12
     assert all(low <= r.values["gmacs"] <= high for r in results[1:])
@@ -163,16 +169,16 @@ def test_the_budget_window_holds_for_every_trial_but_dense(
 def test_a_window_no_recipe_reaches_is_refused_before_anything_starts(
     tmp_path: Path, cache: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"no recipe of .* costs between any and 1e-06 GMACs"):
-        run.prepare(job(tmp_path, cache, max_gmacs=1e-6))
+    with refused("empty", low=None, high=1e-6):
+        check_job(job(tmp_path, cache, max_gmacs=1e-6))
     assert not (tmp_path / "s").exists()
 
 
 def test_a_study_that_measured_nothing_takes_other_settings(tmp_path: Path, cache: Path) -> None:
     """A refused start must not hold the name against the mended job."""
-    first = run.prepare(job(tmp_path, cache, seed=1))
+    first = check_job(job(tmp_path, cache, seed=1))
     first.folder.settle(first.identity)
-    again = run.prepare(job(tmp_path, cache, seed=2))
+    again = check_job(job(tmp_path, cache, seed=2))
     again.folder.settle(again.identity)
     assert again.folder.identity()["seed"] == 2
 
@@ -181,7 +187,7 @@ def test_three_objectives(tmp_path: Path, cache: Path, room: ClusterCapacity) ->
     config = job(
         tmp_path, cache, objectives="top1,gmacs,params_m", methods="resize,topk", latency="off"
     )
-    folder, tally = run_study(config, room)
+    folder, tally = search(config, room)
     axes = [OBJECTIVES[o] for o in ("top1", "gmacs", "params_m")]
     assert {r.trial for r in front_of(folder.results(), axes)} == set(tally.front)
     assert tally.hypervolume > 0, "token methods keep the parameters: over three axes it were 0"
@@ -192,7 +198,7 @@ def test_latency_as_an_objective_is_measured_alone(
 ) -> None:
     config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
     assert TrialResources.of(config, "cpu", 8, 0) == TrialResources(workers=1, cpus=8, gpus=0.0)
-    folder, _ = run_study(replace(config, latency="off"), room)
+    folder, _ = search(replace(config, latency="off"), room)
     for result in folder.results():
         assert result.values["latency_ms"] > 0
         assert result.timed is not None and result.timed.target["runtime"] == "eager"
@@ -207,20 +213,20 @@ def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
     tmp_path: Path, cache: Path
 ) -> None:
     config = job(tmp_path, cache, workers=1)
-    prepared = run.prepare(config)
-    place = Worker.open(run.make_task(prepared, epoch="", threads=None))
+    prepared = check_job(config)
+    place = Worker.open(study_task(prepared, threads=None))
     with torch.no_grad():
         next(place.dense.parameters()).fill_(float("nan"))
     with pytest.raises(RuntimeError, match="non-finite logits, first for image 0 of search"):
-        run_trial(place, 1, Recipe.of("topk", keep_rate=0.5))
+        measure_recipe(place, 1, Recipe.of("topk", keep_rate=0.5))
 
 
 def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cache: Path) -> None:
-    prepared = run.prepare(job(tmp_path, cache))
-    place = Worker.open(run.make_task(prepared, epoch="", threads=None))
-    first = run_trial(place, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
+    prepared = check_job(job(tmp_path, cache))
+    place = Worker.open(study_task(prepared, threads=None))
+    first = measure_recipe(place, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
     prepared.folder.write(first)
-    again = run_trial(place, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
+    again = measure_recipe(place, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
     assert again.key == first.key and again.reason == "the same candidate as trial 1"
     assert again.values == first.values and again.bits == first.bits
 
@@ -228,7 +234,8 @@ def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cac
 def test_measure_needs_no_study(tmp_path: Path, cache: Path) -> None:
     config = SearchConfig.of({"images": 30, "cache": str(cache), "store": str(tmp_path / "no")})
     recipe = Recipe.from_yaml("tokens: {method: rajni, gamma: 0.02, min_tokens: 8}")
-    result, dense, timed = run.measure(config, recipe)
+    measured = measure_once(config, recipe)
+    result, dense, timed = measured.result, measured.dense, measured.latency
     assert result.resolved is not None and len(result.resolved["tokens"]["counts"]) == 12
     assert result.values["gmacs"] < dense.values["gmacs"]
     assert timed.rounds >= 30
@@ -253,7 +260,7 @@ def test_measure_refuses_a_recipe_before_any_image_is_read(
     """Fresh weights have no accuracy to measure. The data is not there: it would be said next."""
     config = SearchConfig.of({"data": "/nowhere/val", "cache": str(cache), "store": str(tmp_path)})
     with pytest.raises(BadInput, match=said.replace("(", r"\(").replace(")", r"\)")) as refused:
-        run.measure(config, Recipe.from_yaml(f"tokens: {tokens}"))
+        measure_once(config, Recipe.from_yaml(f"tokens: {tokens}"))
     assert "\n" not in str(refused.value)
 
 
@@ -261,7 +268,8 @@ def test_measure_takes_what_has_no_trained_part(tmp_path: Path, cache: Path) -> 
     """DynamicViT that drops nothing is the dense model, and needs no weights."""
     config = SearchConfig.of({"images": 20, "cache": str(cache), "store": str(tmp_path)})
     recipe = Recipe.from_yaml("tokens: {method: dynamicvit, prune_layers: [], keep_rates: []}")
-    result, dense, _ = run.measure(config, recipe)
+    measured = measure_once(config, recipe)
+    result, dense = measured.result, measured.dense
     assert result.values["top1"] == dense.values["top1"]
     assert result.values["gmacs"] == dense.values["gmacs"]
 
@@ -269,8 +277,8 @@ def test_measure_takes_what_has_no_trained_part(tmp_path: Path, cache: Path) -> 
 def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
-    with pytest.raises(UserError, match="'cuda' is asked for, and torch sees no CUDA device"):
-        run.prepare(job(tmp_path, cache, device="cuda"))
+    with refused("unavailable", key="device", got="cuda", devices=0):
+        check_job(job(tmp_path, cache, device="cuda"))
     config = job(tmp_path, cache, gpus_per_trial=2.0)
     with pytest.raises(UserError, match="a trial asks for 2 GPUs: the cluster has 1"):
         TrialResources.of(config, "cuda", 8, 1)

@@ -18,8 +18,9 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
+from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher
-from vitpareto.search.trials.tune import TrialResources, run_tune
+from vitpareto.search.trials.tune import run_tune
 
 TRIALS = 30
 
@@ -77,7 +78,7 @@ def test_workers_that_take_longer_to_start_than_a_trial_are_all_busy(
             trials=TRIALS, reshape=ShapeFinder(model.eval()),
         )  # fmt: skip
         errand: Any = SimpleNamespace(study=folder)
-        run_tune(searcher, errand, TrialResources(2, 1, 0.0), worker=worker_that_starts_slowly())
+        run_tune(searcher, errand, TrialResources(2, 1, 0.0), actor=worker_that_starts_slowly())
     done = Counter(r.provenance["pid"] for r in folder.results())
     assert sum(done.values()) == TRIALS == searcher.tally.done
     first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)

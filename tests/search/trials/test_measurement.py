@@ -12,9 +12,12 @@ import pytest
 from vitpareto.methods import Recipe
 from vitpareto.search.data.datasets import Split
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.study.results import unpack_bits
-from vitpareto.search.trials import run, trial
-from vitpareto.search.trials.trial import Rung, Worker, climb, run_trial
+from vitpareto.search.study.results import TrialResult, unpack_bits
+from vitpareto.search.study.rungs import RungReport
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe, run_rungs
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 IMAGES, BATCH = 90, 16
 TOPK = Recipe.of("topk", keep_rate=0.5)
@@ -26,7 +29,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     store = tmp_path_factory.mktemp("store")
     config = SearchConfig.of({"images": IMAGES, "batch": BATCH, "store": str(store),
                               "cache": str(cache), "device": "cpu"})  # fmt: skip
-    return Worker.open(run.make_task(run.prepare(config), epoch="", threads=None))
+    return Worker.open(study_task(check_job(config), threads=None))
 
 
 def at(place: Worker, *rungs: int, **changed) -> Worker:
@@ -35,12 +38,12 @@ def at(place: Worker, *rungs: int, **changed) -> Worker:
 
 @pytest.mark.parametrize("recipe", [TOPK, ATS], ids=str)
 def test_every_rung_is_a_prefix_of_the_whole(place: Worker, recipe: Recipe) -> None:
-    whole = run_trial(place, 1, recipe)
+    whole = measure_recipe(place, 1, recipe)
     right = unpack_bits(whole.bits, whole.images)
-    *climbed, last = climb(at(place, 16, 40, 90), 1, recipe)
-    assert [type(r) for r in climbed] == [Rung, Rung]
+    *climbed, last = run_rungs(at(place, 16, 40, 90), 1, recipe)
+    assert [type(r) for r in climbed] == [RungReport, RungReport]
     for rung in climbed:
-        assert isinstance(rung, Rung)
+        assert isinstance(rung, RungReport)
         assert (rung.right == right[: len(rung.right)]).all()
         assert rung.values["top1"] == 100 * rung.right.mean()
         assert rung.key == whole.key and rung.resolved == whole.resolved
@@ -54,16 +57,16 @@ def test_every_rung_is_a_prefix_of_the_whole(place: Worker, recipe: Recipe) -> N
 
 def test_padding_is_that_of_whole_batches(place: Worker) -> None:
     """ATS pads a batch to its longest image: a rung inside a batch would change its cost."""
-    *climbed, _ = climb(at(place, 10, 40), 1, ATS)
-    assert [len(r.right) for r in climbed if isinstance(r, Rung)] == [16, 48]
+    *climbed, _ = run_rungs(at(place, 10, 40), 1, ATS)
+    assert [len(r.right) for r in climbed if isinstance(r, RungReport)] == [16, 48]
     rung = climbed[0]
-    assert isinstance(rung, Rung) and rung.macs_each is not None and len(rung.macs_each) == 16
+    assert isinstance(rung, RungReport) and rung.macs_each is not None and len(rung.macs_each) == 16
     low, high = rung.bounds
     assert (low <= rung.macs_each).all() and (rung.macs_each <= high).all()
     assert rung.values["gmacs_mean"] == pytest.approx(rung.macs_each.mean() / 1e9)
-    *plain, _ = climb(at(place, 10, 40), 1, TOPK)
-    assert [len(r.right) for r in plain if isinstance(r, Rung)] == [10, 40]
-    assert all(r.macs_each is None for r in plain if isinstance(r, Rung))
+    *plain, _ = run_rungs(at(place, 10, 40), 1, TOPK)
+    assert [len(r.right) for r in plain if isinstance(r, RungReport)] == [10, 40]
+    assert all(r.macs_each is None for r in plain if isinstance(r, RungReport))
 
 
 @pytest.fixture
@@ -83,26 +86,26 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]
 def test_no_image_is_seen_twice_and_none_after_the_stop(
     place: Worker, evaluated: list[tuple[int, int]]
 ) -> None:
-    climbing = climb(at(place, 20, 50), 1, TOPK)
+    climbing = run_rungs(at(place, 20, 50), 1, TOPK)
     next(climbing)
     assert evaluated == [(0, 16), (16, 20)]
     climbing.close()  # stopped here: nothing more is run, memory is not measured either
     assert evaluated == [(0, 16), (16, 20)]
     evaluated.clear()
-    list(climb(at(place, 20, 50), 1, TOPK))
+    list(run_rungs(at(place, 20, 50), 1, TOPK))
     forwards, memory = evaluated[:-1], evaluated[-1]
     assert [a for a, _ in forwards[1:]] == [b for _, b in forwards[:-1]]
     assert forwards[-1][1] == IMAGES and memory == (0, BATCH)
 
 
 def test_memory_comes_first_where_it_is_an_objective(place: Worker) -> None:
-    first = next(climb(at(place, 20, peak_first=True), 1, TOPK))
-    assert isinstance(first, Rung) and first.values["peak_mb"] > 0
-    later = next(climb(at(place, 20), 1, TOPK))
-    assert isinstance(later, Rung) and "peak_mb" not in later.values
+    first = next(run_rungs(at(place, 20, memory_first=True), 1, TOPK))
+    assert isinstance(first, RungReport) and first.values["peak_mb"] > 0
+    later = next(run_rungs(at(place, 20), 1, TOPK))
+    assert isinstance(later, RungReport) and "peak_mb" not in later.values
 
 
 def test_rungs_beyond_the_images_are_none(place: Worker) -> None:
-    (only,) = climb(at(place, IMAGES, 500), 1, TOPK)
-    assert isinstance(only, trial.TrialResult) and only.images == IMAGES
+    (only,) = run_rungs(at(place, IMAGES, 500), 1, TOPK)
+    assert isinstance(only, TrialResult) and only.images == IMAGES
     assert np.isfinite(only.values["top1"])
