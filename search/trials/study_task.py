@@ -53,7 +53,9 @@ def study_task(job: CheckedJob, *, epoch: str = "", threads: int | None = None) 
     )
 
 
-def training_for(job: CheckedJob, trial: Settings | None, prepare: Settings | None) -> StudyTraining:
+def training_for(
+    job: CheckedJob, trial: Settings | None, prepare: Settings | None
+) -> StudyTraining:
     """What training with these settings needs.
 
     trial: of a trial's own training; prepare: of preparations that trials share. Raises UserError

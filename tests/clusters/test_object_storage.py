@@ -29,7 +29,7 @@ from vitpareto.search.files.object_store import ObjectStore, store_folder
 from vitpareto.search.models.weight_store import Artifacts
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.training.preparation_cache import prepare_once
-from vitpareto.search.trials.nodes import split_here
+from vitpareto.search.trials.local_images import local_split
 
 JOB = {"name": NAME, "trials": 10, "images": 200, "latency": "off", "race": "off"}
 BUCKET = "studies-of-ours"
@@ -178,7 +178,7 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
     split = far.split("search")
     assert np.array_equal(split.images, local.split("search").images)
     os.environ["VITPARETO_CACHE"] = str(tmp_path / "c2")  # the fixture puts it back
-    own = split_here(split, far.only("search"))
+    own = local_split(split, far.only("search"))
     assert own.folder.is_relative_to(tmp_path / "c2") and is_whole(own)
     assert np.array_equal(own.images, split.images)
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / "00.png")
@@ -187,7 +187,7 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
     upload_folder(folder, f"{storage}/val")
     os.environ["VITPARETO_CACHE"] = str(tmp_path / "c3")
     with pytest.raises(UserError, match="are not those of the study"):
-        split_here(split, far.only("search"))
+        local_split(split, far.only("search"))
     with pytest.raises(UserError, match="does not exist or has no files"):
         open_data(f"{storage}/vla", preprocess, cache=tmp_path / "c1")
 

@@ -17,31 +17,32 @@ from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.training.data_parallel import own_share, ranks, whole_batch
 from vitpareto.search.training.preparation_trainer import built_fresh
 from vitpareto.search.training.settings import Settings
-from vitpareto.search.trials import run
 from vitpareto.search.trials.candidates import CandidateTrainer
 from vitpareto.search.trials.distributed import DataParallel
-from vitpareto.search.trials.trial import Worker
-from vitpareto.search.trials.tune import TrialResources
+from vitpareto.search.trials.job_check import CheckedJob, check_job
+from vitpareto.search.trials.resources import TrialResources
+from vitpareto.search.trials.study_task import study_task, training_for
+from vitpareto.search.trials.worker import Worker
 
 TWO = DataParallel(2, cuda=False)
 SETTINGS = Settings(epochs=1, lr=3e-4, batch=25)  # odd: the two shares differ
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> run.Prepared:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> CheckedJob:
     place = tmp_path_factory.mktemp("several")
     job = {"name": "s", "store": str(place / "s"), "cache": str(place / "c"), "device": "cpu",
            "methods": ["patchmerger", "tnt", "nvit"], "train_epochs": 1, "prepare_epochs": 1,
            "images": 50, "train_batch": 100}  # fmt: skip
-    return run.prepare(SearchConfig.of(job))
+    return check_job(SearchConfig.of(job))
 
 
-def trainer(prepared: run.Prepared, several: DataParallel, store: Path) -> CandidateTrainer:
-    training = run.training_of(prepared, SETTINGS, SETTINGS)
+def trainer(prepared: CheckedJob, several: DataParallel, store: Path) -> CandidateTrainer:
+    training = training_for(prepared, SETTINGS, SETTINGS)
     training = replace(
         training, data_parallel=several, store=store, searched={"nvit": {"cost": 0.8}}
     )
-    place = Worker.open(run.make_task(prepared, "", threads=1))
+    place = Worker.open(study_task(prepared, threads=1))
     return CandidateTrainer(training, place.dense, prepared.folder.artifacts)
 
 
@@ -57,7 +58,7 @@ def test_alone_nothing_is_shared() -> None:
 
 @pytest.mark.timeout(240)
 def test_two_processes_train_what_one_trains(
-    prepared: run.Prepared, room: Any, tmp_path: Path
+    prepared: CheckedJob, room: Any, tmp_path: Path
 ) -> None:
     """A trial's own training, checkpoint included; the difference is rounding, which training
     multiplies: far below what one more step changes.
@@ -89,7 +90,7 @@ def test_two_processes_train_what_one_trains(
 
 @pytest.mark.timeout(300)
 def test_two_processes_prepare_what_one_prepares(
-    prepared: run.Prepared, room: Any, tmp_path: Path
+    prepared: CheckedJob, room: Any, tmp_path: Path
 ) -> None:
     """NViT's way down: the same candidates are cut, and kept where the next study finds them."""
     outcome = {}
@@ -104,7 +105,7 @@ def test_two_processes_prepare_what_one_prepares(
 
 @pytest.mark.timeout(300)
 def test_two_processes_prepare_the_heads_that_one_prepares(
-    prepared: run.Prepared, room: Any, tmp_path: Path
+    prepared: CheckedJob, room: Any, tmp_path: Path
 ) -> None:
     """TNT's noise is drawn in the forward: each process draws for its own images."""
     losses = {}

@@ -39,16 +39,18 @@ from vitpareto.search.tracking.run_contents import trial_runs
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.preparation_cache import epochs_key
 from vitpareto.search.training.settings import Settings, train
-from vitpareto.search.trials import run
 from vitpareto.search.trials.candidates import CandidateTrainer
+from vitpareto.search.trials.job_check import CheckedJob, check_job
+from vitpareto.search.trials.measurement import measure_recipe
 from vitpareto.search.trials.preparations import (
     preparation_summary,
     prepare_shared,
     recorded,
 )
 from vitpareto.search.trials.recovery import NotRecovered, Recovery
-from vitpareto.search.trials.run import Prepared, make_task, training_of
-from vitpareto.search.trials.trial import STATE, Worker, run_trial
+from vitpareto.search.trials.run_study import run_study
+from vitpareto.search.trials.study_task import study_task, training_for
+from vitpareto.search.trials.worker import CHECKPOINT, Worker
 
 METHODS = "nvit,patchmerger,rajni,tnt,topk"
 CLASSES = tuple("0123456789")
@@ -82,10 +84,11 @@ class Study:
         return [r for r in self.results if set(r.method.split("+")) & set(steps)]
 
 
-def run_study(config: SearchConfig, room: ClusterCapacity) -> Study:
+def search(config: SearchConfig, room: ClusterCapacity) -> Study:
     said: list[str] = []
-    prepared = run.prepare(config)
-    folder, tally = run.search(prepared, cpus=room.cpus, gpus=room.gpus, say=said.append)
+    prepared = check_job(config)
+    outcome = run_study(prepared, cpus=room.cpus, gpus=room.gpus, report=said.append)
+    folder, tally = outcome.folder, outcome.progress
     return Study(folder, tally, said)
 
 
@@ -93,7 +96,7 @@ def run_study(config: SearchConfig, room: ClusterCapacity) -> Study:
 def study(
     tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path, room: ClusterCapacity
 ) -> Study:
-    return run_study(job(tmp_path_factory.mktemp("store"), data, cache), room)
+    return search(job(tmp_path_factory.mktemp("store"), data, cache), room)
 
 
 # --- the study
@@ -140,9 +143,9 @@ def test_another_study_of_the_store_finds_what_was_prepared(
 ) -> None:
     store = study.folder.folder.parent
     before = {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")}
-    other = run.prepare(job(store, data, cache, name="other", methods="tnt,nvit", trials=3))
+    other = check_job(job(store, data, cache, name="other", methods="tnt,nvit", trials=3))
     said: list[str] = []
-    task = prepare_shared(other.trained, make_task(other, "", 1), 1, 0, said.append)
+    task = prepare_shared(other.trained, study_task(other, threads=1), 1, 0, said.append)
     assert len(said) == 3 and all("found in the cache; prepared" in line for line in said[1:])
     assert {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")} == before
     assert all(
@@ -176,14 +179,14 @@ def test_costs_were_known_before_anything_ran(study: Study) -> None:
 
 def test_a_result_is_rebuilt_from_the_study_alone(study: Study, data: Path, cache: Path) -> None:
     """Second implementation: weights by digest, `Recipe.build`, one plain evaluation."""
-    prepared = run.prepare(job(study.folder.folder.parent, data, cache))
+    prepared = check_job(job(study.folder.folder.parent, data, cache))
     dense, split = load_model("digits", study.folder.weights), prepared.data.split("search")
     for result in study.results:
         recipe = Recipe.from_dict(result.resolved)
         state = None if recipe.weights is None else study.folder.artifacts.load(recipe.weights)
         built = recipe.build(dense, weights=state)
         seen = evaluate(
-            built, split, prepared.preprocess, batch=4, device="cpu", dtype=torch.float32
+            built, split, prepared.model.preprocess, batch=4, device="cpu", dtype=torch.float32
         )
         flipped = int(np.sum(seen.top1 != unpack_bits(result.bits, result.images)))
         assert flipped <= 1, (str(recipe), flipped)  # near-tied
@@ -205,7 +208,7 @@ def test_a_trained_trial_keeps_no_checkpoint_and_says_how_it_was_trained(study: 
 def test_the_same_command_again_trains_nothing(
     study: Study, data: Path, cache: Path, room: ClusterCapacity
 ) -> None:
-    again = run_study(job(study.folder.folder.parent, data, cache), room)
+    again = search(job(study.folder.folder.parent, data, cache), room)
     assert again.said == [] and again.tally.ended == "16 trials measured"
     assert again.tally.front == study.tally.front
 
@@ -223,16 +226,16 @@ def test_trainings_are_not_mixed(
     study: Study, data: Path, cache: Path, change: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=f"numbers are not mixed: {said}"):
-        run.prepare(job(study.folder.folder.parent, data, cache, **change))
+        check_job(job(study.folder.folder.parent, data, cache, **change))
 
 
 def test_a_study_without_training_does_not_depend_on_it(
     tmp_path: Path, data: Path, cache: Path
 ) -> None:
     plain = {"methods": "topk", "space": {}, "train_epochs": 0, "prepare_epochs": 0}
-    prepared = run.prepare(job(tmp_path, data, cache, **plain))
+    prepared = check_job(job(tmp_path, data, cache, **plain))
     assert not {"lr", "train_epochs", "train_fingerprint"} & set(prepared.identity)
-    assert make_task(prepared, "", None).training is None
+    assert study_task(prepared, threads=None).training is None
 
 
 # --- export, show
@@ -264,13 +267,13 @@ def test_weights_that_are_gone_are_named(study: Study, cache: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, data: Path, cache: Path) -> Prepared:
-    return run.prepare(job(tmp_path, data, cache, methods="patchmerger,tnt", space={}))
+def prepared(tmp_path: Path, data: Path, cache: Path) -> CheckedJob:
+    return check_job(job(tmp_path, data, cache, methods="patchmerger,tnt", space={}))
 
 
-def place_of(prepared: Prepared, trial: Settings, dtype: str = "float32") -> Worker:
-    task = make_task(prepared, epoch="", threads=None)
-    return Worker.open(replace(task, training=training_of(prepared, trial), dtype=dtype))
+def place_of(prepared: CheckedJob, trial: Settings, dtype: str = "float32") -> Worker:
+    task = study_task(prepared, threads=None)
+    return Worker.open(replace(task, training=training_for(prepared, trial), dtype=dtype))
 
 
 MERGE = Recipe.of("patchmerger", prune_layers=(3, 6), num_tokens=(20, 8))
@@ -291,33 +294,33 @@ class Killed(CandidateTrainer):
         )  # fmt: skip
 
 
-def test_a_killed_trial_goes_on_from_its_last_epoch(prepared: Prepared) -> None:
+def test_a_killed_trial_goes_on_from_its_last_epoch(prepared: CheckedJob) -> None:
     settings = Settings(epochs=3, lr=1e-3, batch=10)
     place = place_of(prepared, settings)
     training, study = place.trainer.training, prepared.folder
     folder = study.training(MERGE.key(place.shape))
     killed = Killed(training, place.dense, study.artifacts)
     with pytest.raises(KeyboardInterrupt):
-        killed.make(MERGE, place.calibration, lambda key: study.training(key) / STATE)
-    assert (folder / STATE).is_file(), "where a retry of the same candidate looks"
-    stamp = (folder / STATE).stat().st_mtime_ns
-    resumed = run_trial(place, 7, MERGE)
-    assert (folder / STATE).stat().st_mtime_ns > stamp
+        killed.make(MERGE, place.calibration, lambda key: study.training(key) / CHECKPOINT)
+    assert (folder / CHECKPOINT).is_file(), "where a retry of the same candidate looks"
+    stamp = (folder / CHECKPOINT).stat().st_mtime_ns
+    resumed = measure_recipe(place, 7, MERGE)
+    assert (folder / CHECKPOINT).stat().st_mtime_ns > stamp
     shutil.rmtree(folder)
-    straight = run_trial(place, 8, MERGE)
+    straight = measure_recipe(place, 8, MERGE)
     assert resumed.resolved == straight.resolved, "the same weights, to the bit"
     assert resumed.bits == straight.bits
 
 
-def test_a_loss_that_is_not_finite_fails_the_trial_with_its_reason(prepared: Prepared) -> None:
+def test_a_loss_that_is_not_finite_fails_the_trial_with_its_reason(prepared: CheckedJob) -> None:
     place = place_of(prepared, Settings(epochs=1, lr=1e30, batch=10))
     with pytest.raises(FloatingPointError, match=r"training loss became (nan|inf) at epoch 0"):
-        run_trial(place, 1, MERGE)
+        measure_recipe(place, 1, MERGE)
 
 
-def test_a_study_in_bfloat16_trains_in_float32(prepared: Prepared) -> None:
+def test_a_study_in_bfloat16_trains_in_float32(prepared: CheckedJob) -> None:
     place = place_of(prepared, Settings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
-    result = run_trial(place, 1, MERGE)
+    result = measure_recipe(place, 1, MERGE)
     state = prepared.folder.artifacts.load(str(Recipe.from_dict(result.resolved).weights))
     assert {v.dtype for v in state.values()} == {torch.float32}
     assert next(place.build(Recipe.from_dict(result.resolved)).parameters()).dtype == torch.bfloat16
@@ -328,12 +331,12 @@ def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
 ) -> None:
     config = job(tmp_path, data, cache, methods="nvit", lr=10.0, space={"nvit.cost": [0.2, 0.9]},
                  prepare_epochs=400, train_batch=30)  # fmt: skip
-    prepared = run.prepare(config)
+    prepared = check_job(config)
     with torch.no_grad():  # weights that overflow once they are trained at all
-        for p in prepared.model.parameters():
+        for p in prepared.model.dense.parameters():
             p.mul_(1e12)
     with refused("out-of-range", UserError, method="nvit"):
-        run.search(prepared, cpus=room.cpus, gpus=room.gpus)
+        run_study(prepared, cpus=room.cpus, gpus=room.gpus)
     assert prepared.folder.results() == []
 
 
@@ -348,9 +351,9 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
     table.save(tmp_path / "p.json")
     profile = str(tmp_path / "p.json")
     config = job(tmp_path, data, cache, methods="nvit", profile=profile, latency_batch=32)
-    prepared = run.prepare(config)
+    prepared = check_job(config)
     assert prepared.identity["profile"] == table.digest
-    place = Worker.open(make_task(prepared, epoch="", threads=None))
+    place = Worker.open(study_task(prepared, threads=None))
     outcome = place.trainer.prepare("nvit").outcome
     assert isinstance(outcome, TrajectorySnapshots)
     cost = table.cost(65)
@@ -362,7 +365,7 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
     with pytest.raises(UserError, match="profile was .*, now null"):
         prepared.folder.settle(prepared.identity)
         prepared.folder.journal.touch()
-        run.prepare(replace(config, profile=None))
+        check_job(replace(config, profile=None))
 
 
 # --- without images to train on
@@ -373,7 +376,7 @@ def test_without_a_train_split_they_are_left_out_or_refused(
 ) -> None:
     only = tmp_path / "only"
     shutil.copytree(data / "val", only)
-    prepared = run.prepare(job(tmp_path, only, cache, methods="", space={}))
+    prepared = check_job(job(tmp_path, only, cache, methods="", space={}))
     trained = {n for n in methods.names() if epochs_key(n)}
     assert not trained & set(prepared.space.methods)
     assert set(prepared.left_out) == trained
@@ -381,7 +384,7 @@ def test_without_a_train_split_they_are_left_out_or_refused(
     with pytest.raises(
         UserError, match="methods names nvit, which needs training, and .* no train"
     ):
-        run.prepare(job(tmp_path, only, cache, name="t", methods="topk,nvit", space={}))
+        check_job(job(tmp_path, only, cache, name="t", methods="topk,nvit", space={}))
 
 
 def test_a_latency_table_that_nobody_reads_is_refused(
@@ -389,9 +392,9 @@ def test_a_latency_table_that_nobody_reads_is_refused(
 ) -> None:
     given = {"methods": "topk", "space": {}, "profile": str(tmp_path / "p.json")}
     with refused("conflict", UserError, key="profile", accepted=["nvit"]):
-        run.prepare(job(tmp_path, data, cache, **given))
+        check_job(job(tmp_path, data, cache, **given))
     with pytest.raises(UserError, match="latency table .*p.json cannot be read: No such file"):
-        run.prepare(job(tmp_path, data, cache, profile=str(tmp_path / "p.json")))
+        check_job(job(tmp_path, data, cache, profile=str(tmp_path / "p.json")))
 
 
 # --- recovery
@@ -408,7 +411,7 @@ def recovered(
     two = next(r.trial for r in study.of("nvit") if "+" in r.method)
     wanted = [0, two, study.of("patchmerger")[0].trial]
     recovery = Recovery.of(folder, epochs=2, trials=wanted, batch=15, cache=str(cache))
-    recovery.run(cpus=room.cpus, gpus=room.gpus, heard=lambda a, b: heard.append((a, b)))
+    recovery.run(cpus=room.cpus, gpus=room.gpus, on_result=lambda a, b: heard.append((a, b)))
     return folder, heard
 
 
@@ -437,8 +440,8 @@ def test_it_is_written_once_and_not_mixed(
 ) -> None:
     folder, heard = recovered
     again = Recovery.of(folder, epochs=2, trials=[a.trial for _, a in heard], cache=str(cache))
-    assert again.todo == (), "batch and lr are those it was begun with"
-    assert again.run(cpus=room.cpus, gpus=room.gpus, heard=print) == folder.recovered()
+    assert again.pending == (), "batch and lr are those it was begun with"
+    assert again.run(cpus=room.cpus, gpus=room.gpus, on_result=print) == folder.recovered()
     with pytest.raises(UserError, match=r"was recovered with other .* epochs was 2, now 3"):
         Recovery.of(folder, epochs=3, cache=str(cache))
     with pytest.raises(UserError, match=r"lr was 0.001, now 0.1\. Leave them as they were"):
@@ -460,17 +463,17 @@ def test_an_interrupted_recovery_goes_on(
     after = next(a for _, a in heard if a.method == "patchmerger")
     (copy.folder / "recovered" / f"{after.trial:06d}.json").unlink()
     recovery = Recovery.of(copy, epochs=2, trials=[after.trial], cache=str(cache))
-    assert [r.trial for r in recovery.todo] == [after.trial]
-    task = make_task(recovery.prepared, "", None)
-    training = training_of(recovery.prepared, recovery.settings)
+    assert [r.trial for r in recovery.pending] == [after.trial]
+    task = study_task(recovery.job)
+    training = training_for(recovery.job, recovery.settings)
     place = Worker.open(replace(task, training=training))
-    before = Recipe.from_dict(recovery.todo[0].resolved)
+    before = Recipe.from_dict(recovery.pending[0].resolved)
     model = before.build(place.dense, weights=copy.artifacts.load(str(before.weights)))
-    state = copy.folder / "recovered" / "training" / f"{after.trial:06d}" / STATE
+    state = copy.folder / "recovered" / "training" / f"{after.trial:06d}" / CHECKPOINT
     killed = Killed(training, place.dense, copy.artifacts)
     with pytest.raises(KeyboardInterrupt):
         killed.fit(model, recovery.settings, before, state)
-    recovery.run(cpus=room.cpus, gpus=room.gpus, heard=lambda *_: None)
+    recovery.run(cpus=room.cpus, gpus=room.gpus, on_result=lambda *_: None)
     found = next(r for r in copy.recovered() if r.trial == after.trial)
     assert found.resolved == after.resolved and found.bits == after.bits
 
@@ -484,7 +487,7 @@ def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
     copy.artifacts.path(str(Recipe.from_dict(lost.resolved).weights)).unlink()
     recovery = Recovery.of(copy, epochs=1, trials=[0, lost.trial], batch=30, cache=str(cache))
     with pytest.raises(NotRecovered, match=rf"1 of 2 trials .* trial {lost.trial}: UserError: wei"):
-        recovery.run(cpus=room.cpus, gpus=room.gpus, heard=lambda *_: None)
+        recovery.run(cpus=room.cpus, gpus=room.gpus, on_result=lambda *_: None)
     assert [r.trial for r in copy.recovered()] == [0]
 
 
@@ -531,14 +534,14 @@ def test_a_recovered_trial_is_exported(
 
 
 def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
-    prepared = run.prepare(job(tmp_path, data, cache, methods="topk", space={}))
+    prepared = check_job(job(tmp_path, data, cache, methods="topk", space={}))
     prepared.folder.settle(prepared.identity)
     prepared.folder.write_job(prepared.config.plain())
     with pytest.raises(UserError, match="study s has no finished trial to recover"):
         Recovery.of(prepared.folder, epochs=1, cache=str(cache))
 
 
-def test_a_target_outside_what_was_prepared_is_bad_input(prepared: Prepared) -> None:
+def test_a_target_outside_what_was_prepared_is_bad_input(prepared: CheckedJob) -> None:
     place = place_of(prepared, Settings(epochs=1))
     with refused("not-found", method="nvit"):
         place.trainer.base(Recipe.of("nvit", target=0.5).structure)
