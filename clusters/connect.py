@@ -1,6 +1,6 @@
 """The Ray that a search runs on: this machine as a cluster of its own, or one that is there.
 
-Knows how Ray is started, joined and left; what runs on it is `search.trials.run`'s business.
+Knows how Ray is started, joined and left; what runs on it is `search.trials.run_study`'s business.
 """
 
 from __future__ import annotations

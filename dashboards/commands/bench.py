@@ -34,7 +34,7 @@ def bench_command(
     from vitpareto.dashboards.bench_table import bench_rows, bench_table
     from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.search.export.benchmark import bench
-    from vitpareto.search.trials.run import resolve_device
+    from vitpareto.search.measure.device import resolve_device
 
     sizes = [int(n) for n in numbers(batches, "--batches")]
     found = bench(

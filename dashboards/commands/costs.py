@@ -50,7 +50,7 @@ def table_command(
     from vitpareto import methods as registry
     from vitpareto.dashboards.comparisons import cost_notes, cost_records, cost_tables
     from vitpareto.search.compare.cost_table import Bench, cost_rows
-    from vitpareto.search.trials.run import resolve_device
+    from vitpareto.search.measure.device import resolve_device
 
     bench = Bench(batch, resolve_device(device or "auto"), dtype, rounds, check, log)
     chosen = registry.names() if methods is None else words(methods)
@@ -89,7 +89,7 @@ def reproduce_command(
     from vitpareto.dashboards import comparisons
     from vitpareto.search.compare import published
     from vitpareto.search.compare.reproduction import Place, reproduce, select
-    from vitpareto.search.trials.run import resolve_device
+    from vitpareto.search.measure.device import resolve_device
 
     rows = select(published.rows(), words(models or ""))
     found = []

@@ -61,9 +61,9 @@ def finetune_command(
     vitpareto finetune --model deit_small_patch16_224 --data /imagenet --from-scratch --epochs 300
     """
     from vitpareto.methods import Recipe
+    from vitpareto.search.measure.device import resolve_device
     from vitpareto.search.training.finetune import Job, finetune
     from vitpareto.search.training.settings import Settings
-    from vitpareto.search.trials.run import resolve_device
 
     settings = Settings(
         epochs=epochs,

@@ -58,14 +58,15 @@ def measure_command(
     """
     given = {k: v for k, v in locals().items() if k in KEYS and v is not None}
     from vitpareto.search.study.job import SearchConfig
-    from vitpareto.search.trials import run
+    from vitpareto.search.trials.single_measurement import measure_once
 
     chosen, job, state = _chosen(recipe, study, trial, trained, store)
     config = SearchConfig.of({**{k: v for k, v in job.items() if k in KEYS}, **given})
     with ProgressDisplay() as display:
-        result, dense, timed = run.measure(
+        measured = measure_once(
             config, chosen, decode=display.counter("decoding images"), trained=state
         )
+    result, dense, timed = measured.result, measured.dense, measured.latency
     if as_json:
         typer.echo(json.dumps(_record(result, dense, timed)))
         return

@@ -36,9 +36,9 @@ def profile_command(
     from vitpareto.methods.engine.errors import nearest
     from vitpareto.search.errors import UserError
     from vitpareto.search.measure.accuracy import DTYPES
+    from vitpareto.search.measure.device import resolve_device
     from vitpareto.search.measure.latency_table import measure_profile
     from vitpareto.search.models.loading import fresh_model
-    from vitpareto.search.trials.run import resolve_device
 
     if dtype not in DTYPES:
         raise UserError(

@@ -56,9 +56,11 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
                     workers=workers, cache=cache, decode=display.counter("decoding images"),
                     nodes=joined.nodes if joined else (),
                 )  # fmt: skip
-                log(f"{len(recovery.todo)} trials to recover")
+                log(f"{len(recovery.pending)} trials to recover")
                 capacity = joined or stack.enter_context(clusters.local(workers))
-                recovery.run(cpus=capacity.cpus, gpus=capacity.gpus, heard=_log_recovered, say=log)
+                recovery.run(
+                    cpus=capacity.cpus, gpus=capacity.gpus, on_result=_log_recovered, report=log
+                )
         finally:  # also after an interruption: what was recovered until then
             if folder.recovered():
                 _show(folder, presenter)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.job import SearchConfig
     from vitpareto.search.study.results import TrialResult
-    from vitpareto.search.trials.run import Hook, Prepared
+    from vitpareto.search.trials.job_check import CheckedJob
+    from vitpareto.search.trials.run_study import Hook
     from vitpareto.search.trials.searcher import Tally
 
 #: enough for a front with a knee on the embedded model
@@ -98,7 +99,8 @@ class SearchRunner:
             UserError: something in the job is wrong, or nothing was measured.
             typer.Exit: with 130 where the search was interrupted.
         """
-        from vitpareto.search.trials import run
+        from vitpareto.search.trials.job_check import check_job
+        from vitpareto.search.trials.run_study import run_study
 
         config = self._config(given, package)
         begin = time.monotonic()
@@ -109,7 +111,7 @@ class SearchRunner:
                 capacity = stack.enter_context(self._clusters.join(address))
                 log(f"nodes: {'; '.join(map(str, capacity.nodes))}")
             display = stack.enter_context(ProgressDisplay())
-            prepared = run.prepare(
+            prepared = check_job(
                 config,
                 decode=display.counter("decoding images"),
                 nodes=capacity.nodes if capacity else (),
@@ -122,10 +124,11 @@ class SearchRunner:
             # SIGTERM, with which batch systems end a job, stops like Ctrl-C; Ray would abort
             before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             stack.callback(signal.signal, signal.SIGTERM, before)
-            folder, tally = run.search(
+            outcome = run_study(
                 prepared, cpus=capacity.cpus, gpus=capacity.gpus,
-                hooks=[progress.on_result, *hooks], say=log,
+                hooks=[progress.on_result, *hooks], report=log,
             )  # fmt: skip
+            folder, tally = outcome.folder, outcome.progress
             display.close()
             page = self._presenter.page(folder, config.cache)
             _log_end(prepared, folder, tally, progress, time.monotonic() - begin)
@@ -152,12 +155,12 @@ class SearchRunner:
 
 
 def _hooks(
-    stack: contextlib.ExitStack, prepared: Prepared, capacity: Capacity
+    stack: contextlib.ExitStack, prepared: CheckedJob, capacity: Capacity
 ) -> tuple[list[Hook], Callable[[Any, Tally], None]]:
     """The hooks for MLflow and for Ray's metrics, and what sends a finished study to MLflow."""
     from vitpareto.search.tracking.tracker import Tracker
     from vitpareto.search.trials.ray_metrics import Metrics
-    from vitpareto.search.trials.tune import TrialResources
+    from vitpareto.search.trials.resources import TrialResources
 
     config = prepared.config
     hooks: list[Hook] = []
@@ -179,7 +182,7 @@ def _hooks(
     return hooks, finish
 
 
-def _log_prepared(prepared: Prepared) -> None:
+def _log_prepared(prepared: CheckedJob) -> None:
     log(
         f"images: {', '.join(f'{v} {k}' for k, v in prepared.data.sizes.items())}; "
         f"{len(prepared.data.classes)} classes; methods: {', '.join(prepared.space.methods)}"
@@ -192,7 +195,11 @@ def _log_prepared(prepared: Prepared) -> None:
 
 
 def _log_end(
-    prepared: Prepared, folder: StudyFolder, tally: Tally, progress: SearchProgress, seconds: float
+    prepared: CheckedJob,
+    folder: StudyFolder,
+    tally: Tally,
+    progress: SearchProgress,
+    seconds: float,
 ) -> None:
     """Log how the search ended. Raises UserError where nothing was measured."""
     from vitpareto.methods import Code

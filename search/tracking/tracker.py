@@ -23,7 +23,7 @@ class Tracker:
     """Sends every result to MLflow from a thread of its own.
 
         with Tracker(folder, uri) as tracker:
-            run.search(prepared, ..., hooks=[tracker.on_result])
+            run_study(job, ..., hooks=[tracker.on_result])
             tracker.finish(page, ended=progress.ended)
 
     Leaving the block without `finish` ends the study's run as KILLED.

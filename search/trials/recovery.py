@@ -30,10 +30,10 @@ from vitpareto.search.trials.job_check import CheckedJob, DecodeProgress, check_
 from vitpareto.search.trials.measurement import measure_model
 from vitpareto.search.trials.nodes import Node
 from vitpareto.search.trials.ray_cluster import live_nodes, run_for_each
+from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.run_study import with_node_images, worker_task
 from vitpareto.search.trials.study_task import training_for
 from vitpareto.search.trials.task import TrialTask
-from vitpareto.search.trials.tune import TrialResources
 from vitpareto.search.trials.worker import CHECKPOINT, Worker
 
 log = logging.getLogger("vitpareto")

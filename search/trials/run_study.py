@@ -27,10 +27,11 @@ from vitpareto.search.trials.latency_actor import latency_actor
 from vitpareto.search.trials.node_checks import check_code, check_nodes
 from vitpareto.search.trials.preparations import prepare_shared, structural_outcomes
 from vitpareto.search.trials.ray_cluster import live_nodes
+from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher, Tally
 from vitpareto.search.trials.study_task import study_task
 from vitpareto.search.trials.task import LatencyTimer, TrialTask
-from vitpareto.search.trials.tune import TrialResources, run_tune
+from vitpareto.search.trials.tune import run_tune
 
 #: called with each new result, or None, and the study's progress
 Hook = Callable[[TrialResult | None, Tally], None]

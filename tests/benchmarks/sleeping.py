@@ -41,7 +41,7 @@ class Place:
 @dataclass(frozen=True)
 class Sleep:
     """What every trial does. study: where results go; seconds: of a trial measured in full, the
-    same part of it for every part of the images; rungs: as `search.trials.trial.Task.rungs`.
+    same part of it for every part of the images; rungs: as `search.trials.task.TrialTask.rungs`.
     """
 
     study: Place
@@ -60,7 +60,7 @@ def pretended(recipe: dict[str, Any], key: str, images: int) -> tuple[float, np.
 
 
 class SleepingTrial(tune.Trainable):
-    """In the place of `search.trials.trial.RecipeTrial`."""
+    """In the place of `search.trials.trial_actor.TrialActor`."""
 
     def setup(self, config: dict[str, Any], task: Sleep | None = None) -> None:
         assert task is not None

@@ -30,20 +30,23 @@ torch.set_num_threads(1)
 from vitpareto import methods
 from vitpareto.methods import Recipe
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.trials import run
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.run_study import run_study
+from vitpareto.search.trials.study_task import study_task
 
 job = json.loads(sys.argv[1])
 assert {m for m in methods.names() if m.startswith("made-up")} == set(job["methods"])
-prepared = run.prepare(SearchConfig.of(job))
+prepared = check_job(SearchConfig.of(job))
 """
 
 ONE_TRIAL_EACH = (
     PREPARE
     + """
 from vitpareto.search.trials.preparations import record_preparations, with_preparations
-from vitpareto.search.trials.trial import Worker, run_trial
+from vitpareto.search.trials.worker import Worker
+from vitpareto.search.trials.measurement import measure_recipe
 
-task = run.make_task(prepared, "", threads=1)
+task = study_task(prepared, threads=1)
 trainer = Worker.open(task).trainer
 shared = [n for n in job["methods"] if methods.get(n).trained_once]
 record_preparations(prepared.folder, [trainer.prepare(name) for name in shared])
@@ -53,7 +56,7 @@ for number, name in enumerate(job["methods"]):
     declared = methods.get(name)
     shape = methods.model_shape(worker.dense)
     recipe = Recipe.of(name, **declared.preset(declared.presets[0], shape))
-    result = run_trial(worker, number, recipe)
+    result = measure_recipe(worker, number, recipe)
     recorded = prepared.folder.artifacts
     weights = (result.resolved or {}).get("weights")
     out[name] = [result.state, weights, weights is not None and recorded.has(weights),
@@ -71,7 +74,7 @@ from vitpareto.search.export.verification import verify
 
 lines = []
 with local_cluster(2) as capacity:
-    folder, _ = run.search(prepared, cpus=capacity.cpus, gpus=0, say=lines.append)
+    folder = run_study(prepared, cpus=capacity.cpus, gpus=0, report=lines.append).folder
 out = {"states": [r.state for r in folder.results()], "lines": lines}
 for name in job["methods"]:
     result = next(r for r in folder.results() if r.method == name and r.state == "finished")
