@@ -22,7 +22,7 @@ from vitpareto.search.data.datasets import EVALUATION, Data, Preprocess, check_h
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
 from vitpareto.search.measure.cost import schedule_macs
-from vitpareto.search.models.loading import WAY_OUT, fresh_model, load_model, num_classes
+from vitpareto.search.models.loading import fresh_model, load_model, num_classes
 from vitpareto.search.stats.intervals import wilson_interval
 
 NO_DATA = "no data"
@@ -118,7 +118,8 @@ def reproduce(rows: Sequence[Row], place: Place | None) -> Iterator[Reproduced]:
         try:
             model = load_model(tag, _weights_file(place.weights, tag))
         except UserError as error:
-            why = str(error).removesuffix(WAY_OUT)  # here it is --weights-dir
+            # the reason without its advice, which names another option
+            why = str(error.details.get("reason", error))
             yield from (Reproduced(row, recompute(row), None, why) for row in group)
             continue
         model = model.to(place.device, DTYPES[place.dtype])

@@ -1,6 +1,6 @@
-"""Weights as a file stores them: safetensors, or .pth read with `weights_only=True`.
+"""Reading weights files: safetensors, or .pth with `weights_only=True`. No user's pickle runs.
 
-No pickle of a user's runs. What the names mean is `search.models.checkpoint_layouts`' business.
+What the names in a file mean is decided in `search.models.checkpoint_layouts`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
 
-#: Where a training script keeps the weights. timm's scripts are measured by their average, DeiT's
-#: (and EViT's, DynamicViT's, TNT's and NViT's after them) by `model`, though `model_ema` is there.
+#: Under which key a training script stores the weights, first match first. timm's scripts report
+#: the accuracy of the averaged weights; DeiT's (and EViT's, DynamicViT's, TNT's and NViT's) that of
+#: `model`, although they store `model_ema` too.
 WRAPPERS = ("state_dict_ema", "state_dict", "model", "model_ema")
-#: What parallel, compiled and distilling modules put before every name.
+#: what parallel, compiled and distilling modules put before every name
 PREFIXES = ("module.", "_orig_mod.", "model.", "student.", "backbone.")
 TEACHERS = ("teacher.", "teacher_model.", "module.teacher.", "module.teacher_model.")
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """state: the weights by their names, without prefixes and without a teacher; beside: what
-    else the training script kept, {} for a bare state dict.
+    """The content of a weights file.
+
+    Attributes:
+        path: the file.
+        state: the weights by name, without prefixes and without a teacher's.
+        beside: what else the training script stored; {} for a bare state dict.
     """
 
     path: Path
@@ -38,27 +44,32 @@ class WeightsFile:
     beside: Mapping[str, Any]
 
     def numbers(self, pattern: str) -> list[int]:
-        """The distinct numbers that the group of `pattern` takes in the names, ascending."""
+        """The distinct numbers that the group of `pattern` matches in the names, ascending."""
         found = (re.match(pattern, name) for name in self.state)
         return sorted({int(match[1]) for match in found if match})
 
     def require(self, layout: str, names: Iterable[str]) -> None:
-        """UserError naming the first of `names` that are not there."""
-        lacking = [name for name in names if name not in self.state]
-        if lacking:
+        """Raise UserError if any of `names` is missing. layout: whose layout it is."""
+        missing = [name for name in names if name not in self.state]
+        if missing:
             raise UserError(
-                f"weights file {self.path} has {layout} layout and lacks {some(lacking)}"
+                f"weights file {self.path} has {layout} layout and lacks {some(missing)}",
+                Code.MISSING,
+                path=str(self.path),
+                keys=tuple(missing),
             )
 
 
 def read_weights_file(path: Path) -> WeightsFile:
-    """Raises UserError: a file that is missing, unreadable, or holds more than tensors and
-    settings, or no state dict.
+    """The state dict in a file, without wrappers and prefixes.
+
+    Raises UserError if the file does not exist, cannot be read, holds more than tensors and
+    settings, or holds no state dict.
     """
     if not path.is_file():
-        raise UserError(f"weights file {path} is not there")
+        raise UserError(f"weights file {path} does not exist", Code.NOT_FOUND, path=str(path))
     beside: dict[str, Any] = {}
-    loaded: Any = _stored(path)
+    loaded: Any = _load(path)
     for key in WRAPPERS:
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             beside = {k: v for k, v in loaded.items() if k not in WRAPPERS}
@@ -67,7 +78,7 @@ def read_weights_file(path: Path) -> WeightsFile:
     if not isinstance(loaded, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()
     ):
-        raise UserError(f"weights file {path} holds no state dict")
+        raise UserError(f"weights file {path} has no state dict", Code.WRONG_TYPE, path=str(path))
     state = {k: v for k, v in loaded.items() if not k.startswith(TEACHERS)}
     while state:
         prefix = next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None)
@@ -77,23 +88,28 @@ def read_weights_file(path: Path) -> WeightsFile:
     return WeightsFile(path, state, beside)
 
 
-def _stored(path: Path) -> Any:
+def _load(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # the settings that DeiT's script and its heirs keep beside the weights: data, no code
+        # DeiT's script and those based on it store their settings as a Namespace: data, no code
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        found = f" (found {match[1]})" if match else ""
         raise UserError(
-            f"weights file {path} holds more than tensors{f' ({asked[1]})' if asked else ''}, and "
-            "a pickle could run code: it is not read; save its state dict, best as safetensors"
+            f"weights file {path} must hold tensors only{found}: a pickle can run code, so it is "
+            "not read; save the model's state dict, preferably as safetensors",
+            Code.UNSUPPORTED,
+            path=str(path),
         ) from error
     except Exception as error:
         kind = "safetensors" if path.suffix == ".safetensors" else "a weights-only checkpoint"
         raise UserError(
-            f"weights file {path} cannot be read as {kind} ({first_line(error)})"
+            f"weights file {path} cannot be read as {kind} ({first_line(error)})",
+            Code.UNREADABLE,
+            path=str(path),
         ) from error
 
 
@@ -104,6 +120,6 @@ def some(names: list[str], most: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An error's kind and the first line of what it says, cut."""
+    """An error's type and the first line of its message, at most 200 characters."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

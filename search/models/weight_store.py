@@ -1,8 +1,8 @@
-"""Trained weights on disk, named by what they are: one safetensors file a digest.
+"""Trained weights on disk, one safetensors file per state dict, named by its digest.
 
-A file is a complete state dict of a built candidate, under `methods.engine.recipe.weights_digest`
-of it. It is written beside its place and renamed, so that it is whole or not there; writing the
-same weights again changes nothing. What may be deleted, and when, is not decided here.
+A file is a complete state dict of a built candidate; its name is
+`methods.engine.weights.weights_digest` of it. Files are written atomically, and writing the same
+weights again changes nothing. When a file may be deleted is not decided here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
+from vitpareto.methods import Code
 from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import replacing, retry_while_disk_full, write_atomic
@@ -25,21 +26,21 @@ SUFFIX = ".safetensors"
 
 
 def plain_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by themselves: on the CPU, contiguous, sharing no memory with each other."""
-    out: dict[str, Tensor] = {}
+    """Copies of the tensors: on the CPU, contiguous, sharing no memory with each other."""
+    plain: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in state.items():
         tensor = value.detach().cpu().contiguous()
         if tensor.untyped_storage().data_ptr() in seen:  # safetensors refuses tied tensors
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
-        out[name] = tensor
-    return out
+        plain[name] = tensor
+    return plain
 
 
 @dataclass(frozen=True)
-class Artifacts:
-    """The weights in one folder. Frozen and small: workers carry it."""
+class WeightStore:
+    """The weights in one folder. Pickles small: it is sent to workers."""
 
     folder: Path
 
@@ -50,17 +51,20 @@ class Artifacts:
         return fetch_if_missing(self.path(digest))
 
     def save(self, state: Mapping[str, Tensor]) -> str:
-        """Make a state dict durable; its digest. One that is there already is left as it is."""
-        whole = plain_state(state)
-        digest = weights_digest(whole)
+        """Write a state dict unless it is stored already; returns its digest."""
+        plain = plain_state(state)
+        digest = weights_digest(plain)
         if not self.has(digest):
             self.folder.mkdir(parents=True, exist_ok=True)
-            # not save_file: its files are for their owner alone, and a study is read by others
-            write_atomic(self.path(digest), safetensors.torch.save(whole))
+            # not save_file, which creates files with mode 0600: other users read a study
+            write_atomic(self.path(digest), safetensors.torch.save(plain))
         return digest
 
-    def adopt(self, digest: str, other: Artifacts) -> None:
-        """The same weights as in another folder: one file of two names where that is possible."""
+    def adopt(self, digest: str, other: WeightStore) -> None:
+        """Store the weights of another store too, as a hard link where that is possible.
+
+        Raises UserError if `other` does not have them.
+        """
         if self.has(digest):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -78,21 +82,25 @@ class Artifacts:
         retry_while_disk_full(self.path(digest), link)
 
     def load(self, digest: str) -> dict[str, Tensor]:
-        """The weights of this digest, mapped (`Recipe.build` compares them with it).
+        """The weights with this digest, memory-mapped (`Recipe.build` verifies the digest).
 
-        UserError where they are not there or cannot be read, naming the file.
+        Raises UserError if they do not exist or cannot be read.
         """
         path = self.path(digest)
         if not fetch_if_missing(path):
             raise self._missing(digest)
         try:
             return safetensors.torch.load_file(path)
-        except Exception as error:  # safetensors raises its own, and the system's
-            raise UserError(f"weights file {path} cannot be read: {error}") from error
+        except Exception as error:  # safetensors raises its own types, and the system's
+            raise UserError(
+                f"weights file {path} cannot be read: {error}", Code.UNREADABLE, path=str(path)
+            ) from error
 
     def _missing(self, digest: str) -> UserError:
-        there = sum(1 for p in self.folder.glob(f"*{SUFFIX}")) if self.folder.is_dir() else 0
         return UserError(
-            f"weights {digest} are not in {self.folder} (it holds {there}): the recipe that names "
-            "them cannot be built without that file"
+            f"weights {digest} do not exist in {self.folder}: the recipe that names them cannot be "
+            "built without that file",
+            Code.NOT_FOUND,
+            digest=digest,
+            path=str(self.path(digest)),
         )

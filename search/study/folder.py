@@ -43,7 +43,7 @@ from vitpareto.search.files.write_through import (
     refresh,
 )
 from vitpareto.search.measure.latency import Latency
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.results import TrialResult
 
 SCHEMA = 1
@@ -127,9 +127,9 @@ class StudyFolder:
         return path
 
     @property
-    def artifacts(self) -> Artifacts:
+    def artifacts(self) -> WeightStore:
         """Trained weights, by digest."""
-        return Artifacts(self.folder / "weights")
+        return WeightStore(self.folder / "weights")
 
     def picture(self, trial: int) -> Path:
         """Where the token picture of a trial lies, once it is drawn."""

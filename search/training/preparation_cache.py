@@ -27,7 +27,7 @@ from vitpareto.methods.engine.preparation import PreparationOutcome
 from vitpareto.search.files.atomic import delete_tree, write_atomic
 from vitpareto.search.files.locks import locked
 from vitpareto.search.files.write_through import fetch_if_missing
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 
 #: Part of the key. Raise it when a preparation of the same inputs computes something else.
 SCHEMA = 1
@@ -122,8 +122,8 @@ class CachedPreparation:
         return self.record.outcome
 
     @property
-    def artifacts(self) -> Artifacts:
-        return Artifacts(self.folder / "weights")
+    def artifacts(self) -> WeightStore:
+        return WeightStore(self.folder / "weights")
 
 
 def key_of(inputs: Mapping[str, Any]) -> str:
@@ -136,7 +136,7 @@ def prepare_once(
     store: Path,
     method: str,
     inputs: Mapping[str, Any],
-    train: Callable[[Path, Artifacts], PreparationOutcome],
+    train: Callable[[Path, WeightStore], PreparationOutcome],
 ) -> CachedPreparation:
     """Find a preparation in the cache, or train it.
 
@@ -160,7 +160,7 @@ def prepare_once(
             return found
         begin = time.monotonic()
         write_atomic(folder / "what.json", json.dumps({"schema": SCHEMA, **inputs}, indent=1))
-        outcome = train(progress, Artifacts(folder / "weights"))
+        outcome = train(progress, WeightStore(folder / "weights"))
         seconds = round(time.monotonic() - begin, 3)
         done = {"outcome": outcome.to_json(), "seconds": seconds}
         write_atomic(folder / "done.json", json.dumps(done, indent=1))

@@ -26,7 +26,7 @@ from vitpareto.search.files.atomic import delete_file, write_atomic
 from vitpareto.search.files.write_through import refresh
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models.loading import fingerprint, num_classes
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.batches import EpochBatches, TrainImages, choose_augmentation
 from vitpareto.search.training.loop import fit
 from vitpareto.search.training.losses import Distillation, supervised
@@ -86,7 +86,7 @@ class CachedTrainer:
     images: TrainingImages
     settings: Settings
     progress: Path
-    weights: Artifacts
+    weights: WeightStore
     cost: WidthsCost | None = None
     log: Callable[[str], None] = lambda message: None
 
@@ -170,10 +170,10 @@ class CachedTrainer:
         if not refresh(path):
             return None
         record = json.loads(path.read_text(encoding="utf-8"))
-        return Progress(record, Artifacts(self.progress).load(record.pop("weights")))
+        return Progress(record, WeightStore(self.progress).load(record.pop("weights")))
 
     def save_progress(self, progress: Progress) -> None:
-        weights = Artifacts(self.progress)
+        weights = WeightStore(self.progress)
         # the weights first: the file that names them is only valid with them
         digest = weights.save(progress.state)
         record = {**progress.record, "weights": digest}

@@ -24,7 +24,7 @@ from vitpareto.methods.engine.preparation import PreparationOutcome, WidthsCost,
 from vitpareto.search.data.datasets import Preprocess, Split
 from vitpareto.search.measure.latency_table import Profile
 from vitpareto.search.models.loading import fingerprint
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.preparation_cache import (
     CachedPreparation,
@@ -111,7 +111,7 @@ class CandidateTrainer:
             teacher.
     """
 
-    def __init__(self, training: StudyTraining, dense: nn.Module, artifacts: Artifacts) -> None:
+    def __init__(self, training: StudyTraining, dense: nn.Module, artifacts: WeightStore) -> None:
         self.training, self.dense, self.artifacts = training, dense, artifacts
         #: receives one line per epoch or round
         self.log: Callable[[str], None] = lambda message: None
@@ -263,7 +263,7 @@ class CandidateTrainer:
             return prepare_once(training.store, method, inputs, train_here)
         device = next(base.parameters()).device.type
 
-        def train_together(progress: Path, weights: Artifacts) -> PreparationOutcome:
+        def train_together(progress: Path, weights: WeightStore) -> PreparationOutcome:
             on_cpu = copies_on_cpu(base, self.dense)
             call = functools.partial(
                 job.run, *on_cpu, progress=progress, weights=weights, device=device
@@ -302,7 +302,7 @@ class _PreparationJob:
         base: nn.Module,
         dense: nn.Module,
         progress: Path,
-        weights: Artifacts,
+        weights: WeightStore,
         device: str | None = None,
     ) -> PreparationOutcome:
         """In each process. device: where the models are moved; None: they stay where they are."""

@@ -23,8 +23,8 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.measure.cost import device_name
 from vitpareto.search.measure.device import resolve_device
 from vitpareto.search.measure.latency_table import Profile
-from vitpareto.search.models.checkpoint_layouts import read_checkpoint
 from vitpareto.search.models.loading import check_trained, fingerprint, load_model, num_classes
+from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.runtimes.backends import check_runtime
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
@@ -194,7 +194,7 @@ def _check_model(config: SearchConfig, recipe: Recipe | None) -> CheckedModel:
     if recipe is not None and recipe.weights is None:  # trained weights may decide the shape
         recipe = recipe.checked(reshape(recipe))
         if weights is not None:
-            parts = read_checkpoint(weights).weights_for(recipe, dense)
+            parts = read_pretrained(weights).weights_for(recipe, dense)
         if parts is None:
             check_trained(recipe, reshape(recipe))
     return CheckedModel(dense, methods.model_shape(dense), reshape, Preprocess.of(dense), parts)

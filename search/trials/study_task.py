@@ -7,7 +7,7 @@ from typing import Any
 
 from vitpareto.search.code_identity import code_fingerprint
 from vitpareto.search.files.filesystems import is_remote
-from vitpareto.search.models.loading import MappedModel
+from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.space import Space
 from vitpareto.search.training.settings import Settings
 from vitpareto.search.trials.candidates import StudyTraining

@@ -16,7 +16,7 @@ from vitpareto.search.data.datasets import Data, Preprocess, Split
 from vitpareto.search.files.object_store import store_folder
 from vitpareto.search.measure.accuracy import DTYPES
 from vitpareto.search.measure.latency import Latency
-from vitpareto.search.models.loading import MappedModel
+from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.trials.candidates import StudyTraining

@@ -26,7 +26,7 @@ from vitpareto.search.files import claims, write_through
 from vitpareto.search.files.atomic import delete_tree, write_atomic
 from vitpareto.search.files.filesystems import check_empty, upload_folder
 from vitpareto.search.files.object_store import ObjectStore, store_folder
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.training.preparation_cache import prepare_once
 from vitpareto.search.trials.local_images import local_split
@@ -197,7 +197,7 @@ def test_what_is_prepared_once_is_found_from_another_node(
 ) -> None:
     """Prepared weights lie in the storage: the second node trains nothing."""
 
-    def train(progress: Path, artifacts: Artifacts) -> SharedWeights:
+    def train(progress: Path, artifacts: WeightStore) -> SharedWeights:
         write_atomic(progress / "state.pt", "half way")
         return SharedWeights(artifacts.save({"w": torch.arange(3.0)}), 0.5)
 

@@ -32,8 +32,8 @@ from vitpareto.methods.slicing.sliced_model import (
 )
 from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model
-from vitpareto.search.models.checkpoint_layouts import read_checkpoint
 from vitpareto.search.models.loading import load_model
+from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.trials.single_measurement import measure_once
 
@@ -130,7 +130,7 @@ def test_a_trained_methods_file_gives_the_model_and_with_the_recipe_its_parts(
     path = training_file(tmp_path / "published.pth", state)
     dense = load_model("digits", path)
     assert torch.equal(logits(dense, images), logits(backbone, images))
-    found = read_checkpoint(path)
+    found = read_pretrained(path)
     assert (found.layout, found.method, found.widths) == (layout, layout, None)
     weights = found.weights_for(recipe, dense)
     assert weights is not None and weights.keys() == model.state_dict().keys()
@@ -148,7 +148,7 @@ def test_the_parts_go_with_another_setting_and_a_structural_step(
 ) -> None:
     """One training of TNT serves every setting, at every size."""
     path = training_file(tmp_path / "tnt.pth", tnt_state(built(digits, TNT)))
-    found, dense = read_checkpoint(path), load_model("digits", path)
+    found, dense = read_pretrained(path), load_model("digits", path)
     tokens = Recipe.of("tnt", prune_layers=[1], keep_rates=[0.5], similarity_prune=3).tokens
     both = Recipe(Recipe.of("resize", size=48).structure, tokens)
     weights = found.weights_for(both, dense)
@@ -181,7 +181,7 @@ def test_another_methods_parts_are_not_taken_and_a_setting_that_does_not_fit_is_
     tmp_path: Path, digits: nn.Module
 ) -> None:
     path = training_file(tmp_path / "d.pth", dynamicvit_state(built(digits, DYNAMICVIT)))
-    found = read_checkpoint(path)
+    found = read_pretrained(path)
     assert found.weights_for(TNT, digits) is None
     two = Recipe.of("dynamicvit", prune_layers=[3, 6], keep_rates=[0.7, 0.49])
     with pytest.raises(UserError) as caught:
@@ -195,7 +195,7 @@ def test_evits_file_is_timms(tmp_path: Path, images: Tensor) -> None:
     torch.manual_seed(4)
     model = embedded_model.build(pretrained=False).eval()
     path = training_file(tmp_path / "evit.pth", dict(model.state_dict()))
-    found = read_checkpoint(path)
+    found = read_pretrained(path)
     assert (found.layout, found.method, found.parts) == ("timm", None, {})
     dense = load_model("digits", path)
     assert torch.equal(logits(EVIT.build(dense), images), logits(EVIT.build(model), images))
@@ -209,7 +209,7 @@ def test_what_this_project_wrote_is_read_back(
     merger = Recipe.of("patchmerger", prune_layers=[5], num_tokens=9)
     model = built(digits, merger)
     safetensors.torch.save_file(model.state_dict(), tmp_path / "own.safetensors")
-    found = read_checkpoint(tmp_path / "own.safetensors")
+    found = read_pretrained(tmp_path / "own.safetensors")
     assert found.layout == "timm" and found.method is None
     dense = load_model("digits", tmp_path / "own.safetensors")
     weights = found.weights_for(merger, dense)
@@ -234,7 +234,7 @@ def test_every_part_that_timm_has_is_timms(tmp_path: Path) -> None:
     for part in ("ls1", "q_norm", "norm", "mlp.norm", "reg_token", "norm_pre", "attn_pool", "gate"):
         assert any(part in name for name in parts), part
     torch.save(own, tmp_path / "w.pth")
-    assert read_checkpoint(tmp_path / "w.pth").model.keys() == own.keys()
+    assert read_pretrained(tmp_path / "w.pth").model.keys() == own.keys()
 
 
 # --- NViT
@@ -433,7 +433,7 @@ def test_wrapped_prefixed_and_with_a_teacher(
 ) -> None:
     model = built(digits, DYNAMICVIT)
     torch.save(wrap(dynamicvit_state(model)), tmp_path / "w.pth")
-    found, dense = read_checkpoint(tmp_path / "w.pth"), load_model("digits", tmp_path / "w.pth")
+    found, dense = read_pretrained(tmp_path / "w.pth"), load_model("digits", tmp_path / "w.pth")
     assert found.layout == "dynamicvit"
     weights = found.weights_for(DYNAMICVIT, dense)
     again = DYNAMICVIT.build(dense, weights=weights)
@@ -443,7 +443,7 @@ def test_wrapped_prefixed_and_with_a_teacher(
 def refused(tmp_path: Path, state: dict[str, Tensor]) -> str:
     torch.save({"model": state}, tmp_path / "w.pth")
     with pytest.raises(UserError) as caught:
-        read_checkpoint(tmp_path / "w.pth")
+        read_pretrained(tmp_path / "w.pth")
     assert f"weights file {tmp_path / 'w.pth'} " in str(caught.value)
     return str(caught.value)
 
@@ -483,7 +483,7 @@ def test_settings_beside_the_weights_are_read_and_other_objects_are_not(
     path = training_file(tmp_path / "w.pth", dict(digits.state_dict()))
     with pytest.raises(Exception, match="Weights only load failed"):
         torch.load(path, weights_only=True)
-    assert read_checkpoint(path).model.keys() == digits.state_dict().keys()
+    assert read_pretrained(path).model.keys() == digits.state_dict().keys()
     training_file(path, dict(digits.state_dict()), loss=nn.CrossEntropyLoss())
     with pytest.raises(UserError, match=r"more than tensors \(torch.nn.modules.loss.CrossEntropyL"):
-        read_checkpoint(path)
+        read_pretrained(path)

@@ -22,12 +22,12 @@ from vitpareto.methods import BadInput, UnsupportedModel
 from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import (
-    MappedModel,
     architecture,
     fingerprint,
     load_model,
     num_classes,
 )
+from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.models.weight_files import read_weights_file
 
 #: timm's smallest entry point of the supported family, 5.7 M parameters

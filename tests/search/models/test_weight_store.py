@@ -13,7 +13,7 @@ from tests.search.small import vit
 from vitpareto.methods import Recipe
 from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.errors import UserError
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def state() -> dict[str, Tensor]:
 
 
 def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    store = Artifacts(tmp_path / "weights")
+    store = WeightStore(tmp_path / "weights")
     digest = store.save(state)
     assert digest == weights_digest(state) and store.has(digest)
     read = store.load(digest)
@@ -32,7 +32,7 @@ def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path, state: dict[str, 
 
 
 def test_the_same_weights_are_written_once(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    store = Artifacts(tmp_path / "weights")
+    store = WeightStore(tmp_path / "weights")
     path = store.path(store.save(state))
     before = path.stat()
     store.save(dict(reversed(state.items())))
@@ -43,14 +43,14 @@ def test_the_same_weights_are_written_once(tmp_path: Path, state: dict[str, Tens
 
 
 def test_views_and_shared_memory_are_saved_as_they_look(tmp_path: Path) -> None:
-    store, whole = Artifacts(tmp_path), torch.arange(12.0).view(3, 4)
+    store, whole = WeightStore(tmp_path), torch.arange(12.0).view(3, 4)
     state = {"a": whole, "b": whole, "row": whole[1], "across": whole.T}
     read = store.load(store.save(state))
     assert all(torch.equal(read[k], v) for k, v in state.items())
 
 
 def test_another_folder_adopts_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    one, other = Artifacts(tmp_path / "a"), Artifacts(tmp_path / "b" / "weights")
+    one, other = WeightStore(tmp_path / "a"), WeightStore(tmp_path / "b" / "weights")
     digest = one.save(state)
     other.adopt(digest, one)
     other.adopt(digest, one)
@@ -61,7 +61,7 @@ def test_another_folder_adopts_the_file(tmp_path: Path, state: dict[str, Tensor]
 
 
 def test_what_is_not_there_or_cut_short_is_named(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    store = Artifacts(tmp_path / "weights")
+    store = WeightStore(tmp_path / "weights")
     with pytest.raises(UserError, match=r"weights 0{16} are not in .*weights \(it holds 0\)"):
         store.load("0" * 16)
     path = store.path(store.save(state))
@@ -71,7 +71,7 @@ def test_what_is_not_there_or_cut_short_is_named(tmp_path: Path, state: dict[str
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    store = Artifacts(tmp_path / "weights")
+    store = WeightStore(tmp_path / "weights")
     store.path(weights_digest(state)).mkdir(parents=True)  # a folder where the file has to go
     with pytest.raises(OSError):
         store.save(state)

@@ -12,7 +12,7 @@ import torch
 
 from vitpareto.methods.engine.preparation import SharedWeights
 from vitpareto.methods.engine.weights import weights_digest
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.preparation_cache import epochs_key, key_of, prepare_once
 
 WHAT = {"model": "m", "settings": {"epochs": 2, "lr": 0.1}}
@@ -29,7 +29,7 @@ class Work:
         self.steps, self.killed_at, self.seconds = steps, killed_at, seconds
         self.done: list[int] = []
 
-    def __call__(self, progress: Path, artifacts: Artifacts) -> SharedWeights:
+    def __call__(self, progress: Path, artifacts: WeightStore) -> SharedWeights:
         for step in range(self.steps):
             kept = progress / f"{step}"
             if kept.exists():

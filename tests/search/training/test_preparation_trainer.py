@@ -26,7 +26,7 @@ from vitpareto.methods.slicing.snapshots import (
 )
 from vitpareto.search.data.datasets import Split
 from vitpareto.search.measure.cost import macs
-from vitpareto.search.models.weight_store import Artifacts
+from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.training.preparation_trainer import CachedTrainer, TrainingImages
 from vitpareto.search.training.settings import Settings
@@ -65,7 +65,7 @@ def trainer(split: Split, folder: Path, after: int | None = None, epochs: int = 
     images = TrainingImages(split, split, PREPROCESS, "digits", None)
     made = Interrupted(
         "nvit", vit(), vit(), images, Settings(epochs=epochs, lr=1e-3, batch=8),
-        folder / "progress", Artifacts(folder / "weights"),
+        folder / "progress", WeightStore(folder / "weights"),
     )  # fmt: skip
     object.__setattr__(made, "interrupted_at", after)
     return made
@@ -80,13 +80,13 @@ def prepared(with_trainer: Interrupted) -> TrajectorySnapshots:
 @pytest.fixture(scope="module")
 def straight(
     tmp_path_factory: pytest.TempPathFactory, split: Split
-) -> tuple[TrajectorySnapshots, Artifacts]:
+) -> tuple[TrajectorySnapshots, WeightStore]:
     made = trainer(split, tmp_path_factory.mktemp("straight"))
     return prepared(made), made.weights
 
 
 def test_every_target_has_a_snapshot_of_that_cost(
-    straight: tuple[TrajectorySnapshots, Artifacts],
+    straight: tuple[TrajectorySnapshots, WeightStore],
 ) -> None:
     outcome, artifacts = straight
     assert sorted(s.target for s in outcome.snapshots) == sorted(TARGETS)
@@ -105,7 +105,7 @@ def test_every_target_has_a_snapshot_of_that_cost(
 
 
 def test_the_outcome_is_the_same_after_json(
-    straight: tuple[TrajectorySnapshots, Artifacts],
+    straight: tuple[TrajectorySnapshots, WeightStore],
 ) -> None:
     outcome = straight[0]
     data = outcome.to_json()
@@ -115,7 +115,7 @@ def test_the_outcome_is_the_same_after_json(
 
 @pytest.mark.parametrize("after", [1, 4])
 def test_an_interrupted_preparation_gives_the_same_outcome(
-    straight: tuple[TrajectorySnapshots, Artifacts], split: Split, tmp_path: Path, after: int
+    straight: tuple[TrajectorySnapshots, WeightStore], split: Split, tmp_path: Path, after: int
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         prepared(trainer(split, tmp_path, after))
@@ -163,7 +163,7 @@ def test_targets_out_of_reach_are_left_out() -> None:
 
 
 def test_a_target_has_the_shape_of_its_snapshot_once_prepared(
-    straight: tuple[TrajectorySnapshots, Artifacts],
+    straight: tuple[TrajectorySnapshots, WeightStore],
 ) -> None:
     outcome = TrajectorySnapshots("nvit", (straight[0].at(0.85),), 1, 1)
     recipe = Recipe.of("nvit", target=0.85)
