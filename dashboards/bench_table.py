@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from vitpareto.dashboards.table_cells import Column, interval_text, new_table
 from vitpareto.search.export.benchmark import Timed
+from vitpareto.search.measure.latency import LatencyTarget
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,12 @@ class BenchRow:
     speedup_high: float
     macs_ratio: float
     speedup_over_macs_ratio: float
-    target: Mapping[str, Any]
+    target: LatencyTarget
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain values, keys in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "target": self.target.to_json()}
 
 
 def bench_rows(timings: Sequence[Timed]) -> list[BenchRow]:
@@ -49,7 +51,7 @@ def bench_rows(timings: Sequence[Timed]) -> list[BenchRow]:
             latency_ms=t.latency.p50_ms,
             latency_p95_ms=t.latency.p95_ms,
             dense_latency_ms=t.latency.dense_p50_ms,
-            images_per_s=1e3 * t.batch / t.latency.p50_ms,
+            images_per_s=t.latency.images_per_s,
             speedup=t.latency.speedup,
             speedup_low=t.latency.speedup_low,
             speedup_high=t.latency.speedup_high,
@@ -65,7 +67,7 @@ def bench_table(timings: Sequence[Timed], title: str) -> Table:
     """A table for a terminal; intervals are 95 %."""
     rows = bench_rows(timings)
     shown = ("device", "dtype", "threads")
-    target = ", ".join(f"{k} {v}" for k, v in rows[0].target.items() if k in shown)
+    target = ", ".join(f"{k} {v}" for k, v in rows[0].target.to_json().items() if k in shown)
     table = new_table(
         f"{title} and the dense model exported in the same way; {target}",
         Column("runtime"),

@@ -44,7 +44,12 @@ class CostRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The fields of `CostRow` as plain values, in order."""
-        return {**asdict(self.row), "published": _published(self.row, exact=True)}
+        target = self.row.target
+        return {
+            **asdict(self.row),
+            "published": _published(self.row, exact=True),
+            "target": {} if target is None else target.to_json(),
+        }
 
 
 def cost_records(rows: Sequence[CostRow]) -> list[CostRecord]:
@@ -65,7 +70,7 @@ def _cost_table(model: str, rows: Sequence[CostRow]) -> Table:
     target = next((row.target for row in rows if row.target), None)
     title = f"{model}, fresh weights (no figure here depends on them)"
     if target:
-        title += "; " + ", ".join(f"{k} {v}" for k, v in target.items())
+        title += f"; {target}"
     table = _table(
         title,
         ("method", "left"), ("rate", "right"), ("GMACs", "right"),

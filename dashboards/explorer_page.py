@@ -28,7 +28,7 @@ from vitpareto.search.compare import published
 from vitpareto.search.compare.show import Asked, look
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
-from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.study.certificates import flipped, measured
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of
@@ -169,9 +169,10 @@ def _study(folder: StudyFolder, pictures: Mapping[int, Path], at: int) -> dict[s
         more = [["images", f"{r.images}{stopped}"]]
         if timed is not None:
             values.setdefault("latency_ms", timed.p50_ms)
-            where = ", ".join(f"{k} {v}" for k, v in timed.target.items())
-            more.append(["speed-up", f"{timed.speedup:.2f} ({timed.speedup_low:.2f}–"
-                                     f"{timed.speedup_high:.2f}) over dense; {where}"])  # fmt: skip
+            interval = f"{timed.speedup_low:.2f}–{timed.speedup_high:.2f}"
+            more.append(
+                ["speed-up", f"{timed.speedup:.2f} ({interval}) over dense; {timed.target}"]
+            )
         if (flips := flipped(r, dense)) is not None and not r.is_reference:
             more.append(["flipped", f"{flips[0]} right to wrong, {flips[1]} wrong to right "
                                     f"({flips[2]} images)"])  # fmt: skip

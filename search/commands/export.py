@@ -190,8 +190,7 @@ def _log_target(folder: StudyFolder, result: TrialResult, max_latency_ms: float)
     """A latency holds for the target on which it was measured."""
     timed = result.timed or folder.latencies().get(result.trial)
     if timed is not None:
-        target = ", ".join(f"{k} {v}" for k, v in timed.target.items())
-        log(f"within {max_latency_ms:g} ms on the measured target: {target}")
+        log(f"within {max_latency_ms:g} ms on the measured target: {timed.target}")
 
 
 def _check_static_batch(static_batch: int | None) -> None:

@@ -114,7 +114,7 @@ def _record(result: TrialResult, dense: TrialResult, timed: Latency) -> dict[str
         "speedup": timed.speedup,
         "speedup_low": timed.speedup_low,
         "speedup_high": timed.speedup_high,
-        "latency_target": timed.target,
+        "latency_target": timed.target.to_json(),
     }
 
 
@@ -125,7 +125,7 @@ def _rows(
     from vitpareto.methods import Recipe
 
     v, d = result.values, dense.values
-    target = ", ".join(f"{k} {t}" for k, t in timed.target.items())
+    target = str(timed.target)
     return (
         ("recipe", str(Recipe.from_dict(result.resolved))),
         ("top-1", f"{v['top1']:.2f} % ({result.top1_low:.2f}–{result.top1_high:.2f}, "

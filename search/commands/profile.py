@@ -36,8 +36,8 @@ def profile_command(
     from vitpareto.methods.engine.errors import nearest
     from vitpareto.search.errors import UserError
     from vitpareto.search.measure.accuracy import DTYPES
+    from vitpareto.search.measure.block_timing import measure_latency_table
     from vitpareto.search.measure.device import resolve_device
-    from vitpareto.search.measure.latency_table import measure_profile
     from vitpareto.search.models.loading import fresh_model
 
     if dtype not in DTYPES:
@@ -56,7 +56,7 @@ def profile_command(
         )
     name = model or "digits"
     with ProgressDisplay() as display:
-        table = measure_profile(
+        table = measure_latency_table(
             fresh_model(name),
             name,
             batch=batch,
@@ -68,6 +68,5 @@ def profile_command(
         )
     table.save(out)
     entries = sum(grid.ms.size for grid in (table.attention, table.mlp, table.rest))
-    target = ", ".join(f"{k} {v}" for k, v in table.target.items())
-    log(f"{entries} latencies of {name} on {target}")
+    log(f"{entries} latencies of {name} on {table.target}")
     typer.echo(str(out))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ from vitpareto.methods.engine.staged import LAYERS_SPACE
 from vitpareto.search.compare.published import matching, recompute
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES
-from vitpareto.search.measure.cost import fvcore_macs, latency, parameters, peak_mb, recipe_macs
-from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.closed_form import recipe_macs
+from vitpareto.search.measure.fvcore_macs import fvcore_macs
+from vitpareto.search.measure.latency import Latency, LatencyTarget
+from vitpareto.search.measure.memory import count_parameters, peak_mb
+from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.models.loading import fresh_model
 
 #: search choices that are a rate: the fraction of the patches kept at each prune layer
@@ -88,7 +91,7 @@ class CostRow:
     speedup_high: float | None = None
     peak_mb: float | None = None
     published: tuple[Figure, ...] = ()
-    target: dict[str, Any] = field(default_factory=dict)
+    target: LatencyTarget | None = None
     note: str = ""
 
 
@@ -257,7 +260,9 @@ def _measured(
     if low != high:  # noise and fresh weights would say nothing of it
         return replace(row, note="images decide")
     built = _built(recipe, skeleton if dense is None else dense)
-    row = replace(row, gmacs=low / 1e9, share=low / of_dense, params_m=parameters(built) / 1e6)
+    row = replace(
+        row, gmacs=low / 1e9, share=low / of_dense, params_m=count_parameters(built) / 1e6
+    )
     if dense is None or images is None:
         return row
     if bench.check:
@@ -265,7 +270,7 @@ def _measured(
     if not bench.rounds:
         return row
     try:
-        timed = latency(built, dense, images, bench.rounds, min(5, bench.rounds))
+        timed = measure_latency(built, dense, images, bench.rounds, min(5, bench.rounds))
         return _with_times(replace(row, peak_mb=peak_mb(built, images)), timed, bench.batch)
     except torch.OutOfMemoryError:
         return replace(row, note=f"out of memory at batch {bench.batch}")

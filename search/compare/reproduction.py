@@ -21,7 +21,7 @@ from vitpareto.search.compare.published import Row, recompute
 from vitpareto.search.data.datasets import EVALUATION, Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
-from vitpareto.search.measure.cost import schedule_macs
+from vitpareto.search.measure.closed_form import schedule_macs
 from vitpareto.search.models.loading import fresh_model, load_model, num_classes
 from vitpareto.search.stats.intervals import wilson_interval
 

@@ -20,8 +20,8 @@ from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.verification import Measured, check_files, fresh_dense, normalised
-from vitpareto.search.measure.cost import latency
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.runtimes.backends import Run, check_runtime, compiled, onnx_session
 from vitpareto.search.runtimes.programs import Deployed, write_programs
 
@@ -79,7 +79,7 @@ def bench(
             ours, theirs = (loaded(Path(p), runtime, device) for p in (bundle, scratch))
             for size in batches:
                 batch = images[torch.arange(size) % len(images)].to(device)
-                timed = latency(ours, theirs, batch, rounds=rounds, runtime=runtime)
+                timed = measure_latency(ours, theirs, batch, rounds=rounds, runtime=runtime)
                 out.append(Timed(runtime, size, timed, ratio))
                 heard(out[-1])
     return out

@@ -425,7 +425,7 @@ def _result(
             **{name: v for name, v in values.items() if name not in ("top1", "top5")},
             "units": {name: OBJECTIVES[name].unit for name in values if name in OBJECTIVES},
         },
-        "latency": None if timed is None else dict(vars(timed)),
+        "latency": None if timed is None else timed.to_json(),
         "dense": None if dense is None else dense.values,
         "measured_with": {
             **{k: v for k, v in made.items() if k not in ("versions", "data_fingerprint")},

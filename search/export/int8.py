@@ -32,8 +32,8 @@ from torch import Tensor
 
 from vitpareto.search.data.datasets import Preprocess, Split
 from vitpareto.search.measure.accuracy import batches_of
-from vitpareto.search.measure.cost import latency
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.runtimes.backends import Run, onnx_session
 from vitpareto.search.stats.intervals import paired_difference
 from vitpareto.search.study.certificates import ERROR, flips
@@ -77,7 +77,12 @@ class Int8:
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "verified": self.verified, "most_lost": MOST_LOST}
+        return {
+            **asdict(self),
+            "latency": {batch: timed.to_json() for batch, timed in self.latency.items()},
+            "verified": self.verified,
+            "most_lost": MOST_LOST,
+        }
 
     def said(self) -> str:
         """One line."""
@@ -169,8 +174,10 @@ def measure_int8(
         like, _ = next(_batches(search, preprocess))
         for batch in BATCHES:
             some = like[torch.arange(batch) % len(like)]
-            timed[batch] = latency(runs["int8"], runs["dense"], some, runtime="onnxruntime int8")
-            over[batch] = latency(runs["int8"], runs["float"], some).speedup
+            timed[batch] = measure_latency(
+                runs["int8"], runs["dense"], some, runtime="onnxruntime int8"
+            )
+            over[batch] = measure_latency(runs["int8"], runs["float"], some).speedup
     top1 = {name: 100 * float(found.mean()) for name, found in right.items()}
     return Int8(
         images=count,

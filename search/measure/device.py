@@ -1,4 +1,4 @@
-"""Which torch device a name such as `auto` means in this process."""
+"""The torch device that a name such as `auto` means in this process, and a device's own name."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def resolve_device(device: str) -> str:
                 devices=count,
             )
     return device
+
+
+def device_name(device: torch.device | str) -> str:
+    """The GPU's name, or "cpu"; "cuda" where this process sees no GPU."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name(device)
+    return device.type

@@ -357,10 +357,10 @@ class StudyFolder:
         if not path.is_file():
             return {}
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return {int(k): Latency(**v) for k, v in raw.items()}
+        return {int(k): Latency.from_json(v) for k, v in raw.items()}
 
     def write_latencies(self, latencies: dict[int, Latency]) -> None:
-        plain = {str(k): dataclasses.asdict(v) for k, v in sorted(latencies.items())}
+        plain = {str(k): v.to_json() for k, v in sorted(latencies.items())}
         write_atomic(self.folder / "latency.json", json.dumps(plain, indent=1))
 
     def measured(self) -> list[TrialResult]:
@@ -373,7 +373,7 @@ class StudyFolder:
                 values = {
                     **result.values,
                     "latency_ms": timed.p50_ms,
-                    "images_per_s": 1e3 * timed.target["batch"] / timed.p50_ms,
+                    "images_per_s": timed.images_per_s,
                 }
                 result = dataclasses.replace(result, values=values)
             out.append(result)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vitpareto.methods import Recipe
-from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.study.certificates import OrderChange, flipped, measured, order_changes
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of
@@ -35,7 +35,7 @@ class FrontRow:
         top1_change: difference of `top1` from the dense model.
         gmacs_share: `gmacs` divided by that of the dense model.
         speedup: dense latency divided by `latency_ms`, with its 95 % interval.
-        latency_target: device, runtime, dtype and batch that the latency was measured on.
+        latency_target: the target that the latency was measured on.
         images: search images seen.
         knee: whether this member is the knee of the front.
         recovered: whether the model was fine-tuned after the search.
@@ -66,7 +66,7 @@ class FrontRow:
     speedup: float | None
     speedup_low: float | None
     speedup_high: float | None
-    latency_target: Mapping[str, Any] | None
+    latency_target: LatencyTarget | None
     images: int
     knee: bool
     recovered: bool
@@ -96,6 +96,8 @@ class FrontRow:
     def to_json(self) -> dict[str, Any]:
         """The row as plain values, keys in the order of the fields."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.latency_target is not None:
+            values["latency_target"] = self.latency_target.to_json()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
 

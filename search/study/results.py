@@ -105,7 +105,7 @@ class TrialResult:
     @property
     def timed(self) -> Latency | None:
         """The latency that was measured as an objective, in full."""
-        return None if self.latency is None else Latency(**self.latency)
+        return None if self.latency is None else Latency.from_json(self.latency)
 
     @property
     def method(self) -> str:

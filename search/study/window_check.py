@@ -7,7 +7,7 @@ from collections.abc import Callable
 from vitpareto.methods import BadInput, ModelShape, Recipe
 from vitpareto.methods.engine.errors import Code
 from vitpareto.search.errors import UserError
-from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.space import Space
 

@@ -22,7 +22,7 @@ from vitpareto import methods
 from vitpareto.methods import Recipe, Step
 from vitpareto.methods.engine.preparation import PreparationOutcome, WidthsCost, not_prepared
 from vitpareto.search.data.datasets import Preprocess, Split
-from vitpareto.search.measure.latency_table import Profile
+from vitpareto.search.measure.latency_table import LatencyTable
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.loop import Epoch
@@ -66,7 +66,7 @@ class StudyTraining:
     prepare: Settings | None
     searched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     records: Mapping[str, PreparationRecord] = field(default_factory=dict)
-    profile: Profile | None = None
+    profile: LatencyTable | None = None
     data_parallel: DataParallel = DataParallel()
 
     @property

@@ -20,9 +20,8 @@ from vitpareto.methods import ModelShape, Recipe
 from vitpareto.methods.engine.errors import Code
 from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
 from vitpareto.search.errors import UserError
-from vitpareto.search.measure.cost import device_name
-from vitpareto.search.measure.device import resolve_device
-from vitpareto.search.measure.latency_table import Profile
+from vitpareto.search.measure.device import device_name, resolve_device
+from vitpareto.search.measure.latency_table import LatencyTable
 from vitpareto.search.models.loading import check_trained, fingerprint, load_model, num_classes
 from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.runtimes.backends import check_runtime
@@ -80,7 +79,7 @@ class CheckedJob:
     device: str
     space: Space
     left_out: dict[str, str] = field(default_factory=dict)
-    profile: Profile | None = None
+    profile: LatencyTable | None = None
     nodes: tuple[Node, ...] = ()
 
     @property
@@ -226,7 +225,7 @@ def _trainable(config: SearchConfig, data: Data) -> tuple[tuple[str, ...], dict[
 
 def _check_profile(
     config: SearchConfig, dense: nn.Module, space: Space, device: str
-) -> Profile | None:
+) -> LatencyTable | None:
     """The job's latency table. Raises UserError if it is of another target, or nothing reads it."""
     if config.profile is None:
         return None
@@ -240,6 +239,6 @@ def _check_profile(
             got=config.profile,
             accepted=readers,
         )
-    profile = Profile.load(Path(config.profile))
+    profile = LatencyTable.load(Path(config.profile))
     profile.check(latency_target(config.latency_batch, config.dtype, device), dense)
     return profile

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from vitpareto.search.measure.accuracy import DTYPES
-from vitpareto.search.measure.cost import target_of
+from vitpareto.search.measure.latency import LatencyTarget
+from vitpareto.search.measure.timing import batch_target
 
 
-def latency_target(batch: int, dtype: str, device: str) -> dict[str, Any]:
-    """The target (`cost.target_of`) of latencies at this batch, on a node of the cluster if only
-    nodes have a GPU.
-    """
+def latency_target(batch: int, dtype: str, device: str) -> LatencyTarget:
+    """The target of latencies at this batch, read on a cluster node if only nodes have a GPU."""
     if not device.startswith("cuda") or torch.cuda.is_available():
         return _target(batch, dtype, device)
     # a driver without a GPU has joined a cluster, so Ray is loaded; no other caller needs it
@@ -22,5 +19,5 @@ def latency_target(batch: int, dtype: str, device: str) -> dict[str, Any]:
     return run_once(_target, batch, dtype, "cuda", cpus=0, gpus=1)
 
 
-def _target(batch: int, dtype: str, device: str) -> dict[str, Any]:
-    return target_of(torch.empty(batch, dtype=DTYPES[dtype], device=device))
+def _target(batch: int, dtype: str, device: str) -> LatencyTarget:
+    return batch_target(torch.empty(batch, dtype=DTYPES[dtype], device=device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,9 @@ from torch import nn
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
 from vitpareto.search.measure.accuracy import Correctness, evaluate, fitting
-from vitpareto.search.measure.cost import (
-    parameters,
-    peak_mb,
-    recipe_macs,
-    recipe_of,
-    schedule_macs,
-)
+from vitpareto.search.measure.closed_form import recipe_macs, recipe_of, schedule_macs
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.memory import count_parameters, peak_mb
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, SAME_CANDIDATE, RungReport
@@ -53,7 +48,7 @@ class KnownCost:
             macs = recipe_macs(recipe, shape)
         else:
             macs = (schedule_macs(recipe, shape, counts),) * 2
-        return cls(parameters(model) / 1e6, macs, adaptive=counts is None)
+        return cls(count_parameters(model) / 1e6, macs, adaptive=counts is None)
 
     @property
     def values(self) -> dict[str, float]:
@@ -280,7 +275,7 @@ class _Measurement:
             top1_high=high,
             seconds=time.monotonic() - self.start,
             provenance={**self.task.provenance, **self._record},
-            latency=None if self.latency is None else asdict(self.latency),
+            latency=None if self.latency is None else self.latency.to_json(),
         )
 
 

@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from vitpareto.methods import BadInput, ModelShape, Recipe
-from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point

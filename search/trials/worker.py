@@ -15,8 +15,10 @@ from torch import nn
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
 from vitpareto.search.measure.accuracy import batches_of
-from vitpareto.search.measure.cost import device_name, latency, recipe_of
+from vitpareto.search.measure.closed_form import recipe_of
+from vitpareto.search.measure.device import device_name
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.runtimes.backends import Run, prepared
 from vitpareto.search.trials.candidates import CandidateTrainer, TrainedRecipe
 from vitpareto.search.trials.code_check import check_own_code
@@ -120,4 +122,4 @@ class Worker:
             return target.timer.measure(recipe_of(model))
         images = self.search_batch(target.batch)
         run = prepared(model, images, target.runtime)
-        return latency(run, self.dense_run, images, runtime=target.runtime)
+        return measure_latency(run, self.dense_run, images, runtime=target.runtime)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from vitpareto.search.measure.cost import Clock, median_interval
+from vitpareto.search.measure.timing import Clock, median_interval
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:

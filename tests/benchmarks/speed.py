@@ -23,7 +23,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vitpareto import methods
-from vitpareto.search.measure.cost import latency, macs, peak_mb
+from vitpareto.search.measure import macs
+from vitpareto.search.measure.memory import peak_mb
+from vitpareto.search.measure.timing import measure_latency
 
 SETTINGS = {
     "tome r=13": ("tome", {"r": 13}),
@@ -82,7 +84,7 @@ def main() -> None:
                 # afresh for each: past dynamo's limit of models it would fall back to eager
                 torch._dynamo.reset()
                 ours, theirs = (torch.compile(m, fullgraph=True) for m in (pruned, dense))
-            found = latency(ours, theirs, images, rounds=asked.rounds)
+            found = measure_latency(ours, theirs, images, rounds=asked.rounds)
             print(
                 f"batch {batch:>3}  {name:<11} MACs {ratio:5.3f}  speed-up {found.speedup:5.3f} "
                 f"({found.speedup_low:.3f}–{found.speedup_high:.3f})  quotient "

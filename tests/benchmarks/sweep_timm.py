@@ -31,7 +31,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vitpareto import methods
-from vitpareto.search.measure.cost import fvcore_macs, macs
+from vitpareto.search.measure import macs
+from vitpareto.search.measure.fvcore_macs import fvcore_macs
 
 #: blocks that are run; `check_supported` has looked at all of them
 DEPTH = 3

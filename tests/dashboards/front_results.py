@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.study.front_table import FrontRow, front_rows
 from vitpareto.search.study.results import Certified, TrialResult, WorstClass, pack_bits
 
-TARGET = {"device": "cpu", "runtime": "eager", "dtype": "float32", "batch": 64}
+TARGET = LatencyTarget("cpu", "eager", "float32", 64)
 
 
 def certified(bits: list[int], dense: list[int] | None) -> Certified:

@@ -23,6 +23,7 @@ from vitpareto.dashboards.csv_json import csv_text, json_lines
 from vitpareto.search.compare import published
 from vitpareto.search.compare.cost_table import Bench, CostRow, Figure, cost_rows
 from vitpareto.search.compare.reproduction import Accuracy, Reproduced, reproduce
+from vitpareto.search.measure.latency import LatencyTarget
 
 
 def text_of(table: Table, width: int = 160) -> str:
@@ -51,7 +52,7 @@ MEASURED = CostRow(
     gmacs_high=2.28241, share=0.4953, fvcore_gmacs=2.28242, params_m=22.05, images_per_s=1234.5,
     speedup=1.87, speedup_low=1.85, speedup_high=1.9, peak_mb=310.2,
     published=(Figure(2.1368, "thop", 2.1363, "TRAM"), Figure(2.2, "mine", None, "me")),
-    target={"device": "cpu", "batch": 64},
+    target=LatencyTarget("cpu", "eager", "float32", 64),
 )  # fmt: skip
 
 
@@ -71,7 +72,15 @@ def test_one_table_a_model(costs: list[CostRow]) -> None:
 def test_a_measured_row_shows_all(costs: list[CostRow]) -> None:
     (table,) = cost_tables([MEASURED])
     shown = text_of(table)
-    for part in ("2.282", "49.5%", "22.05", "1234", "1.87 1.85–1.90", "310.2", "device cpu, batch"):
+    for part in (
+        "2.282",
+        "49.5%",
+        "22.05",
+        "1234",
+        "1.87 1.85–1.90",
+        "310.2",
+        "device cpu, runtime eager",
+    ):
         assert part in shown, shown
     assert cells(table, "published GFLOPs") == ["2.137 thop (ours 2.136); 2.2 mine (ours —)"]
     assert cells(table, "fvcore") == ["2.282"]

@@ -15,7 +15,9 @@ from tests.methods.method_settings import CASES, COVERING, PAIRS, Case, pairs, p
 from tests.methods.tiny_models import dense, hybrid, images
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
-from vitpareto.search.measure.cost import fvcore_macs, macs, recipe_macs
+from vitpareto.search.measure import macs
+from vitpareto.search.measure.closed_form import recipe_macs
+from vitpareto.search.measure.fvcore_macs import fvcore_macs
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),

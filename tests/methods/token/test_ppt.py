@@ -15,7 +15,7 @@ from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.tokens import Tokens, keep
 from vitpareto.methods.token.ppt import merge_or_keep
-from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.closed_form import recipe_macs
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

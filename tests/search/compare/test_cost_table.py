@@ -22,7 +22,7 @@ from vitpareto.search.compare.cost_table import (
     cost_rows,
     setting_at,
 )
-from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.measure.counting import counter, work
 from vitpareto.search.models.loading import fresh_model
 
@@ -157,7 +157,7 @@ def test_every_figure_of_a_row(measured: list[CostRow]) -> None:
         assert row.share == pytest.approx(row.gmacs / dense.gmacs)
         assert row.speedup_low <= row.speedup <= row.speedup_high
         assert row.images_per_s > 0 and row.peak_mb > 4 * row.params_m
-        assert row.target["batch"] == 2 and row.target["device"] == "cpu" and not row.note
+        assert row.target.batch == 2 and row.target.device == "cpu" and not row.note
     for row in measured[1:-1]:
         assert row.rate == 0.5 and row.share < 0.6
         assert row.images_per_s == pytest.approx(dense.images_per_s * row.speedup)

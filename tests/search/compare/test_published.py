@@ -16,7 +16,7 @@ from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare import published
 from vitpareto.search.compare.published import Row, matching, recompute, rows
-from vitpareto.search.measure.cost import schedule_macs
+from vitpareto.search.measure.closed_form import schedule_macs
 from vitpareto.search.measure.counting import COUNTERS, Work, counter, work
 
 #: what the project promises, as a share; the last two sources round to 0.1 G of 2 to 3 G

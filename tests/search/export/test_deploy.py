@@ -287,8 +287,8 @@ def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> Non
     result = check_files(bundle)
     for timed in found:
         assert timed.macs_ratio == result["dense"]["gmacs"] / result["cost"]["gmacs"]
-        assert timed.latency.target["runtime"] == timed.runtime
-        assert timed.latency.target["batch"] == timed.batch and timed.latency.rounds == 6
+        assert timed.latency.target.runtime == timed.runtime
+        assert timed.latency.target.batch == timed.batch and timed.latency.rounds == 6
         assert timed.efficiency == timed.latency.speedup / timed.macs_ratio
         assert timed.latency.speedup_low <= timed.latency.speedup <= timed.latency.speedup_high
     assert heard == found
@@ -357,6 +357,6 @@ def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
     assert limit_violation(above, task) == above.values["latency_ms"] / 1e-3 - 1 > 0
     dense = measure_recipe(place, 0, Recipe())
     assert dense.state == "finished" and dense.images == 20 and dense.timed is not None
-    assert dense.timed.target["runtime"] == "onnxruntime" and dense.timed.target["batch"] == 4
+    assert dense.timed.target.runtime == "onnxruntime" and dense.timed.target.batch == 4
     wide = replace(place, task=replace(task, latency=replace(task.latency, limit_ms=1e6)))
     assert measure_recipe(wide, 1, recipe).state == "finished"

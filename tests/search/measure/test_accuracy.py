@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tests.search.small import PREPROCESS, image_folder, opened, vit
 from vitpareto import methods
 from vitpareto.search.data.datasets import Data, Split
+from vitpareto.search.measure import macs
 from vitpareto.search.measure.accuracy import (
     DTYPES,
     Correctness,
@@ -22,7 +23,6 @@ from vitpareto.search.measure.accuracy import (
     batches_of,
     evaluate,
 )
-from vitpareto.search.measure.cost import macs
 
 CLASSES = ("ape", "bee", "cat", "dog", "elk", "fox", "gnu")
 

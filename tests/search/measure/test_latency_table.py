@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,22 +13,23 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from tests.refusals import refused
 from tests.search.small import vit
 from vitpareto.methods.slicing.importance import magnitudes
 from vitpareto.methods.slicing.plan import least, plan
 from vitpareto.methods.slicing.sliced_model import BlockWidths, Widths, model_widths
 from vitpareto.search.errors import UserError
+from vitpareto.search.measure.block_timing import measure_latency_table, points_of
+from vitpareto.search.measure.latency import LatencyTarget
 from vitpareto.search.measure.latency_table import (
     ATTENTION,
     MLP,
     REST,
     Grid,
-    Profile,
-    measure_profile,
-    points_of,
+    LatencyTable,
 )
 
-TARGET = {"device": "cpu", "runtime": "eager", "dtype": "float32", "batch": 4, "threads": 1}
+TARGET = LatencyTarget("cpu", "eager", "float32", batch=4, threads=1)
 
 
 def grid(names: tuple[str, ...], points: dict[str, tuple[int, ...]], ms) -> Grid:
@@ -38,13 +38,13 @@ def grid(names: tuple[str, ...], points: dict[str, tuple[int, ...]], ms) -> Grid
     return Grid(axes, ms(*where) * np.ones([len(v) for v in axes.values()]))
 
 
-def table(device: str = "cpu") -> Profile:
+def table(device: str = "cpu") -> LatencyTable:
     """A made-up machine for models of 64 channels: multiplications alone cost time."""
     points = {"embedding": (16, 32, 64), "heads": (2, 4), "qk": (8, 16), "v": (8, 16),
               "mlp": (16, 64, 128), "tokens": (2, 33, 65)}  # fmt: skip
-    return Profile(
+    return LatencyTable(
         "small",
-        {**TARGET, "device": device},
+        replace(TARGET, device=device),
         grid(ATTENTION, points, lambda e, h, q, v, n: 1e-6 * n * h * (e * (2 * q + 2 * v))),
         grid(MLP, points, lambda e, m, n: 2e-6 * n * e * m),
         grid(REST, points, lambda e: 1e-3 * e),
@@ -100,7 +100,7 @@ def test_outside_the_grid_is_refused() -> None:
     for name, value in (("embedding", 65), ("mlp", 15.9), ("tokens", 1)):
         where = {"embedding": 64, "mlp": 64, "tokens": 65, name: value}
         low, high = one.axes[name][0], one.axes[name][-1]
-        with pytest.raises(UserError, match=f"goes from {name} {low} to {high}: {value:g} lies"):
+        with refused("out-of-range", name=name, got=value, low=low, high=high):
             one.at(where)
 
 
@@ -129,54 +129,63 @@ def test_nvit_plans_to_a_target_in_time() -> None:
 def test_a_table_is_written_and_read_back(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     table().save(path)
-    read = Profile.load(path)
-    assert read.plain() == table().plain() and read.digest == table().digest
+    read = LatencyTable.load(path)
+    assert read.to_json() == table().to_json() and read.digest == table().digest
     assert read.digest != table("NVIDIA H200").digest
-    with pytest.raises(UserError, match="cannot be written: No such file"):
+    with refused("unwritable", UserError):
         table().save(tmp_path / "none" / "p.json")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"schema": 3}, "it has schema 3, this version reads 2"),
-        ({"schema": None}, "is no latency table (TypeError"),
-        ({"mlp": None}, "is no latency table"),
-        ({"rest": {"axes": {"embedding": [16, 16]}, "ms": [1, 2]}}, "a grid over embedding is"),
-        ({"rest": {"axes": {"embedding": [16, 32]}, "ms": [1]}}, "a grid over embedding is"),
-        ({"rest": {"axes": {"width": [16, 32]}, "ms": [1, 2]}}, "got ['width']"),
-        ({"rest": {"axes": {"embedding": [16, 32]}, "ms": [1, 0]}}, "not a positive number"),
+        {"schema": 3},
+        {"schema": None},
+        {"mlp": None},
+        {"rest": {"axes": {"embedding": [16, 16]}, "ms": [1, 2]}},
+        {"rest": {"axes": {"embedding": [16, 32]}, "ms": [1]}},
+        {"rest": {"axes": {"width": [16, 32]}, "ms": [1, 2]}},
+        {"rest": {"axes": {"embedding": [16, 32]}, "ms": [1, 0]}},
+        {"target": {"device": "cpu"}},
     ],
 )
-def test_what_is_no_table_is_refused(tmp_path: Path, change: dict, said: str) -> None:
+def test_an_invalid_table_is_refused(tmp_path: Path, change: dict) -> None:
     path = tmp_path / "p.json"
-    path.write_text(json.dumps({**table().plain(), **change}))
-    with pytest.raises(UserError, match=re.escape(said)):
-        Profile.load(path)
+    path.write_text(json.dumps({**table().to_json(), **change}))
+    with refused("unreadable", UserError, path=str(path)):
+        LatencyTable.load(path)
 
 
-def test_a_file_that_is_not_there_or_not_json(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read: No such file"):
-        Profile.load(tmp_path / "p.json")
+def test_a_missing_file_or_other_text_is_refused(tmp_path: Path) -> None:
+    with refused("unreadable", UserError):
+        LatencyTable.load(tmp_path / "p.json")
     (tmp_path / "p.json").write_text("latency: 3")
-    with pytest.raises(UserError, match="is no latency table"):
-        Profile.load(tmp_path / "p.json")
+    with refused("unreadable", UserError):
+        LatencyTable.load(tmp_path / "p.json")
 
 
 def test_a_table_for_another_target_is_refused() -> None:
     table().check(TARGET, vit())
-    said = "it was measured with batch 4 and not 1, threads 1 and not 2; measure this one"
-    with pytest.raises(UserError, match=re.escape(said)):
-        table().check({**TARGET, "batch": 1, "threads": 2}, vit())
-    with pytest.raises(UserError, match="device NVIDIA H200 and not cpu, threads 1 and not None"):
-        table("NVIDIA H200").check({k: v for k, v in TARGET.items() if k != "threads"} | {
-            "device": "cpu"}, vit())  # fmt: skip
+    with refused("mismatch", UserError, keys=("batch", "threads")):
+        table().check(replace(TARGET, batch=1, threads=2), vit())
+    with refused("mismatch", UserError, keys=("device", "threads")):
+        table("NVIDIA H200").check(replace(TARGET, threads=None), vit())
+
+
+def test_a_table_of_the_version_before_reads_alike(tmp_path: Path) -> None:
+    """Same keys on disk, `threads` only on a CPU, same digest."""
+    gpu = replace(table(), target=LatencyTarget("NVIDIA H200", "eager", "bfloat16", 256))
+    stored = gpu.to_json()
+    assert stored["target"] == {
+        "device": "NVIDIA H200", "runtime": "eager", "dtype": "bfloat16", "batch": 256,
+    }  # fmt: skip
+    assert LatencyTable.from_json(stored).digest == gpu.digest
 
 
 def test_a_table_for_a_smaller_model_is_refused() -> None:
     with torch.device("meta"):
         larger = timm.create_model("deit_tiny_patch16_224")
-    with pytest.raises(UserError, match="goes from embedding 16 to 64: 192 lies outside"):
+    with refused("out-of-range", name="embedding", got=192):
         table().check(TARGET, larger)
 
 
@@ -199,7 +208,7 @@ def tiny(**settings) -> VisionTransformer:
 
 def test_a_measured_table_reaches_from_one_group_to_the_whole_model() -> None:
     seen: list[tuple[int, int]] = []
-    made = measure_profile(
+    made = measure_latency_table(
         tiny(), "tiny", batch=2, device="cpu", dtype=torch.float32, points=2, rounds=3,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
@@ -208,13 +217,13 @@ def test_a_measured_table_reaches_from_one_group_to_the_whole_model() -> None:
     }  # fmt: skip
     assert made.mlp.axes == {"embedding": (16, 32), "mlp": (16, 128), "tokens": (2, 5)}
     assert seen[-1] == (16 + 8 + 2 + 2 * 4,) * 2
-    assert made.target == {**TARGET, "batch": 2, "threads": torch.get_num_threads()}
+    assert made.target == replace(TARGET, batch=2, threads=torch.get_num_threads())
     for widths in (least(model_widths(tiny())), model_widths(tiny())):
         assert made.cost(5)(widths) > 0
 
 
 def test_what_cannot_be_cut_has_one_point() -> None:
-    made = measure_profile(
+    made = measure_latency_table(
         tiny(qk_norm=True), "tiny", batch=1, device="cpu", dtype=torch.float32, points=2, rounds=1
     )
     assert made.attention.axes["qk"] == (16,) and len(made.attention.axes["v"]) == 2
@@ -222,8 +231,8 @@ def test_what_cannot_be_cut_has_one_point() -> None:
 
 @pytest.mark.parametrize(("points", "rounds"), [(1, 5), (3, 0)])
 def test_too_few_points_or_rounds(points: int, rounds: int) -> None:
-    with pytest.raises(UserError, match=f"2 points or more and a round, got {points}, {rounds}"):
-        measure_profile(
+    with refused("out-of-range", UserError, name="points" if points < 2 else "rounds"):
+        measure_latency_table(
             tiny(), "tiny", batch=1, device="cpu", dtype=torch.float32, points=points, rounds=rounds
         )
 
@@ -231,7 +240,7 @@ def test_too_few_points_or_rounds(points: int, rounds: int) -> None:
 # --- steps over tokens
 
 
-def stairs(ms: list[float], points: tuple[int, ...]) -> Profile:
+def stairs(ms: list[float], points: tuple[int, ...]) -> LatencyTable:
     return replace(table(), steps=Grid({"tokens": points}, np.asarray(ms)))
 
 
@@ -248,18 +257,18 @@ def test_snapping_between_points_and_where_latency_only_rises() -> None:
 
 
 def test_a_table_without_steps_cannot_be_snapped_to(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no steps over tokens: an earlier version wrote it"):
+    with refused("missing", UserError, name="steps"):
         table().snap(12)
     table().save(tmp_path / "t.json")
-    assert Profile.load(tmp_path / "t.json").steps is None
+    assert LatencyTable.load(tmp_path / "t.json").steps is None
 
 
 def test_a_measured_table_has_a_step_for_every_number_of_tokens(tmp_path: Path) -> None:
-    one = measure_profile(vit(), "small", batch=1, device="cpu", dtype=torch.float32,
+    one = measure_latency_table(vit(), "small", batch=1, device="cpu", dtype=torch.float32,
                           points=2, rounds=1)  # fmt: skip
     assert one.steps is not None and one.steps.axes["tokens"] == tuple(range(2, 66))
     one.save(tmp_path / "t.json")
-    again = Profile.load(tmp_path / "t.json")
+    again = LatencyTable.load(tmp_path / "t.json")
     assert again.digest == one.digest and [again.snap(n) for n in (5, 40)] == [
         one.snap(n) for n in (5, 40)
     ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from vitpareto import methods
 from vitpareto.search.data import embedded_images
-from vitpareto.search.measure.cost import macs
+from vitpareto.search.measure import macs
 from vitpareto.search.models import embedded_model
 from vitpareto.search.training.embedded import top1
 

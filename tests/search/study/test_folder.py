@@ -17,7 +17,7 @@ import pytest
 
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
-from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study import folder as store
 from vitpareto.search.study.folder import SCHEMA, StaleWorker, StudyFolder, studies_in
@@ -287,7 +287,9 @@ def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None
     own = {"top1": 80.0, "latency_ms": 3.0, "images_per_s": 9.0}
     for r in (result(0), result(1), result(2, values=own)):
         study.write(r)
-    timed = Latency(20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, {"device": "cpu", "batch": 64})
+    timed = Latency(
+        20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, LatencyTarget("cpu", "eager", "float32", 64)
+    )
     study.write_latencies({2: timed, 1: timed})
     assert study.latencies() == {1: timed, 2: timed}
     zero, one, two = study.measured()

@@ -14,7 +14,7 @@ from tests.refusals import refused
 from tests.search.tracking.conftest import CountingClient, Notices
 from tests.search.tracking.studies import OBJECTIVES, GrowingStudy, finish, wait_until_sent
 from vitpareto.search.errors import Code, UserError
-from vitpareto.search.measure.latency import Latency
+from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.tracking import live_updates, sync
 from vitpareto.search.tracking.client import open_client
 from vitpareto.search.tracking.notices import Event
@@ -74,7 +74,8 @@ def test_latencies_measured_at_the_end_are_sent(study: GrowingStudy) -> None:
     with Tracker(study.folder) as tracker:
         study.add_result(tracker.on_result)
         wait_until_sent(tracker)
-        timed = Latency(20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, {"device": "cpu", "batch": 64})
+        target = LatencyTarget("cpu", "eager", "float32", 64)
+        timed = Latency(20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, target)
         study.folder.write_latencies({0: timed})
         assert finish(tracker, study)
     metrics = study.check_runs()[0].data.metrics

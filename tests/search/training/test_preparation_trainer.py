@@ -25,7 +25,7 @@ from vitpareto.methods.slicing.snapshots import (
     targets_between,
 )
 from vitpareto.search.data.datasets import Split
-from vitpareto.search.measure.cost import macs
+from vitpareto.search.measure import macs
 from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.training.preparation_trainer import CachedTrainer, TrainingImages

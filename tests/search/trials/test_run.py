@@ -17,7 +17,7 @@ from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.data.datasets import Preprocess
 from vitpareto.search.errors import UserError
-from vitpareto.search.measure.cost import fvcore_macs
+from vitpareto.search.measure.fvcore_macs import fvcore_macs
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
@@ -117,7 +117,7 @@ def test_the_front_has_latencies_on_a_named_target(
     assert {r.trial for r in front} == set(latencies) == set(tally.front)
     for timed in latencies.values():
         assert timed.rounds >= 30
-        assert timed.target["device"] == "cpu" and timed.target["batch"] == 1
+        assert timed.target.device == "cpu" and timed.target.batch == 1
         assert 0 < timed.p50_ms <= timed.p95_ms
         assert timed.speedup_low <= timed.speedup <= timed.speedup_high
     merged = {r.trial: r.values for r in folder.measured()}
@@ -201,7 +201,7 @@ def test_latency_as_an_objective_is_measured_alone(
     folder, _ = search(replace(config, latency="off"), room)
     for result in folder.results():
         assert result.values["latency_ms"] > 0
-        assert result.timed is not None and result.timed.target["runtime"] == "eager"
+        assert result.timed is not None and result.timed.target.runtime == "eager"
         if result.trial:
             # the dense model's p50 over the trial's own ratio: free of the machine's drift
             base = folder.results()[0].timed

@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
 from vitpareto.search.choices import SAMPLERS
-from vitpareto.search.measure.cost import recipe_macs
+from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.objectives import OBJECTIVES

@@ -25,9 +25,10 @@ from vitpareto.search.compare.show import Asked
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import choose_trial, export
 from vitpareto.search.export.verification import verify
+from vitpareto.search.measure import macs
 from vitpareto.search.measure.accuracy import evaluate
-from vitpareto.search.measure.cost import fvcore_macs, macs
-from vitpareto.search.measure.latency_table import measure_profile
+from vitpareto.search.measure.block_timing import measure_latency_table
+from vitpareto.search.measure.fvcore_macs import fvcore_macs
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
@@ -345,7 +346,7 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
 ) -> None:
     dense = load_model("digits")
     # a batch in which the work counts, not the call: a busy machine may make one call take any time
-    table = measure_profile(
+    table = measure_latency_table(
         dense, "digits", batch=32, device="cpu", dtype=torch.float32, points=2, rounds=9
     )
     table.save(tmp_path / "p.json")
