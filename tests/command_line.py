@@ -1,0 +1,101 @@
+"""Fixtures that run `vitpareto ...` in this process, and one small study for tests that read it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitpareto import cli
+from vitpareto.methods.engine.errors import BadInput, Code
+
+#: the study that `study_store` holds
+STUDY, TRIALS = "s", 8
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command printed, how it exited, and the error that it reported."""
+
+    code: int
+    out: str
+    err: str
+    error: Exception | None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Standard output as JSON, one object per line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    def is_refused(self, code: Code | None = None, **details: Any) -> BadInput:
+        """Assert that the command was refused in one message, with this code and these details."""
+        assert self.code == cli.REFUSED, self.err or self.out
+        assert isinstance(self.error, BadInput), self.error
+        assert f"error: {self.error}\n" in self.err and "Traceback" not in self.err
+        if code is not None:
+            assert self.error.code == code, f"{self.error.code}: {self.error}"
+        found = {k: self.error.details.get(k) for k in details}
+        assert found == details, f"{found}: {self.error}"
+        return self.error
+
+
+Run = Callable[..., Result]
+
+
+def run_command(*arguments: object) -> Result:
+    """Run `vitpareto ...` through its entry point."""
+    errors: list[Exception] = []
+    reported = cli._reported
+
+    def spy(error: Exception, debug: bool) -> int:
+        errors.append(error)
+        return reported(error, debug)
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["vitpareto", *map(str, arguments)])
+        patch.setattr(cli, "_reported", spy)
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as exited,
+        ):
+            cli.main()
+    code = exited.value.code
+    return Result(
+        code if isinstance(code, int) else 0,
+        out.getvalue(),
+        err.getvalue(),
+        errors[0] if errors else None,
+    )
+
+
+@pytest.fixture
+def command() -> Run:
+    return run_command
+
+
+@pytest.fixture(scope="session")
+def study_store(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A store with the study `s`, for tests that only read it."""
+    store = tmp_path_factory.mktemp("studies")
+    job = tmp_path_factory.mktemp("job") / "job.yaml"
+    job.write_text("images: 40\nmethods: [topk, tome]\nlatency: off\nworkers: 2\n")
+    made = run_command("search", job, "--name", STUDY, "--trials", TRIALS, "--store", store,
+                       "--cache", cache)  # fmt: skip
+    assert made.code == 0, made.err
+    return store
+
+
+@pytest.fixture
+def own_store(study_store: Path, tmp_path: Path) -> Path:
+    """A copy of `study_store`, for tests that change it."""
+    return Path(shutil.copytree(study_store, tmp_path / "studies"))

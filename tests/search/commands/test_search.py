@@ -1,0 +1,90 @@
+"""`vitpareto search`: a study is made and continued, and bad input measures nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import Run
+from vitpareto.methods.engine.errors import Code
+
+pytestmark = pytest.mark.usefixtures("room")  # one Ray for the file: `local_cluster` joins it
+
+
+def test_a_search_prints_its_front_and_continues_by_name(
+    command: Run, cache: Path, tmp_path: Path
+) -> None:
+    job, store = tmp_path / "job.yaml", tmp_path / "studies"
+    job.write_text("trials: 100\nimages: 40\nmethods: [topk, tome]\nlatency: off\n")
+    where = ("--store", store, "--cache", cache)
+    result = command("search", job, "--set", "trials=3", "--name", "s", "--workers", 2, *where)
+    assert result.code == 0, result.err
+    assert "3 trials measured" in result.err and "hypervolume" in result.err
+    assert "front of s: digits on digits" in result.out and "topk keep_rate" in result.out
+    assert (store / "s" / "front.png").stat().st_size > 10_000
+    assert (store / "s" / "front.svg").read_text().startswith("<?xml")
+    assert "MLflow" not in result.err
+
+    # keys that are not given stay as the study was started
+    result = command("search", "--name", "s", "--trials", 5, *where)
+    assert result.code == 0 and "5 trials measured" in result.err
+    assert len(list((store / "s" / "trials").glob("*.json"))) == 5
+
+
+#: bad options: the code where the command checks them itself, and what the message names
+BAD: dict[str, tuple[tuple[str, ...], Code | None, str]] = {
+    "unknown model": (("--model", "diet_small_patch16_224"), None, "'deit_small"),
+    "unsupported model": (("--model", "resnet18"), None, "ResNet"),
+    "unknown method": (("--methods", "topk,tomee"), None, "'tome'"),
+    "no epochs": (("--methods", "tnt"), Code.MISSING, "prepare_epochs"),
+    "no profile": (("--methods", "nvit", "--prepare-epochs", "1", "--profile", "/nowhere.json"),
+                   None, "/nowhere.json"),
+    "unknown objective": (("--objectives", "top1,gmac"), Code.UNKNOWN_NAME, "'gmacs'"),
+    "unknown sampler": (("--sampler", "tpee"), Code.OUT_OF_RANGE, "'tpe'"),
+    "unknown key": (("--set", "trails=3"), Code.UNKNOWN_NAME, "'trials'"),
+    "given twice": (("--trials", "3", "--set", "trials=4"), Code.CONFLICT, "trials=4"),
+    "out of range": (("--trials", "0"), Code.OUT_OF_RANGE, "from 1 to"),
+    "parameter out of range": (("--set", "space.topk.keep_rate=[0.5,1.5]"), None, "1.5"),
+    "unknown parameter": (("--set", "fixed.tome.inflexion=0"), None, "'inflection'"),
+    "no such data": (("--data", "/nowhere/val"), None, "/nowhere/val"),
+    "empty folder": (("--data", "EMPTY"), None, "EMPTY"),
+    "classes differ": (("--data", "FOLDER"), None, "10 classes"),
+    "unwritable store": (("--store", "FILE/studies"), None, "FILE"),
+    "unreachable window": (("--max-gmacs", "0.000001"), None, "1e-06"),
+    "too many images": (("--images", "100000"), None, "400"),
+    "missing weights": (("--weights", "/nowhere/w.safetensors"), None, "/nowhere/w.safetensors"),
+    "wrong weights": (("--weights", "WEIGHTS"), None, "WEIGHTS.safetensors"),
+    "missing job": (("nowhere.yaml",), Code.NOT_FOUND, "nowhere.yaml"),
+    "no CUDA": (("--device", "cuda"), None, "CUDA"),
+    "password": (("--tracking-uri", "https://me:hidden@host"), Code.SECRET,
+                 "MLFLOW_TRACKING_PASSWORD"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_measures_nothing(
+    command: Run, case: str, tmp_path: Path, cache: Path
+) -> None:
+    import torch
+    from PIL import Image
+    from safetensors.torch import save_file
+
+    if case == "no CUDA" and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("")
+    for label in ("cat", "dog", "emu"):
+        (tmp_path / "FOLDER" / label).mkdir(parents=True)
+        for i in range(20):
+            path = tmp_path / "FOLDER" / label / f"{i}.png"
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+    save_file({"cls_token": torch.zeros(1, 1, 7)}, tmp_path / "WEIGHTS.safetensors")
+    options, code, fragment = BAD[case]
+    paths = {"EMPTY": "EMPTY", "FILE/studies": "FILE/studies", "FOLDER": "FOLDER",
+             "WEIGHTS": "WEIGHTS.safetensors"}  # fmt: skip
+    options = tuple(str(tmp_path / paths[o]) if o in paths else o for o in options)
+    result = command("search", "--store", tmp_path / "studies", "--cache", cache, *options)
+    assert fragment in str(result.is_refused(code))
+    assert "hidden" not in result.err
+    assert not list(tmp_path.glob("studies/*/trials/*")), "nothing may be measured"
