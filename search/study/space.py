@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, Step
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
 from vitpareto.search.errors import UserError
+
+if TYPE_CHECKING:  # a measurement without a search starts without Optuna
+    import optuna
 
 #: beneath a token method: nothing; and the word of `space` and `fixed` for what may lie there
 NONE, STRUCTURE = "none", "structure"
