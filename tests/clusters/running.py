@@ -21,6 +21,9 @@ import psutil
 
 from tests.search.faults import until
 
+#: as a user types it: `python -m` would put the working directory on the path
+COMMAND = Path(sys.executable).with_name("vitpareto")
+
 
 @dataclass
 class Running:
@@ -43,7 +46,7 @@ class Running:
     ) -> tuple[int, str]:
         """A command as a user gives it, from a folder: its exit, and all that it printed."""
         done = subprocess.run(
-            [sys.executable, "-m", "vitpareto", *map(str, arguments)],
+            [COMMAND, *map(str, arguments)],
             cwd=cwd, env=environment or self.environment, text=True, timeout=400,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
@@ -93,7 +96,7 @@ def _running(
     )
     with open(log, "w") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "vitpareto", "cluster", "local", "--nodes", str(nodes),
+            [COMMAND, "cluster", "local", "--nodes", str(nodes),
              "--port", "0", *options],
             env=kept, stdout=out, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
