@@ -21,8 +21,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from vitpareto import methods
-from vitpareto.dashboards.patches import patches_png
-from vitpareto.dashboards.styles import COLOURS, CONTROL_FRONT, DENSE, styles_of
+from vitpareto.dashboards.method_styles import COLOURS, CONTROL_FRONT, DENSE, styles_of
+from vitpareto.dashboards.token_picture import patches_png
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare import published
 from vitpareto.search.compare.show import Asked, look

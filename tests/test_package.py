@@ -119,7 +119,7 @@ def test_a_wheel_works_elsewhere(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.insert(0, {str(place)!r})
-import vitpareto, vitpareto.cli, vitpareto.clusters.connect, vitpareto.dashboards.plot
+import vitpareto, vitpareto.cli, vitpareto.clusters.connect, vitpareto.dashboards.front_plot
 from vitpareto import methods, search
 from vitpareto.search.compare import published
 from vitpareto.search.models import embedded_model

@@ -55,7 +55,7 @@ def write_study_explorer(
 
 def draw_front(folder: StudyFolder, path: Path) -> Path:
     """Draw the front, and the recovered one, to a picture."""
-    from vitpareto.dashboards.plot import plot_front
+    from vitpareto.dashboards.front_plot import plot_front
     from vitpareto.search.study.certificates import measured
 
     return plot_front(

@@ -57,7 +57,7 @@ def show_command(
     vitpareto show --study deit-s --trial 12 --out patches.png
     """
     from vitpareto.dashboards.csv_json import json_lines
-    from vitpareto.dashboards.patches import check_path, draw_patches, patch_rows, summary
+    from vitpareto.dashboards.token_picture import check_path, draw_patches, patch_rows, summary
     from vitpareto.search.compare.show import Asked, look
 
     check_path(out)

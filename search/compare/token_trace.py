@@ -1,5 +1,5 @@
 """What a pruned model does to single images: which patches are kept, merged or dropped in each
-block. `dashboards.patches` draws it. Nothing is measured here: accuracy and cost are `evaluate`'s.
+block. `dashboards.token_picture` draws it. Measures neither accuracy nor cost.
 """
 
 from __future__ import annotations

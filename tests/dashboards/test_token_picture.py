@@ -19,8 +19,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from vitpareto.dashboards.painting import FUSED, OUTLINES, group_colours, outlines, painted
-from vitpareto.dashboards.patches import COLUMNS, draw_patches, patch_rows, patches_figure, summary
+from vitpareto.dashboards.token_picture import (
+    COLUMNS,
+    draw_patches,
+    patch_rows,
+    patches_figure,
+    summary,
+)
+from vitpareto.dashboards.token_pixels import FUSED, OUTLINES, group_colours, outlines, painted
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess, follow
 from vitpareto.search.data import embedded_images
@@ -349,6 +355,7 @@ def test_other_files_are_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_no_global_matplotlib_state() -> None:
-    code = "import sys, vitpareto.dashboards.patches; sys.exit('matplotlib.pyplot' in sys.modules)"
+    module = "vitpareto.dashboards.token_picture"
+    code = f"import sys, {module}; sys.exit('matplotlib.pyplot' in sys.modules)"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -1,5 +1,5 @@
 """A followed image as pixels and lines: dropped patches pale, groups filled with their mean and
-outlined, fused ones tinted. Arrays in, arrays out: `dashboards.patches` puts them on a page.
+outlined, fused ones tinted. Arrays in, arrays out: `dashboards.token_picture` puts them on a page.
 """
 
 from __future__ import annotations

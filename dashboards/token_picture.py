@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from vitpareto.dashboards.painting import (
+from vitpareto.dashboards.token_pixels import (
     FUSED,
     OUTLINES,
     PAPER,

@@ -17,8 +17,10 @@ import pytest
 from matplotlib.colors import same_color, to_rgba
 from matplotlib.figure import Figure
 
-from vitpareto.dashboards.plot import PublishedPoint, front_figure, plot_front
-from vitpareto.dashboards.styles import CONTROLS
+from tests.refusals import refused
+from vitpareto import methods
+from vitpareto.dashboards.front_plot import PublishedPoint, front_figure, plot_front
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.objectives import objectives_named
@@ -26,6 +28,7 @@ from vitpareto.search.study.results import TrialResult, TrialState
 
 pytestmark = pytest.mark.filterwarnings("error")
 
+CONTROLS = {n for n in methods.names() if methods.get(n).control} - {"dense"}
 FEW = ("tome", "tram", "rajni", "topk", "random", "resize")
 TWELVE = ("ats", "dynamicvit", "evit", "nvit", "patchmerger", "ppt", "rajni", "revit", "tnt",
           "tome", "topk", "tram")  # fmt: skip
@@ -120,7 +123,7 @@ def test_every_trial_measured_is_a_mark_and_the_rest_are_counted():
     assert drawn(figure, "raced_out:") == states["raced_out"]
     assert len(marks(figure, "dense")) == 3  # the star and two guides
     assert caption(figure) == (
-        f"{states['finished']} trials measured in full; {states['raced_out']} stopped early; "
+        f"{states['finished']} trials fully measured; {states['raced_out']} stopped early; "
         f"not drawn: {states['failed']} failed, {states['running']} running."
     )
     assert_tidy(figure)
@@ -174,7 +177,7 @@ def test_controls_are_hollow_and_grey_and_have_a_front_of_their_own():
     assert red == green == blue
     assert len(marks(figure, "control front")) == 1
     texts = legend(figure)
-    assert texts.index("Methods") < texts.index("tome") < texts.index("Controls, to be beaten")
+    assert texts.index("Methods") < texts.index("tome") < texts.index("Controls (baselines)")
     assert texts[-2:] == ["random", "resize"]
 
 
@@ -211,14 +214,14 @@ def test_a_recipe_of_two_parts_is_a_control_where_both_are():
         one = trial(number, tokens, 80.0 - number, 4.6 - 0.5 * number)
         results.append(replace(one, recipe={"structure": {"method": below}, **one.recipe}))
     shown = legend(draw(results))
-    methods, controls = shown.index("Methods"), shown.index("Controls, to be beaten")
+    methods, controls = shown.index("Methods"), shown.index("Controls (baselines)")
     assert set(shown[methods + 1 : controls]) == {"resize+topk", "nvit+random", "nvit+topk"}
     assert shown[controls + 1 :] == ["resize+random"]
 
 
-def test_the_caller_says_which_methods_are_controls():
-    figure = draw(study(60), controls=frozenset({"tome"}))
-    assert legend(figure)[-2:] == ["Controls, to be beaten", "tome"]
+def test_the_caller_decides_which_methods_are_controls():
+    figure = draw(study(60), is_control=lambda method: method == "tome")
+    assert legend(figure)[-2:] == ["Controls (baselines)", "tome"]
     (tome,) = marks(figure, "finished:tome")
     assert len(tome.get_facecolor()) == 0
 
@@ -241,7 +244,7 @@ def test_methods_differ_in_colour_and_shape():
     seen = {
         (tuple(np.round(a.get_facecolor()[0][:3], 3)), a.get_paths()[0].vertices.tobytes())
         for a in marks(figure, "finished:")
-        if a.get_gid().split(":")[-1] in TWELVE and "sunk" not in a.get_gid()
+        if a.get_gid().split(":")[-1] in TWELVE and "below" not in a.get_gid()
     }
     assert len(seen) == 12
     assert_tidy(figure)
@@ -252,20 +255,20 @@ def test_ruined_trials_are_arrows_on_the_lower_edge_and_counted():
     figure = draw(results)
     sunk = [r.values["top1"] for r in results if r.values and r.values["top1"] < 49.85]
     assert sunk
-    assert drawn(figure, "finished:sunk:") + drawn(figure, "raced_out:sunk:") == len(sunk)
+    assert drawn(figure, "finished:below:") + drawn(figure, "raced_out:below:") == len(sunk)
     assert drawn(figure, "finished:") + drawn(figure, "raced_out:") == sum(
         bool(r.values) for r in results[1:]
     )
     low, _ = figure.axes[0].get_ylim()
     assert 48 < low < 49.85
-    assert f"Arrows on the lower edge: {len(sunk)} trials under 49.85 %, down to" in caption(figure)
+    assert f"Arrows on the lower edge: {len(sunk)} trials below 49.85 %, down to" in caption(figure)
     assert_tidy(figure)
 
 
 def test_where_most_trials_are_ruined_they_are_the_picture():
     results = [trial(0, "dense", 80.0, 4.6), *(trial(i, "tome", 10.0 + i, i) for i in range(1, 4))]
     figure = draw(results)
-    assert not marks(figure, "finished:sunk") and figure.axes[0].get_ylim()[0] < 11
+    assert not marks(figure, "finished:below") and figure.axes[0].get_ylim()[0] < 11
 
 
 def test_published_numbers_are_crosses_in_the_methods_colour():
@@ -303,7 +306,7 @@ def test_a_cost_where_more_is_better_and_trials_without_it():
     (line,) = marks(figure, "front")
     assert list(line.get_xdata()) == [2000.0, 1500.0, 900.0]  # cheapest first; steps follow members
     assert figure.axes[0].get_xlabel() == "throughput (1/s), higher is better"
-    assert caption(figure) == "3 trials measured in full; not drawn: 2 without images_per_s."
+    assert caption(figure) == "3 trials fully measured; not drawn: 2 without images_per_s."
     assert_tidy(figure)
 
 
@@ -315,7 +318,7 @@ def test_only_the_dense_model():
     assert not marks(figure, "front") and not drawn(figure, "finished:")
     assert legend(figure) == ["95 % interval", "dense model\n79.85 %, 4.608 G"]
     assert caption(figure) == (
-        "1 trial measured in full. No front yet: no pruned model was measured in full."
+        "1 trial fully measured. No front yet: no pruned model is fully measured."
     )
     assert_tidy(figure)
 
@@ -323,19 +326,19 @@ def test_only_the_dense_model():
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        ([], "0 trials measured in full. No front yet."),
+        ([], "0 trials fully measured. No front yet."),
         (
             [trial(0, "tome", 0, 0, "failed")],
-            "0 trials measured in full; not drawn: 1 failed. No front yet.",
+            "0 trials fully measured; not drawn: 1 failed. No front yet.",
         ),
         (
             [trial(0, "tome", 70.0, 2.0, "raced_out")],
-            "0 trials measured in full; 1 stopped early. No front yet.",
+            "0 trials fully measured; 1 stopped early. No front yet.",
         ),
         (
             [trial(0, "dense", 80.0, 4.6), trial(1, "tome", 79.0, 4.7)],
-            "2 trials measured in full. "
-            "No front: no trial costs less, or is better, than the dense model.",
+            "2 trials fully measured. "
+            "No front: no trial costs less or is more accurate than the dense model.",
         ),
     ],
 )
@@ -349,7 +352,7 @@ def test_no_front(results, expected):
 def test_identical_points_are_counted():
     figure = draw([trial(i, "tome", 80.0, 4.6) for i in range(5)])
     assert drawn(figure, "finished:tome") == 5
-    assert "4 trials exactly behind another" in caption(figure)
+    assert "4 trials hidden by identical ones" in caption(figure)
     assert "Pareto front (1 trial)" in legend(figure)
     low, high = figure.axes[0].get_xlim()
     assert low < 4.6 < high
@@ -408,27 +411,26 @@ def test_a_thousand_trials_of_twelve_methods(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["front.pdf", "front", "front.png.txt"])
 def test_other_files_are_refused(tmp_path: Path, name: str):
-    with pytest.raises(ValueError, match=r"accepted are names in \.png or \.svg, got '"):
+    with refused(Code.OUT_OF_RANGE, UserError, got=Path(name).suffix):
         plot_front(study(3), title=TITLE, path=tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("objectives", "message"),
-    [
-        (("top1", "gmac"), "unknown objective 'gmac': did you mean 'gmacs'"),
-        (("top1",), "two objectives, vertical then horizontal; got 1: top1"),
-        (("top1", "gmacs", "params_m"), "got 3: top1, gmacs, params_m"),
-        ((), "got 0: none"),
-    ],
-)
-def test_objectives_are_checked(objectives, message):
-    with pytest.raises(ValueError, match=message):
+def test_an_unknown_objective_is_refused():
+    with refused(Code.UNKNOWN_NAME, UserError, name="gmac"):
+        draw(study(3), objectives=("top1", "gmac"))
+
+
+@pytest.mark.parametrize("objectives", [("top1",), ("top1", "gmacs", "params_m"), ()])
+def test_a_picture_needs_two_objectives(objectives):
+    with refused(Code.OUT_OF_RANGE, UserError, objectives=objectives):
         draw(study(3), objectives=objectives)
 
 
 def test_no_global_matplotlib_state():
     """pyplot would keep every figure alive and choose a backend for the whole process."""
-    code = "import sys, vitpareto.dashboards.plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = (
+        "import sys, vitpareto.dashboards.front_plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
