@@ -206,7 +206,7 @@ def local_command(
             typer.echo(f"  export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={cluster.token}")
             typer.echo(f"  vitpareto submit job.yaml --address {cluster.dashboard}")
             typer.echo(f"  vitpareto search job.yaml --address {cluster.address}")
-            typer.echo(f"dashboard: {cluster.dashboard}; Ctrl-C stops the cluster")
+            typer.echo(f"dashboard: {cluster.dashboard}; Ctrl-C ends it")
             sys.stdout.flush()
             _wait(cluster)
     finally:

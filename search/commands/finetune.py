@@ -97,7 +97,7 @@ def finetune_command(
             say=log,
             decode=display.counter("decoding images"),
             progress=lambda epoch: log(
-                f"{epoch}; {epochs - epoch.index - 1} left, {time.monotonic() - begin:.0f} s"
+                f"{epoch}; {epochs - epoch.index - 1} to go, {time.monotonic() - begin:.0f} s"
             ),
         )
     typer.echo(f"{trained.recipe}: before {trained.before}")
