@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.job import SearchConfig
     from vitpareto.search.study.results import TrialResult
+    from vitpareto.search.tracking.page import StudyPage
     from vitpareto.search.trials.job_check import CheckedJob
     from vitpareto.search.trials.run_study import Hook
     from vitpareto.search.trials.searcher import Tally
@@ -156,7 +157,7 @@ class SearchRunner:
 
 def _hooks(
     stack: contextlib.ExitStack, prepared: CheckedJob, capacity: Capacity
-) -> tuple[list[Hook], Callable[[Any, Tally], None]]:
+) -> tuple[list[Hook], Callable[[StudyPage, Tally], None]]:
     """The hooks for MLflow and for Ray's metrics, and what sends a finished study to MLflow."""
     from vitpareto.search.tracking.tracker import Tracker
     from vitpareto.search.trials.ray_metrics import Metrics
@@ -175,7 +176,7 @@ def _hooks(
     pending = (lambda: tracker.pending) if tracker is not None else (lambda: 0)
     hooks.append(Metrics(config.name, resources.workers, pending).hear)
 
-    def finish(page: Any, tally: Tally) -> None:
+    def finish(page: StudyPage, tally: Tally) -> None:
         if tracker is not None:
             tracker.finish(page, ended=tally.ended)
 
