@@ -49,7 +49,7 @@ from vitpareto.search.trials.measurement import measure_recipe
 task = study_task(prepared, threads=1)
 trainer = Worker.open(task).trainer
 shared = [n for n in job["methods"] if methods.get(n).trained_once]
-record_preparations(prepared.folder, [trainer.prepare(name) for name in shared])
+record_preparations(checked.folder, [trainer.prepare(name) for name in shared])
 worker = Worker.open(with_preparations(task))
 out = {}
 for number, name in enumerate(job["methods"]):
@@ -57,7 +57,7 @@ for number, name in enumerate(job["methods"]):
     shape = methods.model_shape(worker.dense)
     recipe = Recipe.of(name, **declared.preset(declared.presets[0], shape))
     result = measure_recipe(worker, number, recipe)
-    recorded = prepared.folder.artifacts
+    recorded = checked.folder.artifacts
     weights = (result.resolved or {}).get("weights")
     out[name] = [result.state, weights, weights is not None and recorded.has(weights),
                  sorted(result.provenance), result.provenance.get("prepared", [])]
@@ -71,6 +71,7 @@ SEARCH_AND_EXPORT = (
 from vitpareto.clusters.connect import local_cluster
 from vitpareto.search.export.bundle import export
 from vitpareto.search.export.verification import verify
+from vitpareto.search.trials.run_study import run_study
 
 lines = []
 with local_cluster(2) as capacity:

@@ -14,13 +14,15 @@ from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.training.preparation_cache import CachedPreparation, key_of, prepare_once
-from vitpareto.search.trials import candidates, run
+from vitpareto.search.trials import candidates
+from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.preparations import (
     preparation_summary,
     recorded,
     structural_outcomes,
 )
-from vitpareto.search.trials.trial import Worker
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 RECORDED = Path(__file__).parents[2] / "golden" / "preparations"
 #: the job that version 0.1.0 ran
@@ -63,8 +65,8 @@ def test_a_job_gives_the_recorded_inputs(
 
     monkeypatch.setattr(candidates, "prepare_once", capture)
     job = {**JOB, "store": str(tmp_path), "cache": str(cache)}
-    prepared = run.prepare(SearchConfig.of(job))
-    trainer = Worker.open(run.make_task(prepared, "", threads=1)).trainer
+    checked = check_job(SearchConfig.of(job))
+    trainer = Worker.open(study_task(checked, threads=1)).trainer
     for method in KEYS:
         trainer.prepare(method)
         # torch and timm are part of the key, and may be newer
