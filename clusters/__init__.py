@@ -1,1 +1,11 @@
-"""Where a search runs: this machine (`local`), and later Ray clusters elsewhere."""
+"""Where a search runs: Ray on this machine, several local nodes, or a cluster that takes jobs.
+
+connect      start a private Ray on this machine, or join a cluster
+local_nodes  a cluster of several nodes on this machine, to try one
+packing      what is sent to a cluster, and where its files are stored there
+jobs         submit, follow, list and stop searches on a cluster
+commands     the commands of this package
+
+Beside them: a Dockerfile and templates for Kubernetes, AWS, Google Cloud and Slurm. May import ray,
+`vitpareto.search` and `vitpareto.methods`; not `vitpareto.dashboards`.
+"""

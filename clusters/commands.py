@@ -23,7 +23,7 @@ from vitpareto.search.commands.terminal import console, log
 
 if TYPE_CHECKING:
     from vitpareto.clusters.connect import ClusterCapacity
-    from vitpareto.clusters.jobs import Head
+    from vitpareto.clusters.jobs import JobClient
 
 HEAD = "http://127.0.0.1:8265"
 
@@ -50,9 +50,9 @@ class RayClusters:
         return joined_cluster(address)
 
     def store_inputs(self, job: Mapping[str, Any], package: Path, study: Path) -> dict[str, Any]:
-        from vitpareto.clusters.jobs import settle
+        from vitpareto.clusters.packing import store_inputs
 
-        return settle(job, package, study)
+        return store_inputs(job, package, study)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -87,11 +87,11 @@ def submit_command(
     \b
     vitpareto submit job.yaml --address http://head:8265 --store s3://bucket/studies --follow
     """
-    from vitpareto.clusters.jobs import Head
+    from vitpareto.clusters.jobs import JobClient
     from vitpareto.search.study.job_files import read_job
 
     given = read_job(job, set_ or [], {"name": name, "store": store})
-    head = Head(address)
+    head = JobClient(address)
     submitted = head.submit(given)
     typer.echo(submitted)
     if follow:
@@ -100,10 +100,8 @@ def submit_command(
         log(f"log: vitpareto logs {submitted} --follow; stop: vitpareto stop {submitted}")
 
 
-def _follow(head: Head, job: str) -> None:
+def _follow(head: JobClient, job: str) -> None:
     """Print a job's log until it ends; exit code 1 where it did not succeed."""
-    from vitpareto.clusters.jobs import described
-
     try:
         for text in head.follow(job):
             typer.echo(text, nl=False)
@@ -112,7 +110,7 @@ def _follow(head: Head, job: str) -> None:
         raise typer.Exit(0) from None
     ended = head.find(job)
     if ended.status != "SUCCEEDED":
-        log(f"{job}: {ended.status.lower()}: {described(ended)}")
+        log(f"{job}: {ended.status.lower()}: {ended.failure}")
         raise typer.Exit(1)
 
 
@@ -124,9 +122,9 @@ def jobs_command(address: JobAddress = HEAD) -> None:
     """
     from rich.table import Table
 
-    from vitpareto.clusters.jobs import Head, described
+    from vitpareto.clusters.jobs import JobClient
 
-    jobs = Head(address).jobs()
+    jobs = JobClient(address).jobs()
     if not jobs:
         typer.echo(f"no search was submitted to {address} yet")
         return
@@ -134,8 +132,8 @@ def jobs_command(address: JobAddress = HEAD) -> None:
     for column in ("job", "study", "started", "status", ""):
         table.add_column(column, overflow="fold")
     for job in jobs:
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.begun_ms / 1e3))
-        table.add_row(job.id, job.study, started, job.status.lower(), described(job))
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.started_ms / 1e3))
+        table.add_row(job.id, job.study, started, job.status.lower(), job.failure)
     console().print(table)
 
 
@@ -149,9 +147,9 @@ def logs_command(
     \b
     vitpareto logs deit-s-1a2b3c4d --follow --address http://head:8265
     """
-    from vitpareto.clusters.jobs import Head
+    from vitpareto.clusters.jobs import JobClient
 
-    head = Head(address)
+    head = JobClient(address)
     if follow:
         _follow(head, job)
     else:
@@ -164,10 +162,10 @@ def stop_command(job: JobId, address: JobAddress = HEAD) -> None:
     \b
     vitpareto stop deit-s-1a2b3c4d --address http://head:8265
     """
-    from vitpareto.clusters.jobs import Head
+    from vitpareto.clusters.jobs import JobClient
 
-    before = Head(address).stop(job)
-    if before.over:
+    before = JobClient(address).stop(job)
+    if before.ended:
         typer.echo(f"{job} has ended already: {before.status.lower()}")
     else:
         typer.echo(f"{job} is stopping; submitting the same job again continues it")
@@ -193,11 +191,11 @@ def local_command(
     \b
     vitpareto cluster local --nodes 3
     """
-    from vitpareto.clusters.local_nodes import several_nodes
+    from vitpareto.clusters.local_nodes import local_nodes
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        with several_nodes(nodes, cpus, port, resource) as cluster:
+        with local_nodes(nodes, cpus, port, resource) as cluster:
             # set after Ray sets its own, which drains for half a minute
             signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             for i, process in enumerate(cluster.processes):

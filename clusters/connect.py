@@ -1,6 +1,7 @@
-"""The Ray that a search runs on: this machine as a cluster of its own, or one that is there.
+"""Start a private Ray on this machine, or join a Ray cluster; leave it when the block ends.
 
-Knows how Ray is started, joined and left; what runs on it is `search.trials.run_study`'s business.
+What runs on it is `search.trials.run_study`'s. Import this module before ray: it sets variables
+that Ray reads when it is imported.
 """
 
 from __future__ import annotations
@@ -16,26 +17,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-#: read by Ray when it is imported: quiet, no usage reports, and no result files of its own
+# quiet, without usage reports and without result files of its own
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-# its own record of the run is never read, and grows with every trial
+# Ray's record of the run is never read, and grows with every trial
 os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray replaces a loopback address by a reachable one, unless it may not form clusters across
-# machines: this is its switch for that, whatever its name says
+# despite its name: Ray keeps a loopback address only if clusters over machines are off
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 import ray
 
+from vitpareto.clusters.ray_internals import LOOPBACK_ARGUMENTS
+from vitpareto.methods import Code
 from vitpareto.search.code_identity import PACKAGE, link_code
 from vitpareto.search.errors import UserError
 from vitpareto.search.trials.nodes import Node
 from vitpareto.search.trials.ray_cluster import live_nodes
 
-#: seconds in which a head has to answer
+#: seconds within which a head must answer
 ANSWER_S = 10.0
 
 log = logging.getLogger("vitpareto")
@@ -43,8 +45,8 @@ log = logging.getLogger("vitpareto")
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """What a cluster offers, in whole CPUs and GPUs. nodes: of one that was there; none: it is this
-    machine's own.
+    """What a cluster offers, in whole CPUs and GPUs. nodes: of a cluster that was joined; none if
+    it is this machine's own Ray.
     """
 
     cpus: int
@@ -72,17 +74,17 @@ def local_cluster(workers: int | None = None) -> Iterator[ClusterCapacity]:
 def _started(cpus: int) -> Iterator[None]:
     with _code_folder() as folder:
         with warnings.catch_warnings(), _worker_path(folder):
-            # Ray forks helpers while threads run; it did so before Python began to warn
+            # Ray forks helper processes while threads run, which Python warns about
             warnings.simplefilter("ignore", ResourceWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
             ray.init(
-                address="local",  # a new one, also where RAY_ADDRESS names another
+                address="local",  # a new one even if RAY_ADDRESS names another
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
                 configure_logging=True,
                 logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
+                **LOOPBACK_ARGUMENTS,
             )
         try:
             address = ray.util.get_node_ip_address()
@@ -123,28 +125,25 @@ def _worker_path(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def joined_cluster(address: str) -> Iterator[ClusterCapacity]:
-    """The Ray at HOST:PORT, or the one that this process is part of (`auto`); left when the block
-    ends, with everything that runs there.
+    """Join a Ray cluster and leave it when the block ends, with everything that runs there.
 
-    UserError, saying what would help: nobody answers, the token is another, Ray or Python differ.
+    Args:
+        address: HOST:PORT of a head, or `auto` on one of its nodes.
+
+    Raises UserError if none answers, it refuses the token, or Ray or Python differ.
     """
     if address.startswith(("http://", "https://")):
         raise UserError(
-            f"{address} is where jobs are submitted (vitpareto submit --address {address}); a "
-            "search joins a cluster from one of its nodes, with --address auto"
+            f"--address must be HOST:PORT of a head, or auto on one of its nodes (got {address}, "
+            f"which takes jobs: vitpareto submit --address {address})",
+            Code.WRONG_TYPE,
+            key="address",
+            got=address,
         )
     if address == "auto":
         address = os.environ.get("RAY_ADDRESS") or "auto"
-    host, _, port = address.rpartition(":")
     if address != "auto":
-        try:
-            with socket.create_connection((host, int(port)), timeout=ANSWER_S):
-                pass
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"no Ray answers at {address} ({error}): accepted is HOST:PORT of a head, or auto "
-                "on one of its nodes"
-            ) from error
+        _check_answer(address)
     with _code_folder() as folder:
         try:
             with warnings.catch_warnings(), _silent_stderr(), _worker_path(folder):
@@ -157,7 +156,11 @@ def joined_cluster(address: str) -> Iterator[ClusterCapacity]:
                     logging_level=logging.ERROR,
                 )
         except (ConnectionError, RuntimeError) as error:
-            raise UserError(f"the Ray at {address} cannot be joined: {_reason(error)}") from error
+            raise UserError(
+                f"the Ray cluster at {address} cannot be joined: {_reason(error)}",
+                Code.UNAVAILABLE,
+                address=address,
+            ) from error
         try:
             resources = ray.cluster_resources()
             cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
@@ -166,32 +169,47 @@ def joined_cluster(address: str) -> Iterator[ClusterCapacity]:
             ray.shutdown()
 
 
+def _check_answer(address: str) -> None:
+    """Raise UserError if nothing accepts connections at HOST:PORT; Ray would retry for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER_S):
+            pass
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({error}); --address must be HOST:PORT of a "
+            "head, or auto on one of its nodes",
+            Code.UNAVAILABLE,
+            address=address,
+        ) from error
+
+
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """What Ray's own threads write there goes nowhere: they repeat what is wrong every second."""
-    kept = os.dup(2)
+    """Discard what Ray's own threads write to stderr: they repeat the error every second."""
+    stderr = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def _reason(error: BaseException) -> str:
-    """What Ray means, and what would help."""
-    said: list[str] = []
-    at: BaseException | None = error
-    while at is not None:
-        said.append(str(at))
-        at = at.__cause__ or at.__context__
-    text = " ".join(said)
+    """What Ray's error means, and the fix."""
+    messages: list[str] = []
+    current: BaseException | None = error
+    while current is not None:
+        messages.append(str(current))
+        current = current.__cause__ or current.__context__
+    text = " ".join(" ".join(messages).split())
     if "uthentication" in text or "auth token" in text:
         return (
-            "its token is another one, or none is given: set RAY_AUTH_MODE=token and "
-            "RAY_AUTH_TOKEN_PATH to the file that holds the cluster's"
+            "the token must be the cluster's; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to "
+            "the file that holds it"
         )
     if "Version mismatch" in text:
-        return " ".join(text.split()) + ": give driver and nodes one image"
-    return " ".join(text.split())[:400]
+        return f"{text}; give driver and nodes the same image"
+    return text[:400]

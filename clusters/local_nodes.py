@@ -1,8 +1,8 @@
-"""DataParallel nodes on this machine: raylets, ports and folders of their own, to try a cluster's
-run.
+"""A Ray cluster of several nodes on this machine, to try what runs on a cluster.
 
-Everything listens on loopback and asks for a token. `several_nodes` is to be called from a process
-of its own (`vitpareto cluster local`): Ray reads its switches when it is imported.
+Each node has a raylet, ports and folders of its own. Everything listens on loopback and requires a
+token. Call `local_nodes` in a process of its own (`vitpareto cluster local`): Ray reads its
+environment when it is imported.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vitpareto.clusters.ray_internals import raylet_pid, start_test_cluster
+from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
 
-#: bytes of each node's object store: what a study's workers share is small
-OBJECT_STORE = 200_000_000
+#: bytes of each node's object store; a study's workers share little
+OBJECT_STORE_BYTES = 200_000_000
 LOOPBACK = "127.0.0.1"
 
 
-@dataclass
-class Nodes:
-    """address: what drivers join; dashboard: where jobs are submitted; token: the file with the
-    token that both ask for; processes: each node's raylet, the head's first.
+@dataclass(frozen=True)
+class LocalNodes:
+    """A running cluster.
+
+    address: what drivers join. dashboard: where jobs are submitted. token: file with the token of
+    both. processes: each node's raylet, the head's first.
     """
 
     address: str
@@ -37,115 +41,133 @@ class Nodes:
     processes: tuple[int, ...]
 
     def ended(self) -> list[int]:
-        """Which nodes have ended."""
-        return [i for i, pid in enumerate(self.processes) if not _runs(pid)]
+        """Numbers of the nodes that have ended."""
+        return [i for i, pid in enumerate(self.processes) if not _is_running(pid)]
 
 
 @contextlib.contextmanager
-def several_nodes(
+def local_nodes(
     nodes: int, cpus: int = 1, port: int = 8265, resource: str | None = None
-) -> Iterator[Nodes]:
-    """A head and `nodes` - 1 further nodes of so many CPUs each; all of it ends with the block.
+) -> Iterator[LocalNodes]:
+    """Start a head and `nodes` - 1 further nodes; all of them end with the block.
 
-    port: of the dashboard and of jobs; 0: a free one. resource: one that node 1 alone has, as a
-    kind of device would be. The token is the one of the environment
-    (RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH), or a fresh one in a file for its owner alone.
+    Args:
+        cpus: per node.
+        port: of the dashboard and of jobs; 0 means a free one.
+        resource: a custom resource of node 1 only, like a kind of device.
 
-    UserError for a number that makes no cluster, or a port in use.
+    The token comes from the environment (RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN), else a new one is
+    written to a file that only its owner can read. Raises UserError for numbers that make no
+    cluster, and for a port in use.
     """
-    if resource is not None and nodes < 2:
-        raise UserError(f"resource {resource!r} is node 1's, and there is only the head: --nodes 2")
-    if nodes < 1 or cpus < 1:
-        raise UserError(f"a cluster of {nodes} nodes with {cpus} CPUs each: accepted is 1 or more")
-    port = port or _free()
-    _check_free(port)
-    with tempfile.TemporaryDirectory(prefix="vitpareto-") as kept:
-        place = Path(kept)
-        token = _token(place)
-        os.environ |= {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray's switch for what stays on this machine, whatever its name says
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            # where Ray writes down which cluster was the last to start: not for this user's others
-            "RAY_TMPDIR": str(place),
-            # jobs say `python`, and mean the one that all this runs in
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        }
-        os.environ.pop("RAY_AUTH_TOKEN", None)
-        os.environ.pop("RAY_ADDRESS", None)
-        from ray.cluster_utils import Cluster
-
-        common: dict[str, Any] = {
+    _check_numbers(nodes, cpus, resource)
+    port = port or _free_port()
+    _check_port(port)
+    with tempfile.TemporaryDirectory(prefix="vitpareto-") as root, _working_directory():
+        folder = Path(root)
+        token = _token_file(folder)
+        _set_environment(folder, token)
+        common = {
             "num_cpus": cpus,
             "node_ip_address": LOOPBACK,
-            "object_store_memory": OBJECT_STORE,
+            "object_store_memory": OBJECT_STORE_BYTES,
         }
-        before, raylets = os.getcwd(), []
+        head = {
+            "include_dashboard": True,
+            "dashboard_host": LOOPBACK,
+            "dashboard_port": port,
+            **_enter_node_folder(folder, 0),
+        }
+        cluster = start_test_cluster({**common, **head})
         try:
-            # workers run where their raylet was started: each node in a folder of its own
-            (place / "ray").mkdir()
-            os.chdir(folder := _folder(place, 0))
-            os.environ["VITPARETO_CACHE"] = str(folder / "cache")
-            head = {
-                "include_dashboard": True,
-                "dashboard_host": LOOPBACK,
-                "dashboard_port": port,
-                "dashboard_agent_listen_port": _free(),
-                "temp_dir": str(folder),
-            }
-            cluster = Cluster(initialize_head=True, head_node_args={**common, **head})
-            try:
-                # a job joins the cluster that its node's folder names; where none is named, any
-                # that Ray finds on the machine
-                (folder / "ray_current_cluster").write_text(cluster.address)
-                raylets.append(_raylet(cluster.head_node))
-                for i in range(1, nodes):
-                    os.chdir(folder := _folder(place, i))
-                    os.environ["VITPARETO_CACHE"] = str(folder / "cache")
-                    own: dict[str, Any] = {
-                        "dashboard_agent_listen_port": _free(),
-                        "temp_dir": str(folder),
-                        "resources": {resource: 1} if resource and i == 1 else {},
-                    }
-                    (folder / "ray_current_cluster").write_text(cluster.address)
-                    node = cluster.add_node(**common, **own)
-                    raylets.append(_raylet(node))
-                dashboard = f"http://{LOOPBACK}:{port}"
-                yield Nodes(cluster.address, dashboard, token, tuple(raylets))
-            finally:
-                cluster.shutdown()
+            _write_address(folder, 0, cluster.address)
+            raylets = [raylet_pid(cluster.head_node)]
+            for i in range(1, nodes):
+                arguments = _enter_node_folder(folder, i)
+                arguments["resources"] = {resource: 1} if resource and i == 1 else {}
+                _write_address(folder, i, cluster.address)
+                raylets.append(raylet_pid(cluster.add_node(**common, **arguments)))
+            dashboard = f"http://{LOOPBACK}:{port}"
+            yield LocalNodes(cluster.address, dashboard, token, tuple(raylets))
         finally:
-            os.chdir(before)
+            cluster.shutdown()
 
 
-def _token(place: Path) -> Path:
-    """The file with the cluster's token."""
-    there = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    if there:
-        return Path(there).absolute()
-    path = place / "token"
-    path.touch(mode=0o600)
-    path.write_text(os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
-    return path
+def _check_numbers(nodes: int, cpus: int, resource: str | None) -> None:
+    for key, value in (("nodes", nodes), ("cpus", cpus)):
+        if value < 1:
+            raise UserError(
+                f"--{key} must be at least 1 (got {value})", Code.OUT_OF_RANGE, key=key, got=value
+            )
+    if resource is not None and nodes < 2:
+        raise UserError(
+            f"--resource is given to node 1, so that --nodes must be at least 2 (got {nodes})",
+            Code.CONFLICT,
+            key="resource",
+            got=resource,
+            nodes=nodes,
+        )
 
 
-def _folder(place: Path, node: int) -> Path:
-    folder = place / str(node)  # short: a socket's path has 107 characters at most
+@contextlib.contextmanager
+def _working_directory() -> Iterator[None]:
+    """Return to the current directory when the block ends."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _set_environment(folder: Path, token: Path) -> None:
+    """Set the variables that Ray and its nodes read."""
+    (folder / "ray").mkdir(exist_ok=True)
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # despite its name: Ray keeps a loopback address only if clusters over machines are off
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray records there which cluster started last; the user's other clusters must not see it
+        "RAY_TMPDIR": str(folder),
+        # jobs run `python`, which must be the one that runs this process
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+    os.environ.pop("RAY_ADDRESS", None)
+
+
+def _enter_node_folder(root: Path, node: int) -> dict[str, Any]:
+    """Create a node's folder and change into it; returns Ray's arguments for the node.
+
+    Workers run in the directory in which their raylet was started.
+    """
+    folder = root / str(node)  # short: the path of a socket has 107 characters at most
     folder.mkdir()
-    return folder
+    os.chdir(folder)
+    os.environ["VITPARETO_CACHE"] = str(folder / "cache")
+    return {"dashboard_agent_listen_port": _free_port(), "temp_dir": str(folder)}
 
 
-def _raylet(node: Any) -> int:
-    (process,) = node.all_processes["raylet"]
-    pid: int = process.process.pid
-    return pid
+def _write_address(root: Path, node: int, address: str) -> None:
+    """A job joins the cluster that its node's folder names; without it, any on the machine."""
+    (root / str(node) / "ray_current_cluster").write_text(address)
 
 
-def _runs(pid: int) -> bool:
-    """Neither gone, nor a zombie that nobody has asked for."""
+def _token_file(folder: Path) -> Path:
+    """The file with the cluster's token; created unless the environment names one."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path:
+        return Path(path).absolute()
+    created = folder / "token"
+    created.touch(mode=0o600)
+    created.write_text(os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32))
+    return created
+
+
+def _is_running(pid: int) -> bool:
+    """False for a process that has ended, also if nobody has waited for it."""
     try:
         with contextlib.suppress(ChildProcessError):
             if os.waitpid(pid, os.WNOHANG)[0] == pid:
@@ -156,20 +178,24 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def _free() -> int:
-    with socket.socket() as asked:
-        asked.bind((LOOPBACK, 0))
-        port: int = asked.getsockname()[1]
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind((LOOPBACK, 0))
+        port: int = server.getsockname()[1]
     return port
 
 
-def _check_free(port: int) -> None:
-    with socket.socket() as asked:
-        asked.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _check_port(port: int) -> None:
+    """Raise UserError if the port is in use."""
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            asked.bind((LOOPBACK, port))
+            server.bind((LOOPBACK, port))
         except OSError as error:
             raise UserError(
-                f"port {port} is in use ({error.strerror}): name another with --port, or 0 for a "
-                "free one"
+                f"--port must be free (got {port}: {error.strerror}); give another, or 0 for a "
+                "free one",
+                Code.BUSY,
+                key="port",
+                got=port,
             ) from error

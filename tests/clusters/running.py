@@ -47,7 +47,7 @@ class Running:
         """A command as a user gives it, from a folder: its exit, and all that it printed."""
         done = subprocess.run(
             [COMMAND, *map(str, arguments)],
-            cwd=cwd, env=environment or self.environment, text=True, timeout=400,
+            cwd=cwd, env=environment or self.environment, text=True, timeout=900,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )  # fmt: skip
         return done.returncode, done.stdout
@@ -66,7 +66,7 @@ class Running:
             return self.ask(job)["status"] in ("SUCCEEDED", "FAILED", "STOPPED")
 
         try:
-            until(lambda: true() or over(), what, within=400)
+            until(lambda: true() or over(), what, within=800)
             assert true(), f"the job is over before {what}"
         except AssertionError as error:
             said = self.ask(f"{job}/logs")["logs"]
@@ -101,9 +101,7 @@ def _running(
             env=kept, stdout=out, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
     try:
-        until(
-            lambda: "Ctrl-C ends it" in log.read_text() or process.poll() is not None, "its nodes"
-        )
+        until(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, "its nodes")
         said = log.read_text()
         assert process.poll() is None, said
         address = re.findall(r"job.yaml --address (\S+)", said)

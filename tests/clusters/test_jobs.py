@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from vitpareto.clusters import jobs
-from vitpareto.clusters.jobs import INPUTS, Head, Job, described, pack, settle
+from tests.refusals import refused
+from vitpareto.clusters import packing
+from vitpareto.clusters.jobs import JobClient, SubmittedJob
+from vitpareto.clusters.packing import INPUTS, pack_job, store_inputs
 from vitpareto.search.code_identity import SUBPACKAGES
-from vitpareto.search.errors import UserError
 
 
 def given(tmp_path: Path) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def test_a_package_runs_by_itself(tmp_path: Path) -> None:
     """Code, job and files: nothing of this project has to be installed where it runs."""
     package = tmp_path / "package"
     package.mkdir()
-    config = pack(given(tmp_path), package)
+    config = pack_job(given(tmp_path), package)
     assert config.name == "k"
     packed = yaml.safe_load((package / "job.yaml").read_text())
     assert packed["data"] == "/shared/imagenet", "what is on the cluster stays as it was said"
@@ -61,16 +62,16 @@ def test_a_package_runs_by_itself(tmp_path: Path) -> None:
 def test_packed_files_outlive_the_package_under_one_name(tmp_path: Path) -> None:
     """The same job submitted again names the same paths: a study is continued, not refused."""
     job, study = given(tmp_path), tmp_path / "studies" / "k"
-    settled = []
+    stored = []
     for name in ("first", "second"):
         package = tmp_path / name
         package.mkdir()
-        pack(job, package)
+        pack_job(job, package)
         packed = yaml.safe_load((package / "job.yaml").read_text())
-        settled.append(settle(packed, package, study))
-    assert settled[0] == settled[1]
+        stored.append(store_inputs(packed, package, study))
+    assert stored[0] == stored[1]
     for key in ("weights", "model"):
-        path = Path(settled[0][key].removeprefix("local-dir:"))
+        path = Path(stored[0][key].removeprefix("local-dir:"))
         assert path.is_relative_to(study) and path.exists()
     assert not list((study / INPUTS).glob(".*")), "nothing half-copied"
 
@@ -79,24 +80,24 @@ def test_a_job_that_cannot_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
     job = given(tmp_path)
     (tmp_path / "package").mkdir()
     for store in (None, "studies"):
-        with pytest.raises(UserError, match="must outlive the cluster; give --store"):
-            pack({**job, "store": store}, tmp_path / "package")
-    with pytest.raises(UserError, match="job has no key 'trails'.*trials"):
-        pack({**job, "trails": 3}, tmp_path / "package")
+        with refused("invalid", key="store", got=store or ""):
+            pack_job({**job, "store": store}, tmp_path / "package")
+    with refused("unknown-name"):
+        pack_job({**job, "trails": 3}, tmp_path / "package")
     (tmp_path / "w.safetensors").write_bytes(b"w" * 7_000_000)
-    monkeypatch.setattr(jobs, "LIMIT_MB", 5)
-    with pytest.raises(UserError, match=r"Ray takes less than 5; its largest file is w\.safetens"):
-        pack(job, tmp_path / "package")
+    monkeypatch.setattr(packing, "LIMIT_MB", 5)
+    with refused("out-of-range", accepted=5, largest="w.safetensors"):
+        pack_job(job, tmp_path / "package")
 
 
 def test_a_head_that_does_not_answer() -> None:
-    with pytest.raises(UserError, match="no Ray answers at http://127.0.0.1:9 .*is its port"):
-        Head("http://127.0.0.1:9")
-    with pytest.raises(UserError, match="accepted is the head's dashboard, as in http://head:8265"):
-        Head("head:8265")
+    with refused("unavailable", address="http://127.0.0.1:9"):
+        JobClient("http://127.0.0.1:9")
+    with refused("wrong-type", key="address", got="head:8265"):
+        JobClient("head:8265")
 
 
 def test_why_a_job_failed_is_one_line() -> None:
     log = "Job entrypoint command failed with exit code 2, last logs:\nstudy k\nerror: no GPU\n"
-    assert described(Job("k-1", "k", "FAILED", log, 0)) == "error: no GPU"
-    assert described(Job("k-1", "k", "RUNNING", "Job is currently running.", 0)) == ""
+    assert SubmittedJob("k-1", "k", "FAILED", log, 0).failure == "error: no GPU"
+    assert SubmittedJob("k-1", "k", "RUNNING", "Job is currently running.", 0).failure == ""

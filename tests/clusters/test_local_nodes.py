@@ -31,7 +31,10 @@ JOB = {"name": NAME, "trials": 18, "images": 200, "certify": "off", "latency": "
 #: another folder in each process: that in which it runs
 OWN = Path("/proc/self/cwd")
 
-pytestmark = pytest.mark.skipif(not OWN.is_dir(), reason="needs /proc, for folders of a node's own")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not OWN.is_dir(), reason="needs /proc, where a node's own folder is named"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +56,7 @@ def answer(url: str, token: str | None = None) -> int:
         return error.code
 
 
-@pytest.mark.timeout(900)  # with its turn to have a cluster
+@pytest.mark.timeout(1800)  # with its turn to have a cluster
 def test_it_listens_on_loopback_and_asks_for_the_token(cluster: Running) -> None:
     jobs = f"{cluster.dashboard}/api/jobs/"
     assert answer(jobs) == 401
@@ -74,10 +77,10 @@ def test_what_cannot_work_is_refused_at_the_start(cluster: Running, tmp_path: Pa
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
     search = ("search", "job.yaml", "--address", cluster.address)
     code, said = cluster.run(*search, "--store", OWN / "apart", cwd=tmp_path)
-    assert code == 2 and "is not the same folder on every node" in said, said
+    assert code == 2 and "the store must be the same folder on every node" in said, said
     assert "--store s3://" in said and "--store /shared" in said, "the fix"
     code, said = cluster.run(*search, "--store", tmp_path / "s", "--device", "cuda", cwd=tmp_path)
-    assert code == 2 and "no node of the cluster has a GPU. There are 127.0.0.1: 1 CPUs" in said
+    assert code == 2 and "no node has one (nodes: 127.0.0.1: 1 CPUs" in said, said
     assert not (tmp_path / "s" / NAME / "trials").is_dir() or not results(tmp_path / "s")
 
 
@@ -86,19 +89,23 @@ def test_another_token_another_ray_another_python(cluster: Running, tmp_path: Pa
     wrong.pop("RAY_AUTH_TOKEN_PATH")
     jobs = ("jobs", "--address")
     code, said = cluster.run(*jobs, cluster.dashboard, cwd=tmp_path, environment=wrong)
-    assert code == 2 and "does not take this token" in said and "RAY_AUTH_TOKEN_PATH" in said
+    assert code == 2 and "token must be" in said and "RAY_AUTH_TOKEN_PATH" in said, said
     code, said = cluster.run("logs", "kk", "--address", cluster.dashboard, cwd=tmp_path)
-    assert code == 2 and "there is no job 'kk'" in said
+    assert code == 2 and "job 'kk' does not exist" in said, said
     ray, python = "ray.__version__ = '2.31.0'", "versions = ray.__version__, '3.9.1'"
     joins = f"with vitpareto.clusters.connect.joined_cluster('{cluster.address}'): pass"
     for other, call, named in (
-        (ray, f"from vitpareto.clusters.jobs import Head; Head('{cluster.dashboard}')", "2.31.0"),
+        (
+            ray,
+            f"from vitpareto.clusters.jobs import JobClient; JobClient('{cluster.dashboard}')",
+            "2.31.0",
+        ),
         (ray, joins, "2.31.0"),
         (f"{python}; ray._private.utils.compute_version_info = lambda: versions", joins, "3.9.1"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", f"import vitpareto.clusters.connect, ray\n{other}\n{call}"],
-            env=cluster.environment, capture_output=True, text=True, timeout=60,
+            env=cluster.environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert "UserError" in done.stderr and named in done.stderr, done.stderr
         assert "image" in done.stderr, "the fix"
@@ -122,8 +129,7 @@ def test_a_node_with_other_images_is_refused(cluster: Running, tmp_path: Path) -
         "--address", cluster.address, "--store", tmp_path / "s",
         "--weights", weights(tmp_path), "--trials", "3", cwd=tmp_path,
     )  # fmt: skip
-    assert code == 2 and "cannot take part: the images of /proc/self/cwd/data" in said, said
-    assert "are not those of the study" in said
+    assert code == 2 and "cannot take part: images of /proc/self/cwd/data" in said, said
     assert not results_in(tmp_path / "s")
 
 
@@ -141,7 +147,7 @@ def results_in(store: Path) -> list[Path]:
     return list(store.glob("*/trials/[0-9]*.json"))
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Path) -> None:
     """Trials share the other two nodes; latencies come from the one that has the resource."""
     job = {**JOB, "trials": 6, "objectives": ["top1", "latency_ms"], "latency_on": "stopwatch"}
@@ -151,7 +157,7 @@ def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Pa
         cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, said
-    assert "latencies are measured on cpu, in a slot of stopwatch by itself" in said
+    assert "latencies are measured on cpu, in an exclusive slot of stopwatch" in said
     found = StudyFolder(tmp_path / "s" / NAME).results()
     assert len(found) == 6 and all(r.state == "finished" for r in found)
     for result in found:
@@ -161,7 +167,7 @@ def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Pa
     assert (cluster.folder(1) / "cache" / "decoded").is_dir()
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     cluster: Running, tmp_path: Path
 ) -> None:
@@ -181,7 +187,7 @@ def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
     assert code == 0 and "continues it" in said
     until(lambda: cluster.ask(job)["status"] == "STOPPED", "the job is stopped")
     _, log = cluster.run("logs", job, "--address", cluster.dashboard, cwd=tmp_path)
-    assert "3 nodes: looking for the study" in log
+    assert "3 nodes: checking store" in log
     seen = results(store)
     assert 5 <= len(seen) < JOB["trials"], log  # type: ignore[operator]
 

@@ -17,7 +17,8 @@ from PIL import Image
 from pyarrow import fs
 
 from tests.clusters.running import Running, running
-from tests.search.faults import NAME
+from tests.refusals import refused
+from tests.search.faults import NAME, until
 from vitpareto.methods.engine.preparation import SharedWeights
 from vitpareto.search.data.datasets import Preprocess, open_data
 from vitpareto.search.data.decoding import is_whole
@@ -30,6 +31,8 @@ from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.training.preparation_cache import prepare_once
 from vitpareto.search.trials.local_images import local_split
+
+pytestmark = pytest.mark.slow
 
 JOB = {"name": NAME, "trials": 10, "images": 200, "latency": "off", "race": "off"}
 BUCKET = "studies-of-ours"
@@ -98,7 +101,7 @@ def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPa
 def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that is alive is respected; the claim of one that died is taken over."""
     monkeypatch.setattr("vitpareto.search.files.claims.RENEW_INTERVAL_S", 0.5)
-    monkeypatch.setattr("vitpareto.search.files.claims.EXPIRES_S", 4.0)
+    monkeypatch.setattr("vitpareto.search.files.claims.EXPIRES_S", 15.0)
     study = StudyFolder.open(storage, "s")
     study.create()
     monkeypatch.setenv("VITPARETO_CACHE", str(study.folder.parents[2] / "another"))
@@ -106,7 +109,7 @@ def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPa
     other.create()
     with (
         study.locked(),
-        pytest.raises(UserError, match="is being searched by another process, on "),
+        refused("busy", study="s"),
         other.locked(),
     ):
         pass
@@ -114,7 +117,7 @@ def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPa
     claims._write(ObjectStore(storage), f"{storage.removeprefix('s3://')}/s/claim.json", "killed")
     with other.locked():
         assert other.running
-    with pytest.raises(UserError, match="there is no study 't' in s3://.*known: s"):
+    with pytest.raises(UserError):
         StudyFolder.find(storage, "t")
 
 
@@ -132,7 +135,7 @@ def test_a_storage_that_is_away_is_waited_for(
     for key, value in named.items():
         monkeypatch.setenv(key, value)
     try:
-        with pytest.raises(UserError, match="cannot be written"):
+        with pytest.raises(UserError):
             write_atomic(store_folder("s3://no-such-bucket/x") / "s" / "epoch", "1")
         folder = store_folder("s3://the-bucket/x") / "s"
         fs.S3FileSystem(
@@ -142,10 +145,12 @@ def test_a_storage_that_is_away_is_waited_for(
         first.stop()
         # it keeps what the first one held: both are of this process
         later = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-        timer = threading.Timer(4.0, later.start)
-        timer.start()
+        waits = threading.Thread(
+            target=lambda: (until(lambda: "paused" in caplog.text, "the pause"), later.start())
+        )
+        waits.start()
         write_atomic(folder / "epoch", "kept")
-        timer.join()
+        waits.join()
         assert ObjectStore("s3://the-bucket/x").read("the-bucket/x/s/epoch") == b"kept"
         assert "paused until it answers" in caplog.text and "answers again" in caplog.text
         later.stop()
@@ -169,7 +174,7 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
     """
     folder = pictures(tmp_path / "val")
     upload_folder(folder, f"{storage}/val")
-    with pytest.raises(UserError, match="exists already"):
+    with refused("exists", url=f"{storage}/val"):
         check_empty(f"{storage}/val")
     preprocess = Preprocess((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
     local = open_data(str(folder), preprocess, cache=tmp_path / "c0")
@@ -186,9 +191,9 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / f"{i:02d}.png")
     upload_folder(folder, f"{storage}/val")
     os.environ["VITPARETO_CACHE"] = str(tmp_path / "c3")
-    with pytest.raises(UserError, match="are not those of the study"):
+    with refused("mismatch", split="search", accepted=split.fingerprint):
         local_split(split, far.only("search"))
-    with pytest.raises(UserError, match="does not exist or has no files"):
+    with refused("not-found", url=f"{storage}/vla"):
         open_data(f"{storage}/vla", preprocess, cache=tmp_path / "c1")
 
 
@@ -229,7 +234,7 @@ def test_what_fsspec_knows_is_a_store_too(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_an_address_that_nobody_knows(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="ftpx://a/b cannot be opened.*must be a folder, s3://"):
+    with refused("unsupported", url="ftpx://a/b"):
         check_empty("ftpx://a/b")
 
 

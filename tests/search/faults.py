@@ -88,7 +88,7 @@ def workers() -> list[int]:
     """Processes of this machine in which trials run now."""
     found = []
     for process in psutil.process_iter(["pid", "cmdline"]):
-        if any(part.startswith("ray::RecipeTrial") for part in process.info["cmdline"] or ()):
+        if any(part.startswith("ray::TrialActor") for part in process.info["cmdline"] or ()):
             found.append(process.info["pid"])
     return found
 
