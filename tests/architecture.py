@@ -1,0 +1,154 @@
+"""The rooms of the project and the imports between them, read from the source.
+
+`python -m tests.architecture` prints them.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "vitpareto"
+FOLDERS = ("methods", "search", "clusters", "dashboards")
+
+#: every room, from the lowest up, and the rooms that it may import; `search.*` stands for all rooms
+#: of search, and `vitpareto` for the root, which wires the command. METHODS are open to all
+ALLOWED: dict[str, str] = {
+    "methods.engine": "",
+    "methods.slicing": "methods.engine",
+    "methods.token": "methods.engine",
+    "methods.structure": "methods.engine methods.slicing",
+    "methods.controls": "methods.engine",
+    "methods": "methods.*",
+    "search": "methods",
+    "search.stats": "search",
+    "search.files": "search",
+    "search.data": "search search.files",
+    "search.models": "search search.files search.data",
+    "search.runtimes": "search",
+    "search.measure": "search search.files search.data search.models search.runtimes",
+    "search.training": "search search.stats search.files search.data search.models search.measure",
+    "search.study": "search search.stats search.files search.data search.models search.runtimes "
+    "search.measure search.training",
+    "search.export": "search search.stats search.files search.data search.models search.runtimes "
+    "search.measure search.study",
+    "search.tracking": "search search.stats search.files search.study search.export",
+    "search.compare": "search search.stats search.data search.models search.measure search.study",
+    "search.trials": "search search.stats search.files search.data search.models search.runtimes "
+    "search.measure search.training search.study",
+    "search.commands": "search search.*",
+    "clusters": "search search.*",
+    "dashboards": "search search.*",
+    "vitpareto": "methods search search.* clusters dashboards",
+}
+#: rooms that any room outside methods may import
+METHODS = ("methods", "methods.engine", "methods.slicing")
+
+#: each heavy dependency and the rooms that may import it
+OWNERS: dict[str, tuple[str, ...]] = {
+    "ray": ("search.trials", "clusters"),
+    "optuna": ("search.study",),
+    "mlflow": ("search.tracking",),
+    "onnx": ("search.export", "search.runtimes"),
+    "onnxruntime": ("search.export", "search.runtimes"),
+    "fvcore": ("search.measure",),
+    "fsspec": ("search.files",),
+    "pyarrow": ("search.files",),
+    "filelock": ("search.files",),
+    "platformdirs": ("search.files",),
+    "scipy": ("search.stats",),
+    "sqlalchemy": ("search.study", "search.tracking"),
+    "pandas": ("search.tracking",),
+    "sklearn": ("search.data",),
+    "matplotlib": ("dashboards",),
+    "plotly": ("dashboards",),
+}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import statement: of `target` (a dotted module) in `path`, at a line."""
+
+    path: Path
+    line: int
+    target: str
+
+    def __str__(self) -> str:
+        return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
+
+
+def sources() -> list[Path]:
+    return sorted(p for name in (*FOLDERS, PACKAGE) for p in (ROOT / name).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Dotted name without the package: `search.study.job`; the root's modules as `vitpareto.cli`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> str:
+    """The longest room that a module lies in."""
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if ".".join(parts[:length]) in ALLOWED:
+            return ".".join(parts[:length])
+    raise AssertionError(f"{module} lies in no room: add its folder to tests/architecture.py")
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    """Every import of a file, at any depth."""
+    known = {module_of(p) for p in sources()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(path, node.lineno, alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            module = str(node.module)
+            for alias in node.names:
+                full = f"{module}.{alias.name}"
+                inner = full.removeprefix(f"{PACKAGE}.")
+                yield Import(path, node.lineno, full if inner in known else module)
+
+
+def arrows() -> dict[tuple[str, str], list[Import]]:
+    """(room, room that it imports) -> the imports that make it."""
+    found: dict[tuple[str, str], list[Import]] = defaultdict(list)
+    for path in sources():
+        here = room_of(module_of(path))
+        for one in imports_of(path):
+            if one.target == PACKAGE or not one.target.startswith(f"{PACKAGE}."):
+                continue
+            inner = one.target.removeprefix(f"{PACKAGE}.")
+            there = room_of(inner if inner.split(".")[0] in FOLDERS else one.target)
+            if there != here:
+                found[here, there].append(one)
+    return dict(found)
+
+
+def allowed(here: str, there: str) -> bool:
+    """Whether the list lets room `here` import room `there`."""
+    if there in METHODS and not here.startswith("methods"):
+        return True
+    for name in ALLOWED[here].split():
+        if name == there or (name.endswith(".*") and there.startswith(name[:-1])):
+            return True
+    return False
+
+
+def main() -> None:
+    by_room: dict[str, set[str]] = defaultdict(set)
+    for here, there in arrows():
+        by_room[here].add(there)
+    for room in ALLOWED:
+        print(f"{room:<20} -> {', '.join(sorted(by_room[room])) or 'nothing'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The rooms: every import between them is allowed, none makes a circle, heavy packages have owners.
+
+`python -m tests.architecture` prints the arrows that are tested here.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.architecture import (
+    ALLOWED,
+    FOLDERS,
+    OWNERS,
+    PACKAGE,
+    ROOT,
+    allowed,
+    arrows,
+    imports_of,
+    module_of,
+    room_of,
+    sources,
+)
+
+ORDER = list(ALLOWED)
+
+
+def test_rooms_import_only_what_the_list_allows() -> None:
+    wrong = [
+        f"{one} ({here} may not import {there})"
+        for (here, there), found in arrows().items()
+        if not allowed(here, there)
+        for one in found
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_allowed_arrow_is_used() -> None:
+    """The list stays short: what nobody imports is not allowed."""
+    used = set(arrows())
+    idle = [
+        (room, name)
+        for room, names in ALLOWED.items()
+        for name in names.split()
+        if not name.endswith(".*") and (room, name) not in used and name != "search"
+    ]
+    assert not idle
+
+
+def test_no_circle_among_rooms() -> None:
+    below: dict[str, set[str]] = defaultdict(set)
+    for here, there in arrows():
+        below[here].add(there)
+    # a package's face imports its rooms, and rooms may import the face: methods' alone does both
+    below["methods"] = set()
+    assert list(graphlib.TopologicalSorter(below).static_order())
+
+
+def test_no_circle_among_modules() -> None:
+    modules = {module_of(path): path for path in sources()}
+    below = {
+        name: {
+            target.removeprefix(f"{PACKAGE}.")
+            for target in (one.target for one in imports_of(path))
+            if target.removeprefix(f"{PACKAGE}.") in modules and target != f"{PACKAGE}.{name}"
+        }
+        for name, path in modules.items()
+    }
+    assert list(graphlib.TopologicalSorter(below).static_order())
+
+
+@pytest.mark.parametrize("package", OWNERS)
+def test_a_heavy_package_is_imported_by_its_owners_alone(package: str) -> None:
+    wrong = [
+        str(one)
+        for path in sources()
+        for one in imports_of(path)
+        if one.target.split(".")[0] == package and room_of(module_of(path)) not in OWNERS[package]
+    ]
+    # the MLflow server's file starts a process and needs no import: see dashboards/mlflow_server.py
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_is_imported_under_another_name() -> None:
+    """One import name: in a checkout the folders could be imported by their own names too."""
+    wrong = [
+        str(one)
+        for path in [*sources(), *(ROOT / "tests").rglob("*.py")]
+        for one in imports_of(path)
+        if one.target.split(".")[0] in FOLDERS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_every_folder_of_code_is_a_room_that_says_what_it_is_for() -> None:
+    for folder in sorted({path.parent for path in sources()}):
+        start = folder / "__init__.py"
+        assert start.is_file(), f"{folder.relative_to(ROOT)} has no __init__.py"
+        assert room_of(module_of(start)) == module_of(start), f"{folder} is not in ALLOWED"
+        assert len(_docstring(start).split()) >= 8, start
+
+
+def test_every_file_says_what_it_is_for() -> None:
+    for path in sources():
+        assert len(_docstring(path).split()) >= 6, path.relative_to(ROOT)
+
+
+def _docstring(path: Path) -> str:
+    return ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
