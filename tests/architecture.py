@@ -87,7 +87,7 @@ def sources() -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """Dotted name without the package: `search.study.job`; the root's modules as `vitpareto.cli`."""
+    """Dotted name without the package, `search.study.job`; `vitpareto.cli` for the root."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 

@@ -88,8 +88,8 @@ def trials_command(
     """
     from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.dashboards.tables import trial_table
+    from vitpareto.search.study.optuna_trials import running_trials
     from vitpareto.search.study.trial_table import trial_rows
-    from vitpareto.search.trials.searcher import running_trials
 
     folder = find_study(store, name)
     results = sorted([*folder.measured(), *running_trials(folder)], key=lambda r: r.trial)

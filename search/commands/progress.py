@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from vitpareto.search.study.progress import StudyProgress
     from vitpareto.search.study.results import TrialResult
-    from vitpareto.search.trials.searcher import Tally
 
 #: seconds between two lines in a log
 LOG_S = 10.0
@@ -104,7 +104,7 @@ class SearchProgress:
         """Results per minute."""
         return 60 * self.results / max(self.seconds, 1e-9)
 
-    def on_result(self, result: TrialResult | None, tally: Tally) -> None:
+    def on_result(self, result: TrialResult | None, tally: StudyProgress) -> None:
         """A result was stored, or (None) a trial was handed out or the search ended."""
         if self._begin is None:
             self._begin = time.monotonic()
@@ -113,11 +113,11 @@ class SearchProgress:
             self.seconds = time.monotonic() - self._begin
             self._first = self._first or self.seconds
         ended = bool(tally.ended) and result is None
-        self._display.show("search", self.text(tally), tally.done, tally.wanted, due=ended)
+        self._display.show("search", self.text(tally), tally.done, tally.requested, due=ended)
 
-    def text(self, tally: Tally) -> str:
+    def text(self, tally: StudyProgress) -> str:
         """How the search stands, in one line."""
-        total = "" if tally.wanted is None else f"/{tally.wanted}"
+        total = "" if tally.requested is None else f"/{tally.requested}"
         text = (
             f"{tally.done}{total} done, {tally.raced_out} of them stopped early, "
             f"{tally.running} running, {tally.failed} failed; "
@@ -126,9 +126,9 @@ class SearchProgress:
         left = self._seconds_left(tally)
         return text if left is None else f"{text}; about {left // 60} min {left % 60} s left"
 
-    def _seconds_left(self, tally: Tally) -> int | None:
+    def _seconds_left(self, tally: StudyProgress) -> int | None:
         # from the second result on: the first waits for workers to start
-        if self.results < 2 or tally.wanted is None or tally.done >= tally.wanted:
+        if self.results < 2 or tally.requested is None or tally.done >= tally.requested:
             return None
         each = (self.seconds - self._first) / (self.results - 1)
-        return round((tally.wanted - tally.done) * each)
+        return round((tally.requested - tally.done) * each)

@@ -21,11 +21,10 @@ from vitpareto.search.commands.terminal import log
 if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.job import SearchConfig
+    from vitpareto.search.study.progress import ProgressHook, StudyProgress
     from vitpareto.search.study.results import TrialResult
     from vitpareto.search.tracking.page import StudyPage
     from vitpareto.search.trials.job_check import CheckedJob
-    from vitpareto.search.trials.run_study import Hook
-    from vitpareto.search.trials.searcher import Tally
 
 #: enough for a front with a knee on the embedded model
 DEMO_TRIALS = 60
@@ -157,14 +156,14 @@ class SearchRunner:
 
 def _hooks(
     stack: contextlib.ExitStack, prepared: CheckedJob, capacity: Capacity
-) -> tuple[list[Hook], Callable[[StudyPage, Tally], None]]:
+) -> tuple[list[ProgressHook], Callable[[StudyPage, StudyProgress], None]]:
     """The hooks for MLflow and for Ray's metrics, and what sends a finished study to MLflow."""
     from vitpareto.search.tracking.tracker import Tracker
     from vitpareto.search.trials.ray_metrics import Metrics
     from vitpareto.search.trials.resources import TrialResources
 
     config = prepared.config
-    hooks: list[Hook] = []
+    hooks: list[ProgressHook] = []
     tracker: Tracker | None = None
     if config.tracking_uri != "none":
         tracker = Tracker(prepared.folder, config.tracking_uri, notify=log)
@@ -176,7 +175,7 @@ def _hooks(
     pending = (lambda: tracker.pending) if tracker is not None else (lambda: 0)
     hooks.append(Metrics(config.name, resources.workers, pending).hear)
 
-    def finish(page: StudyPage, tally: Tally) -> None:
+    def finish(page: StudyPage, tally: StudyProgress) -> None:
         if tracker is not None:
             tracker.finish(page, ended=tally.ended)
 
@@ -198,7 +197,7 @@ def _log_prepared(prepared: CheckedJob) -> None:
 def _log_end(
     prepared: CheckedJob,
     folder: StudyFolder,
-    tally: Tally,
+    tally: StudyProgress,
     progress: SearchProgress,
     seconds: float,
 ) -> None:

@@ -14,7 +14,7 @@ from vitpareto.search.tracking.sender import Sender
 from vitpareto.search.tracking.server_address import shown_uri, tracking_uri
 
 if TYPE_CHECKING:
-    from vitpareto.search.trials.searcher import Tally
+    from vitpareto.search.study.progress import StudyProgress
 
 log = logging.getLogger("vitpareto")
 
@@ -60,7 +60,7 @@ class Tracker:
         """How many entries the server does not have yet."""
         return len(self._outbox)
 
-    def on_result(self, result: TrialResult | None, progress: Tally) -> None:
+    def on_result(self, result: TrialResult | None, progress: StudyProgress) -> None:
         """Hook of the searcher; takes microseconds.
 
         Args:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from ray.util.metrics import Gauge
 
 if TYPE_CHECKING:
+    from vitpareto.search.study.progress import StudyProgress
     from vitpareto.search.study.results import TrialResult
-    from vitpareto.search.trials.searcher import Tally
 
 #: seconds over which rates and shares are taken
 WINDOW_S = 60.0
@@ -52,7 +52,7 @@ class Metrics:
             for name, said in NUMBERS.items()
         }
 
-    def hear(self, result: TrialResult | None, tally: Tally) -> None:
+    def hear(self, result: TrialResult | None, tally: StudyProgress) -> None:
         """A result became durable, or a trial was handed out."""
         now = self.clock()
         if result is not None:

@@ -18,7 +18,8 @@ from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import close, open_storage
-from vitpareto.search.study.results import TrialResult
+from vitpareto.search.study.progress import ProgressHook, StudyProgress
+from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.trials.certification import certify_front
 from vitpareto.search.trials.early_stopping import EarlyStopping
 from vitpareto.search.trials.front_latency import measure_front_latency
@@ -28,13 +29,10 @@ from vitpareto.search.trials.node_checks import check_code, check_nodes
 from vitpareto.search.trials.preparations import prepare_shared, structural_outcomes
 from vitpareto.search.trials.ray_cluster import live_nodes
 from vitpareto.search.trials.resources import TrialResources
-from vitpareto.search.trials.searcher import FrontSearcher, Tally
+from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.study_task import study_task
 from vitpareto.search.trials.task import LatencyTimer, TrialTask
 from vitpareto.search.trials.tune import run_tune
-
-#: called with each new result, or None, and the study's progress
-Hook = Callable[[TrialResult | None, Tally], None]
 
 log = logging.getLogger("vitpareto")
 
@@ -44,7 +42,7 @@ class StudyOutcome:
     """A study after its search, and how the search ended."""
 
     folder: StudyFolder
-    progress: Tally
+    progress: StudyProgress
 
 
 def run_study(
@@ -52,7 +50,7 @@ def run_study(
     *,
     cpus: int,
     gpus: int,
-    hooks: list[Hook] | None = None,
+    hooks: list[ProgressHook] | None = None,
     report: Callable[[str], None] = log.info,
 ) -> StudyOutcome:
     """Run or continue the study until its trials are measured, then time and certify its front.
@@ -116,31 +114,35 @@ def _run_trials(
     task: TrialTask,
     resources: TrialResources,
     early_stopping: EarlyStopping | None,
-    hooks: list[Hook] | None,
-) -> Tally:
+    hooks: list[ProgressHook] | None,
+) -> StudyProgress:
     """Run the study's remaining trials; returns how it stands."""
     config = job.config
     with _storage(job) as storage:
-        searcher = FrontSearcher(
-            job.folder,
-            job.space,
+        settings = SessionSettings(
             objectives=config.objectives,
             sampler=config.sampler,
             seed=config.seed,
             trials=config.budget,
-            window=(task.window.low, task.window.high),
-            reshape=job.model.reshape,
-            hooks=hooks,
-            judge=early_stopping,
+            window=task.window,
             patience=config.patience,
             seconds=config.seconds,
+        )
+        session = StudySession(
+            job.folder,
+            job.space,
+            settings,
+            shape_of=job.model.reshape,
+            hooks=hooks or (),
+            early_stopping=early_stopping,
             storage=storage,
         )
-        if config.budget is None or searcher.done < config.budget:
-            run_tune(searcher, task, resources)
+        progress = session.progress
+        if config.budget is None or progress.done < config.budget:
+            run_tune(FrontSearcher(session), task, resources)
         else:
-            searcher.tally.ended = f"{searcher.done} trials measured"
-        return searcher.tally
+            progress.ended = f"{progress.done} trials measured"
+        return progress
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def run_tune(
         actor: the trainable that measures; it must be reusable.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    folder = searcher.folder.folder.absolute()
+    folder = searcher.session.folder.folder.absolute()
     # Where workers fill the cluster, one proposal is made ahead while they are busy. Not with one
     # worker, so that the same seed gives the same trials; not where the proposal would start too.
     full = resources.fit(ray.cluster_resources()) <= resources.workers

@@ -25,10 +25,10 @@ log = logging.getLogger("vitpareto")
 class RungDecisions(Protocol):
     """What the scheduler asks the searcher."""
 
-    #: set to propose nothing the next time that Ray asks
-    later: bool
+    #: propose nothing the next time Ray asks
+    skip_next: bool
 
-    def climbs(self, trial_id: str, result: dict[str, Any]) -> bool:
+    def goes_on(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether a trial goes on to its next rung."""
 
 
@@ -62,10 +62,11 @@ class RungScheduler(FIFOScheduler):
         running = sum(t.status == Trial.RUNNING for t in live)
         self.all_workers_run = running >= self.workers
         # the free worker gets its trial first; the next proposal may then take its time
-        self.searcher.later = self.all_workers_run and any(t.status == Trial.PENDING for t in live)
+        pending = any(t.status == Trial.PENDING for t in live)
+        self.searcher.skip_next = self.all_workers_run and pending
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        goes_on = self.searcher.climbs(trial.trial_id, result)
+        goes_on = self.searcher.goes_on(trial.trial_id, result)
         return FIFOScheduler.CONTINUE if goes_on else FIFOScheduler.STOP
 
     def __getstate__(self) -> dict[str, Any]:

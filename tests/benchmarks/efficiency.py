@@ -39,13 +39,14 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.optuna_trials import RACED_OUT_AS, RacedOutAs
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.rungs import RungReport
+from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.early_stopping import EarlyStopping
-from vitpareto.search.trials.searcher import TELL_RACED, FrontSearcher
-from vitpareto.search.trials.trial_actor import RUNG
+from vitpareto.search.trials.trial_actor import RUNG  # noqa
 
 AXES = (OBJECTIVES["top1"], OBJECTIVES["gmacs"])
 NAMES = tuple(o.name for o in AXES)
@@ -112,35 +113,38 @@ class Run:
 Arm = Callable[[Lab, Run], None]
 
 
-def ours(race: bool = True, tell: str = TELL_RACED) -> Arm:
+def ours(race: bool = True, tell: RacedOutAs = RACED_OUT_AS) -> Arm:
     """The searcher itself, as it is; only the worker is replayed."""
 
     def arm(lab: Lab, run: Run) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = StudyFolder(Path(scratch) / "s")
             folder.create()
-            judge = EarlyStopping(Race(lab.images, 0.05, lab.trials), AXES, {}) if race else None
-            searcher = FrontSearcher(
-                folder, lab.space, objectives=NAMES, sampler="tpe", seed=lab.seed,
-                trials=lab.trials, reshape=lab.reshape, judge=judge, tell_raced=tell,
+            rules = Race(lab.images, 0.05, lab.trials)
+            early_stopping = EarlyStopping(rules, AXES, {}) if race else None
+            settings = SessionSettings(
+                objectives=NAMES, sampler="tpe", seed=lab.seed, trials=lab.trials, raced_out_as=tell
+            )
+            session = StudySession(
+                folder, lab.space, settings, shape_of=lab.reshape, early_stopping=early_stopping,
                 storage=optuna.storages.InMemoryStorage(),
             )  # fmt: skip
             looked = rungs(lab.images)[:-1] if race else ()
-            while isinstance(config := searcher.suggest("t"), dict):
-                number, key = config["trial"], config["key"]
-                trial = searcher.study.get_trials(deepcopy=False)[number]
+            while (proposal := session.next("t")) is not None:
+                config = proposal.config()
+                trial = session.study.get_trials(deepcopy=False)[proposal.number]
                 at = lab.nearest(trial.params)
-                seen = _climb(lab, searcher, folder, config, at, looked)
+                seen = _climb(lab, session, folder, config, at, looked)
                 if seen == lab.images:
                     run.measured(lab, at)
-                searcher.on_trial_complete("t", {"trial_number": number, "key": key})
+                session.complete("t")
                 run.step(seen)
 
     return arm
 
 
 def _climb(
-    lab: Lab, searcher: FrontSearcher, folder: StudyFolder, config: dict[str, Any], at: int,
+    lab: Lab, session: StudySession, folder: StudyFolder, config: dict[str, Any], at: int,
     looked: tuple[int, ...],
 ) -> int:  # fmt: skip
     """One trial as a worker would have it, its result made durable; the images it saw."""
@@ -148,7 +152,7 @@ def _climb(
     for stop in looked:
         values = {"top1": lab.point(at, stop)[0], "gmacs": gmacs}
         rung = RungReport(config["key"], config["recipe"], values, right[:stop])
-        if not searcher.climbs("t", {RUNG: rung}):
+        if not session.on_rung("t", rung):
             return stop
     folder.write(
         TrialResult(

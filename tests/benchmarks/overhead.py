@@ -31,6 +31,7 @@ from vitpareto import methods
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.tracking.tracker import Tracker
@@ -98,14 +99,14 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
         folder.settle({})
         folder.write_job({"objectives": list(OBJECTIVE_NAMES), "model": "m", "data": "d"})
         folder.start_epoch("epoch")
-        judge = None
+        early_stopping = None
         if race:
             race_rules = Race(images, 0.05, trials)
-            judge = EarlyStopping(race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], {})
+            early_stopping = EarlyStopping(race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], {})
         cpu: list[float] = []
         memory: list[float] = []
 
-        def heard(result: Any, tally: Any) -> None:
+        def count(result: Any, progress: Any) -> None:
             if result is not None:
                 cpu.append(time.process_time() - clocked.seconds.get("sampler", 0.0))
                 if len(cpu) == max(1, trials // 10):
@@ -113,20 +114,21 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
                 clocked.stamps.append(time.perf_counter())
 
         with Tracker(folder, f"sqlite:///{scratch}/mlflow.db", notify=lambda _: None) as tracker:
-            searcher = FrontSearcher(
+            settings = SessionSettings(
+                objectives=OBJECTIVE_NAMES, sampler=sampler, seed=0, trials=trials
+            )
+            session = StudySession(
                 folder,
                 Space.of(SEARCHED, {}, {}),
-                objectives=OBJECTIVE_NAMES,
-                sampler=sampler,
-                seed=0,
-                trials=trials,
-                reshape=ShapeFinder(model),
-                hooks=[heard, tracker.on_result],
-                judge=judge,
+                settings,
+                shape_of=ShapeFinder(model),
+                hooks=[count, tracker.hear],
+                early_stopping=early_stopping,
             )
-            searcher.study.ask = clocked.clock("sampler", searcher.study.ask)
-            searcher.space = _Clocked(searcher.space, clocked)  # type: ignore[assignment]
-            for name in ("suggest", "on_trial_complete", "climbs"):
+            session.study.ask = clocked.clock("sampler", session.study.ask)
+            session.proposals.space = _Clocked(session.proposals.space, clocked)  # type: ignore[assignment]
+            searcher = FrontSearcher(session)
+            for name in ("suggest", "on_trial_complete", "goes_on"):
                 setattr(searcher, name, clocked.clock(name, getattr(searcher, name)))
             looked = rungs(images)[:-1] if race else ()
             task = Sleep(Place(folder.folder), "epoch", images, sleep, looked)
@@ -134,9 +136,9 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             before = time.process_time()
             run_tune(searcher, task, resources, actor=SleepingTrial)  # type: ignore[arg-type]
             whole = time.process_time() - before
-            tally = searcher.tally
+            progress = searcher.progress
         results = folder.results()
-        assert len(results) == trials == tally.done, (len(results), tally)
+        assert len(results) == trials == progress.done, (len(results), progress)
         # the first results come while workers still start
         skip = min(2 * workers, trials // 5)
         begin, end = clocked.stamps[skip], clocked.stamps[-1]
@@ -162,7 +164,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             statistics.mean(each),
             1e3 * clocked.seconds["sampler"] / trials,
             statistics.mean(each[-fifth:]) / statistics.mean(each[:fifth]),
-            tally.raced_out,
+            progress.raced_out,
             {name: 1e3 * seconds / trials for name, seconds in spent.items()},
             (memory[0], _memory_mb()),
             {

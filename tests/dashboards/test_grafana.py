@@ -16,11 +16,11 @@ import ray
 
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.progress import StudyProgress
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.ray_metrics import NUMBERS, WINDOW_S, Metrics
 from vitpareto.search.trials.run_study import run_study
-from vitpareto.search.trials.searcher import Tally
 
 BOARD = Path(__file__).parents[2] / "dashboards" / "grafana" / "searches.json"
 
@@ -85,11 +85,11 @@ def test_rates_are_of_the_last_minute_and_of_what_lies_in_it(room: ClusterCapaci
     one = TrialResult(0, "finished", {}, "k", images=300, seconds=20.0)
     assert metrics.rates(now[0]) == (0.0, 0.0)
     now[0] += 10  # a trial that began before the search was seen counts no more than there was
-    metrics.hear(one, Tally())
+    metrics.hear(one, StudyProgress())
     assert metrics.rates(now[0]) == (0.5, 30.0)
     now[0] += 50
-    metrics.hear(replace(one, seconds=30.0), Tally())
+    metrics.hear(replace(one, seconds=30.0), StudyProgress())
     assert metrics.rates(now[0]) == pytest.approx(((10 + 30) / 120, 10.0))
     now[0] += WINDOW_S + 1
-    metrics.hear(None, Tally())
+    metrics.hear(None, StudyProgress())
     assert metrics.rates(now[0]) == (0.0, 0.0)

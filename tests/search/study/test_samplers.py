@@ -9,7 +9,7 @@ import numpy as np
 import optuna
 import pytest
 
-from vitpareto.search.study.samplers import GroupTPE
+from vitpareto.search.study.optuna_adapter import GroupTPE
 
 
 def optunas(seed: int) -> optuna.samplers.TPESampler:

@@ -14,17 +14,17 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.front_table import study_front_rows
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.progress import StudyProgress
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking.client import open_client
 from vitpareto.search.tracking.page import StudyPage
 from vitpareto.search.tracking.run_contents import STUDY_ID_TAG, experiment_name, ranks_of
 from vitpareto.search.tracking.server_address import tracking_uri
 from vitpareto.search.tracking.tracker import Tracker
-from vitpareto.search.trials.searcher import Tally
 
 OBJECTIVES = ("top1", "gmacs")
 AXES = objectives_named(OBJECTIVES)
-Hook = Callable[[TrialResult | None, Tally], None]
+Hook = Callable[[TrialResult | None, StudyProgress], None]
 
 
 class GrowingStudy:
@@ -36,7 +36,7 @@ class GrowingStudy:
         common = {"model": "digits", "objectives": list(OBJECTIVES), "seed": 0}
         self.folder.write_job({"name": name, "data": "digits", "trials": 100, **common})
         self.folder.settle({**common, "methods": ["tome", "topk"], "min_gmacs": None})
-        self.progress = Tally(wanted=100)
+        self.progress = StudyProgress(requested=100)
         self.front: Front | None = None
         self.random = random.Random(0)
 

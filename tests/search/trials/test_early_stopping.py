@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 from optuna.trial import TrialState
-from ray.tune.search import Searcher
 
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
@@ -18,6 +17,7 @@ from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.rungs import RungReport
+from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.study.verdict import only_controls
@@ -25,9 +25,7 @@ from vitpareto.search.trials.early_stopping import EarlyStopping
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.measurement import measure_recipe
 from vitpareto.search.trials.run_study import run_study
-from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.study_task import study_task
-from vitpareto.search.trials.trial_actor import RUNG
 from vitpareto.search.trials.worker import Worker
 
 IMAGES = 240
@@ -133,36 +131,36 @@ def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     return Worker.open(study_task(check_job(config), threads=None))
 
 
-def searcher(folder: StudyFolder, place: Worker, **changed: Any) -> FrontSearcher:
+def session_of(folder: StudyFolder, place: Worker, **changed: Any) -> StudySession:
+    early_stopping = changed.pop("early_stopping", EarlyStopping(Race(IMAGES, 0.05, 12), AXES, {}))
     given: dict[str, Any] = {
-        "objectives": ("top1", "gmacs"), "sampler": "tpe", "seed": 0, "trials": 12,
-        "reshape": ShapeFinder(place.dense), "judge": EarlyStopping(Race(IMAGES, 0.05, 12), AXES,
-        {}), **changed,
+        "objectives": ("top1", "gmacs"), "sampler": "tpe", "seed": 0, "trials": 12, **changed,
     }  # fmt: skip
-    return FrontSearcher(folder, Space.of(("random", "tome", "topk"), {}, {}), **given)
+    return StudySession(
+        folder, Space.of(("random", "tome", "topk"), {}, {}), SessionSettings(**given),
+        shape_of=ShapeFinder(place.dense), early_stopping=early_stopping,
+    )  # fmt: skip
 
 
-def begun(tmp_path: Path, place: Worker, **changed: Any) -> tuple[StudyFolder, FrontSearcher]:
+def begun(tmp_path: Path, place: Worker, **changed: Any) -> tuple[StudyFolder, StudySession]:
     """A study with its dense model measured."""
     folder = StudyFolder(tmp_path / "s")
     folder.create()
-    own = searcher(folder, place, **changed)
-    first = own.suggest("dense")
-    assert isinstance(first, dict)
+    own = session_of(folder, place, **changed)
+    assert own.next("dense") is not None
     folder.write(result(0, Recipe(), bits(0.95), 0.1))
-    own.on_trial_complete("dense", {})
+    own.complete("dense")
     return folder, own
 
 
-def stop_one(folder: StudyFolder, own: FrontSearcher) -> int:
+def stop_one(folder: StudyFolder, own: StudySession) -> int:
     """Make a strong incumbent, then hand in a rung that is far behind it; the trial's number."""
-    strong, poor = own.suggest("a"), own.suggest("b")
-    assert isinstance(strong, dict) and isinstance(poor, dict)
-    folder.write(result(strong["trial"], Recipe.from_dict(strong["recipe"]), bits(0.9), 0.001))
-    own.on_trial_complete("a", {})
-    report = {RUNG: rung(bits(0.3, 4)[:120], 0.05)}
-    assert own.climbs("b", report) is False
-    return int(poor["trial"])
+    strong, poor = own.next("a"), own.next("b")
+    assert strong is not None and poor is not None
+    folder.write(result(strong.number, strong.recipe, bits(0.9), 0.001))
+    own.complete("a")
+    assert own.on_rung("b", rung(bits(0.3, 4)[:120], 0.05)) is False
+    return poor.number
 
 
 @pytest.mark.parametrize(
@@ -171,19 +169,19 @@ def stop_one(folder: StudyFolder, own: FrontSearcher) -> int:
 def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
     tmp_path: Path, place: Worker, told: str, state: TrialState
 ) -> None:
-    folder, own = begun(tmp_path, place, tell_raced=told)
+    folder, own = begun(tmp_path, place, raced_out_as=told)
     number = stop_one(folder, own)
     durable = folder.result(number)
     assert durable is not None and durable.state == "raced_out"
     assert own.study.trials[number].state == TrialState.RUNNING, "Ray has not heard yet"
-    own.on_trial_complete("b", {RUNG: None, "done": False})
+    own.complete("b")
     frozen = own.study.trials[number]
     assert frozen.state == state
     if told == "estimate":
         assert frozen.values == [durable.values["top1"], durable.values["gmacs"]]
     assert frozen.user_attrs["raced_out"]["images"] == 120
-    assert own.tally.raced_out == 1 and own.tally.done == 3
-    assert number not in own.tally.front
+    assert own.progress.raced_out == 1 and own.progress.done == 3
+    assert number not in own.progress.front
 
 
 def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
@@ -192,31 +190,31 @@ def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
     folder, own = begun(tmp_path, place)
     number = stop_one(folder, own)  # and here the driver dies
     before = folder.result(number)
-    again = searcher(folder, place)
+    again = session_of(folder, place)
     assert again.study.trials[number].state == TrialState.PRUNED
-    assert again.tally.raced_out == 1 and again.tally.running == 0
+    assert again.progress.raced_out == 1 and again.progress.running == 0
     assert folder.result(number) == before
     key = before.key if before else ""
     assert folder.known(key) == before, "the same candidate is not raced a second time"
 
 
 def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place: Worker) -> None:
-    folder, own = begun(tmp_path, place, trials=None, patience=3, judge=None)
+    folder, own = begun(tmp_path, place, trials=None, patience=3, early_stopping=None)
     for i in range(3):
-        config = own.suggest(f"t{i}")
-        assert isinstance(config, dict)
-        folder.write(result(config["trial"], Recipe.from_dict(config["recipe"]), bits(0.1), 0.2))
-        own.on_trial_complete(f"t{i}", {})
-    assert own.suggest("end") == Searcher.FINISHED
-    assert own.tally.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
+        proposal = own.next(f"t{i}")
+        assert proposal is not None
+        folder.write(result(proposal.number, proposal.recipe, bits(0.1), 0.2))
+        own.complete(f"t{i}")
+    assert own.next("end") is None
+    assert own.progress.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
 
 
 def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Worker) -> None:
     _, own = begun(tmp_path, place, trials=None, seconds=3600.0)
-    assert isinstance(own.suggest("a"), dict)
-    own.begin -= 3601
-    assert own.suggest("b") == Searcher.FINISHED
-    assert own.tally.ended == "the time is up: 3600 s; 1 trials measured"
+    assert own.next("a") is not None
+    own.start -= 3601
+    assert own.next("b") is None
+    assert own.progress.ended == "the time is up: 3600 s; 1 trials measured"
 
 
 # --------------------------------------------------------------------------------- on a real Ray
@@ -231,11 +229,11 @@ def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
         "workers": 2, "device": "cpu", "latency": "off", "certify": "off", "tracking_uri": "none",
     })  # fmt: skip
     outcome = run_study(check_job(config), cpus=room.cpus, gpus=room.gpus)
-    folder, tally = outcome.folder, outcome.progress
+    folder, progress = outcome.folder, outcome.progress
     results = {r.trial: r for r in folder.results()}
     stopped = [r for r in results.values() if r.state == "raced_out"]
-    assert len(results) == tally.done == 24 and tally.raced_out == len(stopped) >= 3
-    assert tally.images == sum(r.images for r in results.values() if not _same(r))
+    assert len(results) == progress.done == 24 and progress.raced_out == len(stopped) >= 3
+    assert progress.images == sum(r.images for r in results.values() if not _same(r))
     for one in stopped:
         assert one.images in rungs(IMAGES)[:-1] or one.images % config.batch == 0 or _same(one)
         whole = measure_recipe(place, one.trial, Recipe.from_dict(one.recipe))

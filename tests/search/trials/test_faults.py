@@ -33,12 +33,12 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.optuna_storage import close, frozen_trials, open_storage, study_name
 from vitpareto.search.study.results import TrialResult
+from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.measurement import measure_recipe
 from vitpareto.search.trials.run_study import run_study
-from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.study_task import study_task
 from vitpareto.search.trials.trial_actor import TrialActor
 from vitpareto.search.trials.worker import Worker
@@ -350,24 +350,23 @@ def postgres() -> Iterator[Postgres]:
 
 
 @contextlib.contextmanager
-def proposing(folder: StudyFolder, place: Worker, url: str | None) -> Iterator[FrontSearcher]:
+def proposing(folder: StudyFolder, place: Worker, url: str | None) -> Iterator[StudySession]:
     """What the driver of a study holds."""
     storage = open_storage(folder, url)
-    yield FrontSearcher(
-        folder, Space.of(("tome", "topk"), {}, {}), objectives=("top1", "gmacs"), sampler="tpe",
-        seed=0, trials=10, reshape=ShapeFinder(place.dense), storage=storage,
-    )  # fmt: skip
+    settings = SessionSettings(objectives=("top1", "gmacs"), sampler="tpe", seed=0, trials=10)
+    space, shape_of = Space.of(("tome", "topk"), {}, {}), ShapeFinder(place.dense)
+    yield StudySession(folder, space, settings, shape_of=shape_of, storage=storage)
     close(storage)
 
 
-def measure(own: FrontSearcher, place: Worker, count: int) -> list[TrialResult]:
+def measure(own: StudySession, place: Worker, count: int) -> list[TrialResult]:
     made = []
     for _ in range(count):
-        asked = own.suggest("t")
-        assert isinstance(asked, dict)
-        made.append(measure_recipe(place, asked["trial"], Recipe.from_dict(asked["recipe"])))
+        proposal = own.next("t")
+        assert proposal is not None
+        made.append(measure_recipe(place, proposal.number, proposal.recipe))
         own.folder.write(made[-1])
-        own.on_trial_complete("t", {})
+        own.complete("t")
     return made
 
 
@@ -388,12 +387,12 @@ def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, place
 
     # a driver that dies in the middle of a trial, and the server with it
     with proposing(folder, place, postgres.url) as dying:
-        assert isinstance(dying.suggest("lost"), dict)
+        assert dying.next("lost") is not None
         postgres.stop()
-        assert dying.suggest("away") is None, "a database that is away is waited for"
+        assert dying.next("away") is None, "a database that is away is waited for"
         postgres.start()
     with proposing(folder, place, postgres.url) as own:
-        assert own.tally.done == 4
+        assert own.progress.done == 4
         measure(own, place, 6)
     assert [r.state for r in folder.results()] == ["finished"] * 10
     assert study_name(folder).startswith("s-")
@@ -414,7 +413,7 @@ def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, place: Wo
     before = folder.results()
     folder.journal.unlink()
     with proposing(folder, place, None) as own:
-        assert own.tally.done == 5
+        assert own.progress.done == 5
         more = measure(own, place, 5)
     assert min(r.trial for r in more) > max(r.trial for r in before)
     assert folder.results()[:5] == before

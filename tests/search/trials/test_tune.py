@@ -16,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult, pack_bits
+from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.trials.resources import TrialResources
@@ -73,14 +74,13 @@ def test_workers_that_take_longer_to_start_than_a_trial_are_all_busy(
     )
     with torch.no_grad():
         space = Space.of(("random", "tome", "topk"), {}, {})
-        searcher = FrontSearcher(
-            folder, space, objectives=("top1", "gmacs"), sampler="random", seed=0,
-            trials=TRIALS, reshape=ShapeFinder(model.eval()),
-        )  # fmt: skip
+        settings = SessionSettings(("top1", "gmacs"), sampler="random", seed=0, trials=TRIALS)
+        session = StudySession(folder, space, settings, shape_of=ShapeFinder(model.eval()))
+        searcher = FrontSearcher(session)
         errand: Any = SimpleNamespace(study=folder)
         run_tune(searcher, errand, TrialResources(2, 1, 0.0), actor=worker_that_starts_slowly())
     done = Counter(r.provenance["pid"] for r in folder.results())
-    assert sum(done.values()) == TRIALS == searcher.tally.done
+    assert sum(done.values()) == TRIALS == searcher.progress.done
     first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)
     assert second >= 4, f"trials by worker: {dict(done)}"
     assert first + second == TRIALS, f"workers were started again: {dict(done)}"
