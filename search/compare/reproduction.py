@@ -18,7 +18,9 @@ from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.compare.published import Row, recompute
-from vitpareto.search.data.datasets import EVALUATION, Data, Preprocess, check_head, open_data
+from vitpareto.search.data.datasets import Data, check_head, open_data
+from vitpareto.search.data.preprocess import Preprocess
+from vitpareto.search.data.splits import EVALUATION
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
 from vitpareto.search.measure.closed_form import schedule_macs

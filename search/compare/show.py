@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.compare.token_trace import Followed, follow
-from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
-from vitpareto.search.data.decoding import UNREADABLE
+from vitpareto.search.data.datasets import Data, check_head, open_data
+from vitpareto.search.data.decode_chunks import UNREADABLE
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models import embedded_model

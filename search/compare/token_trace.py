@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe, Trace
-from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.accuracy import NonFiniteLogits
 
 #: What a token that holds several patches is: their mean, a sum weighted by attention in which

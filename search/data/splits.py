@@ -1,4 +1,4 @@
-"""The order of a study's images and their three splits: by hash, the same everywhere.
+"""The order of a study's images and their three splits: by hash, the same on every machine.
 
 Nothing here reads a file or knows where images come from.
 """
@@ -10,34 +10,52 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
-from vitpareto.search.data.decoding import Source
+from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
 
-#: Decisions are made on search, certified on held-out; calibration is what methods may look at.
+#: decisions are made on search and certified on held-out; methods may look at calibration
 EVALUATION = ("calibration", "search", "held-out")
+#: size of the calibration split, for datasets of at least so many images; a fifth of smaller ones
 CALIBRATION_IMAGES, CALIBRATION_FROM = 1024, 5000
+#: three splits of at least one image
+FEWEST_IMAGES = 5
 
 
-class Listed(Source, Protocol):
+class Source(Protocol):
+    """A split's images in their final order. Pickles small: decoding processes load the images."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 [M]."""
+
+    def name(self, index: int) -> str:
+        """The image's name in messages."""
+
+    def load(self, index: int) -> Image.Image:
+        """The RGB image. Raises what the image library raises on a corrupt one."""
+
+
+class ListedSplit(Source, Protocol):
     """A split before it is decoded."""
 
     def stamp(self) -> str:
-        """Changes when the images, their labels or their order change; not where they lie."""
+        """A hash of the images, their labels and their order; not of where they are stored."""
 
-    def first(self, images: int) -> Listed:
-        """The same split, cut to a prefix."""
+    def first(self, images: int) -> ListedSplit:
+        """The split's first images."""
 
     def __len__(self) -> int: ...
 
 
 def stratified_order(keys: Sequence[str], labels: np.ndarray, seed: int) -> np.ndarray:
-    """A shuffled order whose every prefix is nearly balanced by class: positions, int64 [M].
+    """A shuffled order in which every prefix is nearly balanced by class: positions, int64 [M].
 
-    Within a class the keys are shuffled; the image of rank r among the n of its class is placed
-    at (r + u) / n, u uniform in [0, 1). At any such place t, each class has given t * n images
-    to within one. Shuffled by hash, not by a generator: the same with every version of every
-    library, and a new image leaves the order of the others as it was.
+    Within a class the keys are shuffled; the image of rank r among the n of its class gets the
+    position (r + u) / n, u uniform in [0, 1). In any prefix of length t * M, each class has t * n
+    images to within one. Shuffling is by hash, not by a generator: it does not depend on the
+    version of any library, and adding an image does not change the order of the others.
     """
     draws = np.empty((len(keys), 2), dtype=np.uint64)
     for i, key in enumerate(keys):
@@ -48,23 +66,29 @@ def stratified_order(keys: Sequence[str], labels: np.ndarray, seed: int) -> np.n
     starts = np.cumsum(counts) - counts
     rank = np.empty(len(keys))
     rank[shuffled] = np.arange(len(keys)) - starts[labels[shuffled]]
-    place = (rank + draws[:, 1] / 2.0**64) / counts[labels]
-    return np.lexsort((draws[:, 0], place))
+    position = (rank + draws[:, 1] / 2.0**64) / counts[labels]
+    return np.lexsort((draws[:, 0], position))
 
 
 def divide(keys: Sequence[str], labels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """Calibration, search and held-out out of one set: disjoint positions, each in its order.
+    """Calibration, search and held-out of one set: disjoint positions, each in its order.
 
-    Raises `UserError` where there are too few images for three splits.
+    Raises UserError if there are fewer than 5 images.
     """
     total = len(keys)
-    if total < 5:
-        raise UserError(f"three splits need at least 5 images, got {total}")
+    if total < FEWEST_IMAGES:
+        raise UserError(
+            f"a dataset must have at least {FEWEST_IMAGES} images for its three splits (got "
+            f"{total})",
+            Code.OUT_OF_RANGE,
+            name="images",
+            got=total,
+        )
     calibration = CALIBRATION_IMAGES if total >= CALIBRATION_FROM else total // 5
     order = stratified_order(keys, labels, seed)
     ends = (calibration, calibration + total // 5)
     splits = {}
     for name, members in zip(EVALUATION, np.split(order, ends), strict=True):
-        own = stratified_order([f"{name}/{keys[i]}" for i in members], labels[members], seed)
-        splits[name] = members[own]
+        within = stratified_order([f"{name}/{keys[i]}" for i in members], labels[members], seed)
+        splits[name] = members[within]
     return splits

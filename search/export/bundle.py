@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import Recipe
 from vitpareto.methods.engine.reduction import Trace
-from vitpareto.search.data.datasets import Preprocess, Split, check_head, open_data
+from vitpareto.search.data.datasets import check_head, open_data
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.readme import more_programs, readme, resize_rule
 from vitpareto.search.export.specialised import Package, write_aoti, write_static

@@ -30,7 +30,8 @@ from onnxruntime.quantization import (
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
-from vitpareto.search.data.datasets import Preprocess, Split
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.timing import measure_latency

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitpareto.methods.engine.errors import nearest
-from vitpareto.search.data.decoding import Preprocess, Split
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 
 #: How an image may be changed: shifted by up to an eighth of its side (black comes in), or cut to a

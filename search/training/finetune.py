@@ -19,7 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitpareto.methods import Recipe, Untrained, model_shape
-from vitpareto.search.data.datasets import Data, Preprocess, open_data
+from vitpareto.search.data.datasets import Data, open_data
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of, evaluate
 from vitpareto.search.models.loading import fingerprint, fresh_model, load_model, num_classes

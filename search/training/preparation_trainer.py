@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import Recipe, Step, Untrained
 from vitpareto.methods.engine.preparation import Fit, Progress, WidthsCost
-from vitpareto.search.data.datasets import Preprocess, Split
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.files.atomic import delete_file, write_atomic
 from vitpareto.search.files.write_through import refresh
 from vitpareto.search.measure.accuracy import batches_of

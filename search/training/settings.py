@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitpareto.search.data.decoding import Preprocess, Split
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.models.loading import num_classes
 from vitpareto.search.training.batches import TrainImages, choose_augmentation

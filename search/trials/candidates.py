@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import Recipe, Step
 from vitpareto.methods.engine.preparation import PreparationOutcome, WidthsCost, not_prepared
-from vitpareto.search.data.datasets import Preprocess, Split
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.latency_table import LatencyTable
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.models.weight_store import WeightStore

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from vitpareto.methods import Recipe
-from vitpareto.search.data.datasets import Data, Split
+from vitpareto.search.data.datasets import Data
+from vitpareto.search.data.decoded import Split
 from vitpareto.search.study.certificates import Record
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, reference_of

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
 from vitpareto.methods.engine.errors import Code
-from vitpareto.search.data.datasets import Data, Preprocess, check_head, open_data
+from vitpareto.search.data.datasets import Data, check_head, open_data
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.device import device_name, resolve_device
 from vitpareto.search.measure.latency_table import LatencyTable

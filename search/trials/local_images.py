@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vitpareto.methods.engine.errors import Code
 from vitpareto.search.data.datasets import Data
-from vitpareto.search.data.decoding import Split, is_whole
+from vitpareto.search.data.decoded import Split, is_complete
 from vitpareto.search.errors import UserError
 
 
@@ -22,7 +22,7 @@ def local_split(split: Split, data: Data) -> Split:
     cache = os.environ.get("VITPARETO_CACHE")
     if cache:
         split = replace(split, folder=Path(cache).absolute() / "decoded" / split.folder.name)
-    if is_whole(split):
+    if is_complete(split):
         return split
     local = data.at(Path(cache) if cache else None).split(split.name)
     if local.fingerprint != split.fingerprint:

@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 
 from vitpareto.methods import Recipe
-from vitpareto.search.data.datasets import Data, Preprocess, Split
+from vitpareto.search.data.datasets import Data
+from vitpareto.search.data.decoded import Split
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.files.object_store import store_folder
 from vitpareto.search.measure.accuracy import DTYPES
 from vitpareto.search.measure.latency import Latency

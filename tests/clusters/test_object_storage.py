@@ -20,8 +20,9 @@ from tests.clusters.running import Running, running
 from tests.refusals import refused
 from tests.search.faults import NAME, until
 from vitpareto.methods.engine.preparation import SharedWeights
-from vitpareto.search.data.datasets import Preprocess, open_data
-from vitpareto.search.data.decoding import is_whole
+from vitpareto.search.data.datasets import open_data
+from vitpareto.search.data.decoded import is_complete
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.files import claims, write_through
 from vitpareto.search.files.atomic import delete_tree, write_atomic
@@ -184,7 +185,7 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
     assert np.array_equal(split.images, local.split("search").images)
     os.environ["VITPARETO_CACHE"] = str(tmp_path / "c2")  # the fixture puts it back
     own = local_split(split, far.only("search"))
-    assert own.folder.is_relative_to(tmp_path / "c2") and is_whole(own)
+    assert own.folder.is_relative_to(tmp_path / "c2") and is_complete(own)
     assert np.array_equal(own.images, split.images)
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / "a" / "00.png")
     for i in range(1, 20):

@@ -66,12 +66,12 @@ def test_compare_requires_two_studies(command: Run, study_store: Path, tmp_path:
 def test_show_draws_images(command: Run, cache: Path, tmp_path: Path) -> None:
     from PIL import Image
 
-    from vitpareto.search.data import embedded
+    from vitpareto.search.data import embedded_images
 
     recipe, picture = tmp_path / "recipe.yaml", tmp_path / "patches.png"
     recipe.write_text("tokens: {method: rajni, gamma: 0.1, min_tokens: 8, budget: image}\n")
     files = [tmp_path / f"{i}.png" for i in range(3)]
-    for path, pixels in zip(files, embedded.draw("search")[0], strict=False):
+    for path, pixels in zip(files, embedded_images.draw("search")[0], strict=False):
         Image.fromarray(pixels).save(path)
     result = command(
         "show", "--recipe", recipe, "--image", *files, "--json", "--cache", cache, "--out", picture
@@ -81,7 +81,7 @@ def test_show_draws_images(command: Run, cache: Path, tmp_path: Path) -> None:
         assert drawn.width > 1000
     assert [Path(row["image"]).name for row in result.rows] == ["0.png", "1.png", "2.png"]
     for row in result.rows:
-        assert len(row["blocks"]) == 12 and row["pruned"]["name"] in embedded.CLASSES
+        assert len(row["blocks"]) == 12 and row["pruned"]["name"] in embedded_images.CLASSES
         for block in row["blocks"]:
             assert block["patches"] == 64 - block["dropped"]
             assert set(block["figures"]) == {"rho", "eta", "keep_ratio"}

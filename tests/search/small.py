@@ -11,7 +11,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from vitpareto.search.data.datasets import Data, Preprocess, open_data
+from vitpareto.search.data.datasets import Data, open_data
+from vitpareto.search.data.preprocess import Preprocess
 
 PREPROCESS = Preprocess((3, 64, 64), (0.2, 0.2, 0.2), (0.25, 0.25, 0.25), "bicubic", 1.0, "center")
 

@@ -26,7 +26,9 @@ from vitpareto.search.compare.reproduction import (
     select,
 )
 from vitpareto.search.data import embedded_images
-from vitpareto.search.data.datasets import EVALUATION, Preprocess, open_data
+from vitpareto.search.data.datasets import open_data
+from vitpareto.search.data.preprocess import Preprocess
+from vitpareto.search.data.splits import EVALUATION
 from vitpareto.search.measure.accuracy import evaluate
 from vitpareto.search.models import embedded_model
 from vitpareto.search.stats.intervals import wilson_interval
@@ -174,7 +176,7 @@ def test_weights_that_cannot_be_downloaded(place: Place, monkeypatch: pytest.Mon
             Image.new("RGB", (8, 8), (i, 0, 0)).save(root / name / f"{i}.png")
     (one,) = reproduce([row], replace(place, data=str(root)))
     assert one.accuracy is None
-    assert one.why.endswith("cannot be had (ConnectionError: no route to host)")
+    assert one.why.endswith("are not available (ConnectionError: no route to host)")
 
 
 def test_a_model_that_gives_no_numbers_is_told_and_the_next_row_runs(
@@ -197,7 +199,7 @@ def test_trained_rows_are_never_measured(place: Place) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data": "/nowhere/val"}, "no such folder: /nowhere/val"),
+        ({"data": "/nowhere/val"}, "folder /nowhere/val does not exist"),
         ({"data": "OTHER"}, "the model has 10 classes and .* has 2"),
         ({"weights": Path("/nowhere/w")}, "weights folder /nowhere/w is not there"),
     ],

@@ -13,7 +13,7 @@ from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare.token_trace import denormalised, follow, together
 from vitpareto.search.data import embedded_images
-from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.accuracy import NonFiniteLogits
 from vitpareto.search.models import embedded_model
 

@@ -60,7 +60,8 @@ def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     from vitpareto.methods.engine.weights import weights_digest
     from vitpareto.search.data import embedded_images
-    from vitpareto.search.data.datasets import Preprocess, open_data
+    from vitpareto.search.data.datasets import open_data
+    from vitpareto.search.data.preprocess import Preprocess
     from vitpareto.search.files.object_store import ObjectStore
     from vitpareto.search.models import embedded_model
     from vitpareto.search.models.loading import fingerprint

@@ -22,7 +22,7 @@ from PIL import Image
 from vitpareto import methods
 from vitpareto.methods import Recipe
 from vitpareto.search.data import embedded_images
-from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import NotVerified, _preprocess, choose_trial, export
 from vitpareto.search.export.readme import programs, readme, resize_rule

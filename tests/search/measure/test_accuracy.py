@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from tests.search.small import PREPROCESS, image_folder, opened, vit
 from vitpareto import methods
-from vitpareto.search.data.datasets import Data, Split
+from vitpareto.search.data.datasets import Data
+from vitpareto.search.data.decoded import Split
 from vitpareto.search.measure import macs
 from vitpareto.search.measure.accuracy import (
     DTYPES,

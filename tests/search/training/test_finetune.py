@@ -18,7 +18,8 @@ from tests.search.small import PREPROCESS, images
 from vitpareto import cli
 from vitpareto.methods import BadInput, Recipe, model_shape, weights_digest
 from vitpareto.search.data import embedded_images
-from vitpareto.search.data.datasets import Preprocess, open_data
+from vitpareto.search.data.datasets import open_data
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import evaluate
 from vitpareto.search.models import embedded_model

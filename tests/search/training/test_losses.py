@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tests.search.small import PREPROCESS, images, vit
 from vitpareto import methods
 from vitpareto.search.data.datasets import Data, open_data
-from vitpareto.search.data.decoding import Preprocess
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.training.batches import (
     AUGMENTATIONS,

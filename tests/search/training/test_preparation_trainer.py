@@ -24,7 +24,7 @@ from vitpareto.methods.slicing.snapshots import (
     reachable,
     targets_between,
 )
-from vitpareto.search.data.datasets import Split
+from vitpareto.search.data.decoded import Split
 from vitpareto.search.measure import macs
 from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.shapes import ShapeFinder

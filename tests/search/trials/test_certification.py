@@ -15,7 +15,7 @@ from scipy.stats import beta, norm
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
 from vitpareto.search.data import embedded_images
-from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.stats.intervals import clopper_pearson, paired_difference, wilson_interval
 from vitpareto.search.study import certificates

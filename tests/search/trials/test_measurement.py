@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vitpareto.methods import Recipe
-from vitpareto.search.data.datasets import Split
+from vitpareto.search.data.decoded import Split
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.results import TrialResult, unpack_bits
 from vitpareto.search.study.rungs import RungReport

@@ -15,7 +15,7 @@ from tests.refusals import refused
 from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.search.data.datasets import Preprocess
+from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.fvcore_macs import fvcore_macs
 from vitpareto.search.models.loading import load_model
