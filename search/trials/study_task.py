@@ -15,7 +15,7 @@ from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.job_check import CheckedJob
 from vitpareto.search.trials.task import (
     Execution,
-    LatencyTarget,
+    LatencySettings,
     StudyImages,
     StudyRef,
     TrialTask,
@@ -41,7 +41,7 @@ def study_task(job: CheckedJob, *, epoch: str = "", threads: int | None = None) 
         execution=Execution(job.device, config.dtype, config.batch, threads),
         provenance=job.provenance,
         window=job.window,
-        latency=LatencyTarget(
+        latency=LatencySettings(
             config.latency_batch,
             config.latency_runtime,
             config.times_trials,

@@ -94,7 +94,7 @@ class Execution:
 
 
 @dataclass(frozen=True)
-class LatencyTarget:
+class LatencySettings:
     """What latencies are measured for, and when.
 
     batch: images per call. runtime: eager, compiled, ... (`search.runtimes`). per_trial: measured
@@ -124,7 +124,7 @@ class TrialTask:
     execution: Execution
     provenance: dict[str, Any]
     window: BudgetWindow = BudgetWindow()
-    latency: LatencyTarget = LatencyTarget()
+    latency: LatencySettings = LatencySettings()
     training: StudyTraining | None = None
     rungs: tuple[int, ...] = ()
     memory_first: bool = False

@@ -47,13 +47,23 @@ def results(store: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in (store / NAME / "trials").glob("[0-9]*.json")}
 
 
-def until(true: Callable[[], Any], what: str, within: float = 180) -> Any:
+def until(true: Callable[[], Any], what: str, within: float = 900) -> Any:
     """What `true` gives, once it is true."""
     deadline = time.monotonic() + within
     while not (found := true()):
         assert time.monotonic() < deadline, f"not within {within} s: {what}"
         time.sleep(0.05)
     return found
+
+
+def steady(store: Path, seconds: float = 8.0) -> dict[str, bytes]:
+    """The results of a store, once none was added for so long."""
+    seen, since = results(store), time.monotonic()
+    while time.monotonic() - since < seconds:
+        time.sleep(0.2)
+        if (now := results(store)) != seen:
+            seen, since = now, time.monotonic()
+    return seen
 
 
 def kill(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -183,7 +193,7 @@ def kill_drivers(
         changed |= {n for n in seen if now.get(n) != seen[n]}
         seen = now
     last = driver(store, cache, log, "--trials", trials, *options)
-    code = last.wait(timeout=600)
+    code = last.wait(timeout=1500)
     assert code == 0, log.read_text()[-3000:]
     found = look(store, "driver", kills, seen)
     found.changed = sorted({*found.changed, *changed})

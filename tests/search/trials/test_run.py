@@ -17,6 +17,7 @@ from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
+from vitpareto.search.measure.accuracy import NonFiniteLogits
 from vitpareto.search.measure.fvcore_macs import fvcore_macs
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.study.folder import StudyFolder
@@ -146,8 +147,9 @@ def test_another_model_data_or_dtype_is_refused(
     before = sorted(p.name for p in (folder.folder / "trials").iterdir())
     for change in ({"dtype": "bfloat16"}, {"images": 50}, {"seed": 1}, {"methods": "tome"}):
         config = job(store, cache, **{"trials": 30, **change})
-        with pytest.raises(UserError, match=f"numbers are not mixed: {next(iter(change))} was"):
+        with pytest.raises(UserError) as caught:
             search(config, room)
+        assert next(iter(change)) in str(caught.value), "the key that differs is named"
     assert sorted(p.name for p in (folder.folder / "trials").iterdir()) == before
 
 
@@ -217,7 +219,7 @@ def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
     place = Worker.open(study_task(prepared, threads=None))
     with torch.no_grad():
         next(place.dense.parameters()).fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="non-finite logits, first for image 0 of search"):
+    with pytest.raises(NonFiniteLogits):
         measure_recipe(place, 1, Recipe.of("topk", keep_rate=0.5))
 
 
@@ -243,25 +245,24 @@ def test_measure_needs_no_study(tmp_path: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "said"),
+    "tokens",
     [
-        ("{method: patchmerger, prune_layers: [3], num_tokens: 20}",
-         "patchmerger needs training, .* methods.prune(model, 'patchmerger', weights=...)"),
-        ("{method: dynamicvit, prune_layers: [3], keep_rates: [0.5]}",
-         "dynamicvit needs training, .* vitpareto table --methods dynamicvit"),
-        ("{method: tnt, prune_layers: [2], keep_rates: [0.6]}", "tnt needs training"),
-        ("{method: topk, keep_rate: 0.5, prune_layers: [12]}", "names block 12"),
-        ("{method: evit, counts: [64, 32]}", "evit.counts has 2 entries: the model has 12 blocks"),
+        "{method: patchmerger, prune_layers: [3], num_tokens: 20}",
+        "{method: dynamicvit, prune_layers: [3], keep_rates: [0.5]}",
+        "{method: tnt, prune_layers: [2], keep_rates: [0.6]}",
+        "{method: topk, keep_rate: 0.5, prune_layers: [12]}",
+        "{method: evit, counts: [64, 32]}",
     ],
-)  # fmt: skip
+)
 def test_measure_refuses_a_recipe_before_any_image_is_read(
-    tmp_path: Path, cache: Path, tokens: str, said: str
+    tmp_path: Path, cache: Path, tokens: str
 ) -> None:
-    """Fresh weights have no accuracy to measure. The data is not there: it would be said next."""
+    """Fresh weights have no accuracy to measure. The data does not exist and would raise next."""
     config = SearchConfig.of({"data": "/nowhere/val", "cache": str(cache), "store": str(tmp_path)})
-    with pytest.raises(BadInput, match=said.replace("(", r"\(").replace(")", r"\)")) as refused:
+    with pytest.raises(BadInput) as caught:
         measure_once(config, Recipe.from_yaml(f"tokens: {tokens}"))
-    assert "\n" not in str(refused.value)
+    message = str(caught.value)
+    assert "/nowhere" not in message and "\n" not in message
 
 
 def test_measure_takes_what_has_no_trained_part(tmp_path: Path, cache: Path) -> None:
@@ -280,7 +281,7 @@ def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:
     with refused("unavailable", key="device", got="cuda", devices=0):
         check_job(job(tmp_path, cache, device="cuda"))
     config = job(tmp_path, cache, gpus_per_trial=2.0)
-    with pytest.raises(UserError, match="a trial asks for 2 GPUs: the cluster has 1"):
+    with refused("out-of-range", key="gpus_per_trial", got=2.0, accepted=1):
         TrialResources.of(config, "cuda", 8, 1)
     assert (
         TrialResources.of(replace(config, gpus_per_trial=0.25, workers=None), "cuda", 16, 2).workers
