@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from vitpareto.dashboards.table_cells import Column, interval_text, new_table
-from vitpareto.search.export.benchmark import Timed
+from vitpareto.search.export.benchmark import ProgramTiming
 from vitpareto.search.measure.latency import LatencyTarget
 
 
@@ -42,7 +42,7 @@ class BenchRow:
         return {**values, "target": self.target.to_json()}
 
 
-def bench_rows(timings: Sequence[Timed]) -> list[BenchRow]:
+def bench_rows(timings: Sequence[ProgramTiming]) -> list[BenchRow]:
     """One row per runtime and batch size, in the given order."""
     return [
         BenchRow(
@@ -51,7 +51,7 @@ def bench_rows(timings: Sequence[Timed]) -> list[BenchRow]:
             latency_ms=t.latency.p50_ms,
             latency_p95_ms=t.latency.p95_ms,
             dense_latency_ms=t.latency.dense_p50_ms,
-            images_per_s=t.latency.images_per_s,
+            images_per_s=1e3 * t.batch / t.latency.p50_ms,
             speedup=t.latency.speedup,
             speedup_low=t.latency.speedup_low,
             speedup_high=t.latency.speedup_high,
@@ -63,7 +63,7 @@ def bench_rows(timings: Sequence[Timed]) -> list[BenchRow]:
     ]
 
 
-def bench_table(timings: Sequence[Timed], title: str) -> Table:
+def bench_table(timings: Sequence[ProgramTiming], title: str) -> Table:
     """A table for a terminal; intervals are 95 %."""
     rows = bench_rows(timings)
     shown = ("device", "dtype", "threads")

@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from vitpareto.search.compare.cost_table import AT_MOST, GIVEN, KEPT, NEAREST, CostRow
-from vitpareto.search.compare.reproduction import Reproduced, is_measurable
+from vitpareto.search.compare.reproduction import ReproducedRow, is_measurable
 from vitpareto.search.measure.counting import COUNTERS
 
 NONE = "—"
@@ -162,12 +162,12 @@ class FigureRecord:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
-def figure_records(reproduced: Sequence[Reproduced]) -> list[FigureRecord]:
+def figure_records(reproduced: Sequence[ReproducedRow]) -> list[FigureRecord]:
     """One record per published row, for CSV and JSON."""
     return [_figure_record(one) for one in reproduced]
 
 
-def _figure_record(reproduced: Reproduced) -> FigureRecord:
+def _figure_record(reproduced: ReproducedRow) -> FigureRecord:
     row, ours = reproduced.row, reproduced.accuracy
     return FigureRecord(
         method=row.method,
@@ -194,7 +194,7 @@ def _figure_record(reproduced: Reproduced) -> FigureRecord:
     )
 
 
-def _cost_why(one: Reproduced) -> str:
+def _cost_why(one: ReproducedRow) -> str:
     if one.gflops is not None:
         return ""
     if one.row.gflops is None:
@@ -202,7 +202,7 @@ def _cost_why(one: Reproduced) -> str:
     return one.row.why or "its source names no counter"
 
 
-def figures_table(found: Sequence[Reproduced]) -> Table:
+def figures_table(found: Sequence[ReproducedRow]) -> Table:
     """Published costs beside ours, each in its source's convention."""
     table = _table(
         "published GFLOPs beside ours, counted as the source counts",
@@ -221,7 +221,7 @@ def figures_table(found: Sequence[Reproduced]) -> Table:
     return table
 
 
-def accuracy_table(found: Sequence[Reproduced]) -> Table:
+def accuracy_table(found: Sequence[ReproducedRow]) -> Table:
     """Published top-1 of untrained methods beside ours; intervals are 95 %."""
     table = _table(
         "published ImageNet-1k top-1, untrained, beside ours",
@@ -248,7 +248,7 @@ def accuracy_table(found: Sequence[Reproduced]) -> Table:
     return table
 
 
-def figure_notes(found: Sequence[Reproduced]) -> list[str]:
+def figure_notes(found: Sequence[ReproducedRow]) -> list[str]:
     """The conventions, why some costs are not recomputed, and what explains a difference."""
     notes = _conventions({one.row.counter for one in found if one.gflops is not None})
     left = [one for one in found if one.row.gflops is not None and one.gflops is None]
@@ -256,7 +256,7 @@ def figure_notes(found: Sequence[Reproduced]) -> list[str]:
     return notes + _grouped([(one.row.remark, one) for one in found if one.row.remark])
 
 
-def _grouped(said: Sequence[tuple[str, Reproduced]]) -> list[str]:
+def _grouped(said: Sequence[tuple[str, ReproducedRow]]) -> list[str]:
     """One line a text, with the methods and models it is about."""
     lines = []
     for text in dict.fromkeys(text for text, _ in said):

@@ -25,7 +25,7 @@ from vitpareto.dashboards.method_styles import COLOURS, CONTROL_FRONT, DENSE, st
 from vitpareto.dashboards.token_picture import patches_png
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare import published
-from vitpareto.search.compare.show import Asked, look
+from vitpareto.search.compare.show import TraceRequest, trace_images
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.measure.closed_form import recipe_macs
@@ -64,7 +64,9 @@ def token_pictures(folder: StudyFolder, cache: Path) -> dict[int, Path]:
         path = folder.picture(member.trial)
         if not path.exists():
             try:
-                seen = look(Asked.of_trial(folder, member.trial), images=SHOWN, cache=cache)
+                seen = trace_images(
+                    TraceRequest.of_trial(folder, member.trial), images=SHOWN, cache=cache
+                )
             except (UserError, BadInput) as error:
                 log.warning("no picture of what trials keep: %s", error)
                 return drawn

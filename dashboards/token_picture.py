@@ -33,7 +33,7 @@ from vitpareto.dashboards.token_pixels import (
     tinted,
 )
 from vitpareto.methods import Recipe
-from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess
+from vitpareto.search.compare.token_trace import ImageTrace, Prediction, TokenTrace
 from vitpareto.search.errors import UserError
 
 #: Stages drawn beside the input; where there are more, some evenly, the first and last among them.
@@ -57,7 +57,7 @@ _TOGETHER = {
 }
 
 
-def draw_patches(followed: Followed, path: Path) -> Path:
+def draw_patches(followed: TokenTrace, path: Path) -> Path:
     """Draw `patches_figure` into `path`, a PNG, and return it; the same bytes for the same input.
 
     UserError, before anything is drawn, unless it is named .png in a folder that is there.
@@ -67,7 +67,7 @@ def draw_patches(followed: Followed, path: Path) -> Path:
     return path
 
 
-def patches_png(followed: Followed) -> bytes:
+def patches_png(followed: TokenTrace) -> bytes:
     """`patches_figure` as a PNG, for a notebook; an image of 224 pixels is as wide in it."""
     drawn = io.BytesIO()
     patches_figure(followed).savefig(drawn, format="png", dpi=_DPI)
@@ -82,7 +82,7 @@ def check_path(path: Path) -> None:
         raise UserError(f"the picture is to be {str(path)!r}: there is no folder {path.parent}")
 
 
-def patches_figure(followed: Followed) -> Figure:
+def patches_figure(followed: TokenTrace) -> Figure:
     """The figure: a row an image, first as the model sees it, then after each stage (at most 8).
 
     Patches kept are as they are, dropped ones pale, merged ones filled with their group's mean and
@@ -153,8 +153,8 @@ class PatchRow:
 
     image: str
     truth: str | None
-    dense: Guess
-    pruned: Guess
+    dense: Prediction
+    pruned: Prediction
     model: str
     recipe: Recipe
     notes: tuple[str, ...]
@@ -184,7 +184,7 @@ class PatchRow:
         }
 
 
-def patch_rows(followed: Followed) -> list[PatchRow]:
+def patch_rows(followed: TokenTrace) -> list[PatchRow]:
     """One row per image, for JSON."""
     return [
         PatchRow(
@@ -202,7 +202,7 @@ def patch_rows(followed: Followed) -> list[PatchRow]:
     ]
 
 
-def _block_rows(image: FollowedImage, joined: NDArray[np.int64]) -> tuple[BlockRow, ...]:
+def _block_rows(image: ImageTrace, joined: NDArray[np.int64]) -> tuple[BlockRow, ...]:
     return tuple(
         BlockRow(
             block=block,
@@ -215,10 +215,10 @@ def _block_rows(image: FollowedImage, joined: NDArray[np.int64]) -> tuple[BlockR
     )
 
 
-def summary(image: FollowedImage) -> str:
+def summary(image: ImageTrace) -> str:
     """One line: what both models make of the image."""
 
-    def said(guess: Guess) -> str:
+    def said(guess: Prediction) -> str:
         return f"{guess.name} ({100 * guess.probability:.0f} %)"
 
     truth = "" if image.truth is None else f" (truth: {image.truth})"
@@ -234,7 +234,7 @@ def _evenly(stages: list[int]) -> list[int]:
     return [stages[i] for i in chosen]
 
 
-def _notes(followed: Followed, stages: list[int], blocks: list[int]) -> list[str]:
+def _notes(followed: TokenTrace, stages: list[int], blocks: list[int]) -> list[str]:
     if not stages:
         return ["Every patch is kept in every block.", *followed.notes]
     several = len(stages) > len(blocks)
@@ -242,7 +242,7 @@ def _notes(followed: Followed, stages: list[int], blocks: list[int]) -> list[str
     return [f"Columns: {columns} (from 0) that drop or join patches.", *followed.notes]
 
 
-def _keys(followed: Followed, blocks: list[int]) -> dict[str, Patch]:
+def _keys(followed: TokenTrace, blocks: list[int]) -> dict[str, Patch]:
     """The legend: only what the drawn columns hold."""
     drawn = np.stack([image.group[block] for image in followed.images for block in blocks])
     keys = {}
@@ -277,7 +277,7 @@ class _Row:
     """An image and its stages, with the texts above and below; titles may be none."""
 
     def __init__(
-        self, image: FollowedImage, blocks: list[int], followed: Followed, width: float
+        self, image: ImageTrace, blocks: list[int], followed: TokenTrace, width: float
     ) -> None:
         self.image, self.blocks, self.followed = image, blocks, followed
         self.pixels = owners_of(image, followed).shape

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from vitpareto.search.compare.token_trace import Followed, FollowedImage, Together
+from vitpareto.search.compare.token_trace import ImageTrace, MergeKind, TokenTrace
 
 PAPER = np.array([0.96, 0.96, 0.96])
 _LEFT = 0.1  # what is left of the picture where a patch is dropped
@@ -26,7 +26,7 @@ OUTLINES = np.array(
 )
 
 
-def owners_of(image: FollowedImage, followed: Followed) -> NDArray[np.int64]:
+def owners_of(image: ImageTrace, followed: TokenTrace) -> NDArray[np.int64]:
     """The patch that each pixel is cut into, [h, w]; pixels beyond the last whole patch are in
     none and left out.
     """
@@ -36,7 +36,7 @@ def owners_of(image: FollowedImage, followed: Followed) -> NDArray[np.int64]:
     return y[:, None] * columns + x[None, :]
 
 
-def painted(image: FollowedImage, block: int, followed: Followed) -> NDArray[np.float64]:
+def painted(image: ImageTrace, block: int, followed: TokenTrace) -> NDArray[np.float64]:
     """The image after a block, [h, w, 3] in 0..1, without outlines."""
     owners = owners_of(image, followed)
     out = image.pixels[: owners.shape[0], : owners.shape[1]] / 255
@@ -59,7 +59,7 @@ def tinted(colours: NDArray[np.float64]) -> NDArray[np.float64]:
     return colours + _FUSED_SHARE * (FUSED - colours)
 
 
-def group_colours(image: FollowedImage, together: Together) -> list[NDArray[np.float64]]:
+def group_colours(image: ImageTrace, together: MergeKind) -> list[NDArray[np.float64]]:
     """For each block the outline colours of the patches' groups, [n0, 3]; 0 where there is none.
 
     A group keeps its colour while its first patch stays the first. Groups of one block have
@@ -79,10 +79,10 @@ def group_colours(image: FollowedImage, together: Together) -> list[NDArray[np.f
 
 
 def outlines(
-    image: FollowedImage,
+    image: ImageTrace,
     block: int,
     colours: NDArray[np.float64],
-    followed: Followed,
+    followed: TokenTrace,
     inset: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(segments [k, 2, 2] in pixels (x, y), colours [k, 3]) around the groups of joined patches

@@ -1,4 +1,4 @@
-"""`bench`: time a bundle's programs."""
+"""`bench_bundle`: time a bundle's programs."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def bench_command(
     """
     from vitpareto.dashboards.bench_table import bench_rows, bench_table
     from vitpareto.dashboards.csv_json import json_lines
-    from vitpareto.search.export.benchmark import bench
+    from vitpareto.search.export.benchmark import bench_bundle
     from vitpareto.search.measure.device import resolve_device
 
     sizes = [int(n) for n in numbers(batches, "--batches")]
-    found = bench(
+    found = bench_bundle(
         bundle, runtimes=words(runtimes), batches=sizes, device=resolve_device(device),
         rounds=rounds,
     )  # fmt: skip

@@ -49,10 +49,10 @@ def table_command(
     """
     from vitpareto import methods as registry
     from vitpareto.dashboards.comparisons import cost_notes, cost_records, cost_tables
-    from vitpareto.search.compare.cost_table import Bench, cost_rows
+    from vitpareto.search.compare.cost_table import CostSettings, cost_rows
     from vitpareto.search.measure.device import resolve_device
 
-    bench = Bench(batch, resolve_device(device or "auto"), dtype, rounds, check, log)
+    bench = CostSettings(batch, resolve_device(device or "auto"), dtype, rounds, check, log)
     chosen = registry.names() if methods is None else words(methods)
     rows = list(cost_rows(words(models), chosen, numbers(rates, "--rates"), bench))
     if as_csv or as_json:
@@ -88,7 +88,7 @@ def reproduce_command(
     """
     from vitpareto.dashboards import comparisons
     from vitpareto.search.compare import published
-    from vitpareto.search.compare.reproduction import Place, reproduce, select
+    from vitpareto.search.compare.reproduction import EvaluationSetup, reproduce, select
     from vitpareto.search.measure.device import resolve_device
 
     rows = select(published.rows(), words(models or ""))
@@ -98,7 +98,7 @@ def reproduce_command(
         if data is None:
             log("top-1 is measured with --data FOLDER, ImageNet-1k's validation images")
         else:
-            place = Place(
+            place = EvaluationSetup(
                 data, cache_folder(cache), weights_dir, resolve_device(device or "auto"), dtype,
                 batch, display.counter("decoding images"), display.count,
             )  # fmt: skip

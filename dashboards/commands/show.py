@@ -19,7 +19,7 @@ from vitpareto.search.commands.progress import ProgressDisplay
 from vitpareto.search.commands.terminal import log
 
 if TYPE_CHECKING:
-    from vitpareto.search.compare.show import Asked
+    from vitpareto.search.compare.show import TraceRequest
 
 
 def add_to(app: typer.Typer) -> None:
@@ -58,13 +58,13 @@ def show_command(
     """
     from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.dashboards.token_picture import check_path, draw_patches, patch_rows, summary
-    from vitpareto.search.compare.show import Asked, look
+    from vitpareto.search.compare.show import TraceRequest, trace_images
 
     check_path(out)
     check_recipe_or_trial(recipe, study, trial)
     if recipe is not None:
         own = Path(weights) if weights else None
-        asked = Asked(
+        asked = TraceRequest(
             read_recipe(recipe), model or "digits", own, data, seed or 0,
             trained=read_weights(trained),
         )  # fmt: skip
@@ -73,7 +73,7 @@ def show_command(
                  "--seed": seed}  # fmt: skip
         asked = _of_trial(study, trial, store, [k for k, v in given.items() if v is not None])
     with ProgressDisplay() as display:
-        seen = look(
+        seen = trace_images(
             asked, [*(image or []), *(files or [])], images=images, cache=cache_folder(cache),
             progress=display.counter("decoding images"),
         )  # fmt: skip
@@ -87,10 +87,12 @@ def show_command(
         typer.echo(summary(one))
 
 
-def _of_trial(study: str | None, trial: int | None, store: str | None, given: list[str]) -> Asked:
+def _of_trial(
+    study: str | None, trial: int | None, store: str | None, given: list[str]
+) -> TraceRequest:
     """A trial of a study. Raises UserError where options that the study decides were given."""
     from vitpareto.methods import Code
-    from vitpareto.search.compare.show import Asked
+    from vitpareto.search.compare.show import TraceRequest
     from vitpareto.search.errors import UserError
 
     assert study is not None and trial is not None
@@ -100,4 +102,4 @@ def _of_trial(study: str | None, trial: int | None, store: str | None, given: li
             Code.CONFLICT,
             options=tuple(given),
         )
-    return Asked.of_trial(find_study(store, study), trial)
+    return TraceRequest.of_trial(find_study(store, study), trial)

@@ -80,7 +80,7 @@ def _chosen(
 ) -> tuple[Recipe, dict[str, Any], Mapping[str, Any] | None]:  # fmt: skip
     """The recipe to measure, the job keys of its study, and its weights."""
     from vitpareto.methods import Code
-    from vitpareto.search.compare.show import Asked
+    from vitpareto.search.compare.show import TraceRequest
     from vitpareto.search.errors import UserError
 
     check_recipe_or_trial(recipe, study, trial)
@@ -94,7 +94,7 @@ def _chosen(
             options=("--trained", "--study"),
         )
     folder = find_study(store, study)
-    asked = Asked.of_trial(folder, trial)
+    asked = TraceRequest.of_trial(folder, trial)
     return asked.recipe, {**folder.job(), "weights": str(folder.weights)}, asked.trained
 
 

@@ -42,7 +42,7 @@ GIVEN = "TopK's counts"
 
 
 @dataclass(frozen=True)
-class Setting:
+class MatchedSetting:
     """A recipe for a rate, and by which rule (KEPT, NEAREST, AT_MOST, GIVEN)."""
 
     recipe: Recipe
@@ -50,7 +50,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Figure:
+class PublishedFigure:
     """A published figure of the same setting: GFLOPs as its source counts, and ours so counted
     (None where that cannot be recomputed). differs: how the model of both is not the row's, ""
     where it is, as timm's options; remark: what the source's row says of that.
@@ -90,13 +90,13 @@ class CostRow:
     speedup_low: float | None = None
     speedup_high: float | None = None
     peak_mb: float | None = None
-    published: tuple[Figure, ...] = ()
+    published: tuple[PublishedFigure, ...] = ()
     target: LatencyTarget | None = None
     note: str = ""
 
 
 @dataclass(frozen=True)
-class Bench:
+class CostSettings:
     """How candidates are measured. rounds: of paired timing, 0 for costs in closed form alone;
     check: count with fvcore too; say: hears what is being measured.
     """
@@ -121,7 +121,7 @@ class Bench:
             raise UserError(f"dtype is {self.dtype!r}: accepted is one of {', '.join(DTYPES)}")
 
 
-def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module) -> Setting:
+def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module) -> MatchedSetting:
     """The method's setting at `rate` on a model of this shape (`skeleton`: the model, no weights).
 
     From the method's first preset: (1) a choice that is a rate takes it; (2) where images decide
@@ -138,7 +138,7 @@ def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module)
     for name in RATES:
         if name in choices:
             params = declared.resolve({**choices, name: rate}, shape)
-            return Setting(_recipe(declared, declared.check(params, shape)), KEPT)
+            return MatchedSetting(_recipe(declared, declared.check(params, shape)), KEPT)
     topk = setting_at("topk", rate, shape, skeleton).recipe.checked(shape)
     adaptive = declared.kind == "tokens" and (
         declared.counts(declared.preset(declared.presets[0], shape), shape) is None
@@ -146,7 +146,7 @@ def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module)
     if adaptive and any(isinstance(p, Counts) for p in declared.parameters):
         assert topk.tokens is not None
         counts = topk.tokens.declared.counts(topk.tokens.params, shape)
-        return Setting(_recipe(declared, declared.check({"counts": counts}, shape)), GIVEN)
+        return MatchedSetting(_recipe(declared, declared.check({"counts": counts}, shape)), GIVEN)
     target = recipe_macs(topk, shape)[1]
     moved = _moved(declared, choices)
     found: dict[str, tuple[int, Recipe]] = {}
@@ -163,7 +163,7 @@ def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module)
     if not found:
         raise BadInput(f"no setting of {method} fits the model: {refused}")
     nearest = min(found.values(), key=lambda pair: pair[0])[1]
-    return Setting(nearest, AT_MOST if adaptive else NEAREST)
+    return MatchedSetting(nearest, AT_MOST if adaptive else NEAREST)
 
 
 def _recipe(declared: Method, params: dict[str, Any]) -> Recipe:
@@ -190,7 +190,7 @@ def _values(choice: Float | Int) -> list[float]:
 
 
 def cost_rows(
-    models: Sequence[str], names: Sequence[str], rates: Sequence[float], bench: Bench
+    models: Sequence[str], names: Sequence[str], rates: Sequence[float], bench: CostSettings
 ) -> Iterator[CostRow]:
     """For each model the dense one, then every method at every rate, each row as it is measured.
 
@@ -210,7 +210,11 @@ def cost_rows(
 
 
 def _model_rows(
-    name: str, skeleton: nn.Module, names: Sequence[str], rates: Sequence[float], bench: Bench
+    name: str,
+    skeleton: nn.Module,
+    names: Sequence[str],
+    rates: Sequence[float],
+    bench: CostSettings,
 ) -> Iterator[CostRow]:
     shape = methods.model_shape(skeleton)
     dense: nn.Module | None = None
@@ -246,7 +250,7 @@ def _measured(
     skeleton: nn.Module,
     dense: nn.Module | None,
     images: Tensor | None,
-    bench: Bench,
+    bench: CostSettings,
 ) -> CostRow:
     """The row with its figures; those that need a forward only where `dense` is there."""
     shape = methods.model_shape(skeleton)
@@ -296,9 +300,9 @@ def _with_times(row: CostRow, timed: Latency, batch: int) -> CostRow:
     )
 
 
-def _figures(model: str, recipe: Recipe) -> tuple[Figure, ...]:
+def _figures(model: str, recipe: Recipe) -> tuple[PublishedFigure, ...]:
     return tuple(
-        Figure(
+        PublishedFigure(
             row.gflops,
             row.counter or "not said",
             recompute(row),

@@ -25,7 +25,7 @@ FILE = "published.json"
 
 
 @dataclass(frozen=True)
-class Row:
+class PublishedRow:
     """One published result. gflops are multiply-accumulates an image / 1e9 as `counter` counts;
     top1 and dense_top1 in percent on ImageNet-1k's validation images; None: not published.
 
@@ -76,20 +76,20 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _row(plain: dict[str, Any]) -> Row:
-    known = {f.name for f in fields(Row)}
+def _row(plain: dict[str, Any]) -> PublishedRow:
+    known = {f.name for f in fields(PublishedRow)}
     other = {k: v for k, v in plain.items() if k not in known}
-    return Row(**{k: v for k, v in plain.items() if k in known}, figures=other)
+    return PublishedRow(**{k: v for k, v in plain.items() if k in known}, figures=other)
 
 
 @functools.cache
-def rows() -> tuple[Row, ...]:
+def rows() -> tuple[PublishedRow, ...]:
     """Every published row, in the file's order."""
     text = files("vitpareto.search.compare").joinpath(FILE).read_text(encoding="utf-8")
     return tuple(_row(plain) for plain in json.loads(text)["rows"])
 
 
-def source_model(row: Row) -> nn.Module:
+def source_model(row: PublishedRow) -> nn.Module:
     """The dense model of a row as its source has it, on the meta device: dimensions alone."""
     with torch.device("meta"):
         if row.model_options:
@@ -97,7 +97,7 @@ def source_model(row: Row) -> nn.Module:
         return fresh_model(row.model)
 
 
-def recompute(row: Row) -> float | None:
+def recompute(row: PublishedRow) -> float | None:
     """The row's GFLOPs as we count them in its source's convention; None where the row gives none,
     no convention, or is not reproducible.
     """
@@ -109,7 +109,7 @@ def recompute(row: Row) -> float | None:
     return counter(row.counter).count(found) / 1e9
 
 
-def matching(model: str, recipe: Recipe) -> tuple[Row, ...]:
+def matching(model: str, recipe: Recipe) -> tuple[PublishedRow, ...]:
     """Rows of this model (timm name, with or without a tag) whose published setting is the checked
     recipe's: what a row does not say may be anything. Where a row has `model_options`, its figures
     are of a model that differs from timm's by them: they have to be shown with them.

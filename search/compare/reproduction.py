@@ -17,7 +17,7 @@ from torch import nn
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.engine.errors import nearest
-from vitpareto.search.compare.published import Row, recompute
+from vitpareto.search.compare.published import PublishedRow, recompute
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION
@@ -32,7 +32,7 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class ReproducedAccuracy:
     """Percent of `images` whose top class is right, with its 95 % interval, and the dense model's;
     gmacs: an image's mean, as `search.measure.cost` counts; unreadable: images listed and not
     decoded.
@@ -48,19 +48,19 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Reproduced:
+class ReproducedRow:
     """A published row beside ours. gflops: recomputed as its source counts (`published.recompute`);
     accuracy: None where it was not measured, `why` says the reason.
     """
 
-    row: Row
+    row: PublishedRow
     gflops: float | None
-    accuracy: Accuracy | None
+    accuracy: ReproducedAccuracy | None
     why: str = ""
 
 
 @dataclass(frozen=True)
-class Place:
+class EvaluationSetup:
     """Where and how rows are measured. `weights`: a folder with TIMM_TAG.safetensors (or .pth) that
     are taken instead of timm's downloads; `decode` hears (images decoded, images in all), `seen`
     (what is measured, images seen, images in all).
@@ -76,7 +76,7 @@ class Place:
     seen: Callable[[str, int, int], None] | None = None
 
 
-def select(rows: Sequence[Row], models: Sequence[str] = ()) -> tuple[Row, ...]:
+def select(rows: Sequence[PublishedRow], models: Sequence[str] = ()) -> tuple[PublishedRow, ...]:
     """Rows of these models (all where none is named); BadInput for a model that no row has."""
     known = {row.model for row in rows}
     for name in models:
@@ -85,29 +85,31 @@ def select(rows: Sequence[Row], models: Sequence[str] = ()) -> tuple[Row, ...]:
     return tuple(row for row in rows if not models or row.model in models)
 
 
-def is_measurable(row: Row) -> bool:
+def is_measurable(row: PublishedRow) -> bool:
     """Whether the row is an accuracy that follows from public weights and a setting alone."""
     return not row.trained and row.top1 is not None and row.recipe is not None
 
 
-def _unmeasurable(row: Row) -> str:
+def _unmeasurable(row: PublishedRow) -> str:
     if row.trained:
         return "fine-tuned by its source"
     return "no top-1 is published" if row.top1 is None else row.why
 
 
-def reproduce(rows: Sequence[Row], place: Place | None) -> Iterator[Reproduced]:
+def reproduce(
+    rows: Sequence[PublishedRow], place: EvaluationSetup | None
+) -> Iterator[ReproducedRow]:
     """Every row, those of one model and preprocessing together, each as soon as it is measured.
 
     place None: nothing is measured. Raises UserError, before anything is downloaded or decoded,
     where the data cannot be these models' (no such folder, other classes).
     """
-    groups: dict[tuple[str, float | None], list[Row]] = {}
+    groups: dict[tuple[str, float | None], list[PublishedRow]] = {}
     for row in rows:
         if not is_measurable(row):
-            yield Reproduced(row, recompute(row), None, _unmeasurable(row))
+            yield ReproducedRow(row, recompute(row), None, _unmeasurable(row))
         elif place is None:
-            yield Reproduced(row, recompute(row), None, NO_DATA)
+            yield ReproducedRow(row, recompute(row), None, NO_DATA)
         else:
             groups.setdefault((row.timm_tag or row.model, row.crop_pct), []).append(row)
     if place is None:
@@ -122,19 +124,19 @@ def reproduce(rows: Sequence[Row], place: Place | None) -> Iterator[Reproduced]:
         except UserError as error:
             # the reason without its advice, which names another option
             why = str(error.details.get("reason", error))
-            yield from (Reproduced(row, recompute(row), None, why) for row in group)
+            yield from (ReproducedRow(row, recompute(row), None, why) for row in group)
             continue
         model = model.to(place.device, DTYPES[place.dtype])
         bench = _Bench(place, model, preprocess, data, head)
         for row in group:
             try:
-                yield Reproduced(row, recompute(row), bench.measure(row))
+                yield ReproducedRow(row, recompute(row), bench.measure(row))
             except NonFiniteLogits as error:
-                yield Reproduced(row, recompute(row), None, str(error))
+                yield ReproducedRow(row, recompute(row), None, str(error))
 
 
 def _open(
-    tag: str, crop_pct: float | None, place: Place
+    tag: str, crop_pct: float | None, place: EvaluationSetup
 ) -> tuple[Preprocess, Data, tuple[int, ...] | None]:
     """The images as the row's source shows them, and the logits that stand for their labels."""
     with torch.device("meta"):
@@ -161,7 +163,7 @@ class _Bench:
 
     def __init__(
         self,
-        place: Place,
+        place: EvaluationSetup,
         dense: nn.Module,
         preprocess: Preprocess,
         data: Data,
@@ -173,7 +175,7 @@ class _Bench:
         self.unreadable = sum(len(split.corrupt) for split in self.splits)
         self.dense_right: np.ndarray | None = None
 
-    def measure(self, row: Row) -> Accuracy:
+    def measure(self, row: PublishedRow) -> ReproducedAccuracy:
         """A method that calibrates does so on part of these images, without their labels."""
         assert row.recipe is not None, "only measurable rows come here"
         if self.dense_right is None:
@@ -198,7 +200,7 @@ class _Bench:
         macs = alone if counts is None else schedule_macs(recipe, shape, counts)
         assert macs is not None, "an input-adaptive model's evaluation gives its cost"
         low, high = wilson_interval(int(right.sum()), len(right))
-        return Accuracy(
+        return ReproducedAccuracy(
             top1=100 * float(right.mean()),
             top1_low=low,
             top1_high=high,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitpareto import methods
 from vitpareto.methods import Recipe, Untrained
-from vitpareto.search.compare.token_trace import Followed, follow
+from vitpareto.search.compare.token_trace import TokenTrace, trace_tokens
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.decode_chunks import UNREADABLE
 from vitpareto.search.data.preprocess import Preprocess
@@ -34,7 +34,7 @@ CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Asked:
+class TraceRequest:
     """A recipe on a model. data: the set that names classes, calibrates and gives images where no
     file is named; None: the embedded one, as far as one is needed. fingerprint: what the model
     must be, where a study measured it. trained: the weights that the recipe names.
@@ -49,7 +49,7 @@ class Asked:
     trained: Mapping[str, Tensor] | None = None
 
     @classmethod
-    def of_trial(cls, folder: StudyFolder, number: int) -> Asked:
+    def of_trial(cls, folder: StudyFolder, number: int) -> TraceRequest:
         """A trial of a study. UserError: there is none of that number, or it was not measured."""
         results = folder.results()
         result = next((r for r in results if r.trial == number), None)
@@ -65,14 +65,14 @@ class Asked:
         return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)
 
 
-def look(
-    asked: Asked,
+def trace_images(
+    asked: TraceRequest,
     files: Sequence[Path] = (),
     *,
     images: int | None = None,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
-) -> Followed:
+) -> TokenTrace:
     """Follow the files, or the first `images` (default 4) of the data's search split.
 
     Where the recipe needs calibration, it gets the data's calibration split, or, with files and no
@@ -121,7 +121,7 @@ def look(
     shown = preprocess.normalise(raw)
     notes: list[str] = []
     pruned = _build(recipe, dense, data, preprocess, shown, notes, asked.trained)
-    return follow(
+    return trace_tokens(
         dense,
         pruned,
         shown,
@@ -195,7 +195,7 @@ def _build(
 
 
 def _classes(
-    dense: nn.Module, asked: Asked, data: Data | None
+    dense: nn.Module, asked: TraceRequest, data: Data | None
 ) -> tuple[Sequence[str] | None, tuple[int, ...] | None]:
     """(class names, the logits they stand for); None for what is not known."""
     outputs = num_classes(dense)

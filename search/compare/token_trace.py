@@ -20,11 +20,11 @@ from vitpareto.search.measure.accuracy import NonFiniteLogits
 
 #: What a token that holds several patches is: their mean, a sum weighted by attention in which
 #: dropped patches end, or a mixture of all patches that weighs these most.
-Together = Literal["merged", "fused", "mixed"]
+MergeKind = Literal["merged", "fused", "mixed"]
 
 
 @dataclass(frozen=True)
-class Guess:
+class Prediction:
     """A model's first choice: its class and the softmax's probability, 0 to 1."""
 
     label: int
@@ -33,7 +33,7 @@ class Guess:
 
 
 @dataclass(frozen=True)
-class FollowedImage:
+class ImageTrace:
     """One image. pixels: uint8 [h, w, 3], what the model cuts into patches (after preprocessing
     and a `resize`). patches [depth]: left after each block. group [depth, n0]: `Trace.group`.
     figures: the method's own numbers after each block. truth: the class, where it is known.
@@ -44,8 +44,8 @@ class FollowedImage:
     patches: tuple[int, ...]
     group: NDArray[np.int64]
     figures: tuple[dict[str, float], ...]
-    dense: Guess
-    pruned: Guess
+    dense: Prediction
+    pruned: Prediction
     truth: str | None = None
 
     def stages(self) -> list[int]:
@@ -67,7 +67,7 @@ class FollowedImage:
                 out[block:] |= group == left - 1
         return out & (self.group >= 0)
 
-    def joined(self, together: Together) -> NDArray[np.bool_]:
+    def joined(self, together: MergeKind) -> NDArray[np.bool_]:
         """Which original patches are no token of their own any more, and not dropped: [depth, n0].
         A patch that was fused alone is not its own either: it became its weighted self.
         """
@@ -84,7 +84,7 @@ class FollowedImage:
 
 
 @dataclass(frozen=True)
-class Followed:
+class TokenTrace:
     """A recipe's way with some images. grid: patches (rows, columns); patch: pixels (height,
     width); recipe: with what calibration found; notes: what a reader has to know besides.
     """
@@ -93,8 +93,8 @@ class Followed:
     recipe: Recipe
     grid: tuple[int, int]
     patch: tuple[int, int]
-    together: Together
-    images: tuple[FollowedImage, ...]
+    together: MergeKind
+    images: tuple[ImageTrace, ...]
     notes: tuple[str, ...] = ()
 
     def stages(self) -> list[int]:
@@ -103,7 +103,7 @@ class Followed:
 
 
 @torch.inference_mode()
-def follow(
+def trace_tokens(
     dense: nn.Module,
     pruned: nn.Module,
     images: Tensor,
@@ -114,7 +114,7 @@ def follow(
     classes: Sequence[str] | None = None,
     head_indices: Sequence[int] | None = None,
     notes: Sequence[str] = (),
-) -> Followed:
+) -> TokenTrace:
     """Run both models over normalised images [B, 3, H, W] and keep what became of each patch.
 
     pruned: what `methods.prune` or `Recipe.build` made of `dense`. classes: the names of the
@@ -140,7 +140,7 @@ def follow(
             hook.remove()
         guesses = [_guess(name, x, classes, head_indices) for x in (dense(image), logits)]
         found.append(
-            FollowedImage(
+            ImageTrace(
                 name,
                 denormalised(cut[0][0], preprocess),
                 tuple(int(t) - shape.prefix for t in trace.tokens),
@@ -151,12 +151,12 @@ def follow(
                 truths[i] if i < len(truths) else None,
             )
         )
-    return Followed(
-        model, recipe, shape.grid, shape.patch, together(recipe), tuple(found), tuple(notes)
+    return TokenTrace(
+        model, recipe, shape.grid, shape.patch, merge_kind(recipe), tuple(found), tuple(notes)
     )
 
 
-def together(recipe: Recipe) -> Together:
+def merge_kind(recipe: Recipe) -> MergeKind:
     """What a token of this recipe is that holds several patches."""
     if recipe.tokens is None:
         return "merged"
@@ -174,14 +174,14 @@ def denormalised(image: Tensor, preprocess: Preprocess) -> NDArray[np.uint8]:
 
 def _guess(
     name: str, logits: Tensor, classes: Sequence[str] | None, head: Sequence[int] | None
-) -> Guess:
+) -> Prediction:
     logits = logits[0].float()
     if head is not None:
         logits = logits[list(head)]
     if not bool(logits.isfinite().all()):
         raise NonFiniteLogits(f"non-finite logits for {name}")
     probability, label = (v.item() for v in logits.softmax(dim=0).max(dim=0))
-    return Guess(int(label), classes[int(label)] if classes else f"class {label}", probability)
+    return Prediction(int(label), classes[int(label)] if classes else f"class {label}", probability)
 
 
 def _figures(trace: Trace) -> tuple[dict[str, float], ...]:

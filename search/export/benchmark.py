@@ -19,11 +19,16 @@ from torch import nn
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.errors import UserError
-from vitpareto.search.export.verification import Measured, check_files, fresh_dense, normalised
+from vitpareto.search.export.verification import (
+    ReferenceOutputs,
+    check_files,
+    fresh_dense,
+    normalised,
+)
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.timing import measure_latency
-from vitpareto.search.runtimes.backends import Run, check_runtime, compiled, onnx_session
-from vitpareto.search.runtimes.programs import Deployed, write_programs
+from vitpareto.search.runtimes.backends import Run, check_runtime, compile_model, onnx_session
+from vitpareto.search.runtimes.exported_program import ClassifierGraph, write_programs
 
 #: what runs model.onnx, what runs model.pt2, and that compiled
 RUNTIMES = ("onnxruntime", "torch.export", "torch.compile")
@@ -32,7 +37,7 @@ ROUNDS = 30
 
 
 @dataclass(frozen=True)
-class Timed:
+class ProgramTiming:
     """One runtime at one batch. macs_ratio: dense's MACs over the bundle's."""
 
     runtime: str
@@ -46,15 +51,15 @@ class Timed:
         return self.latency.speedup / self.macs_ratio
 
 
-def bench(
+def bench_bundle(
     bundle: Path,
     *,
     runtimes: Sequence[str] = RUNTIMES[:2],
     batches: Sequence[int] = BATCHES,
     device: str = "cpu",
     rounds: int = ROUNDS,
-    heard: Callable[[Timed], None] = lambda _: None,
-) -> list[Timed]:
+    heard: Callable[[ProgramTiming], None] = lambda _: None,
+) -> list[ProgramTiming]:
     """Time them in turn with the dense model's, `rounds` rounds each; `heard` gets each at once.
 
     UserError: no bundle, a runtime that is none or cannot run here; EditedBundle as in `verify`.
@@ -69,18 +74,18 @@ def bench(
     result = check_files(bundle)
     ratio = result["dense"]["gmacs"] / result["cost"]["gmacs"]
     preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
-    images = normalised(Measured.load(bundle / "verify.npz").images, preprocess)
+    images = normalised(ReferenceOutputs.load(bundle / "verify.npz").images, preprocess)
     out = []
     with tempfile.TemporaryDirectory(prefix="vitpareto-bench-") as scratch:
         head = result["head_indices"]
-        dense = Deployed(dense_model(result), None if head is None else tuple(head))
+        dense = ClassifierGraph(dense_model(result), None if head is None else tuple(head))
         write_programs(dense, images, Path(scratch))
         for runtime in runtimes:
             ours, theirs = (loaded(Path(p), runtime, device) for p in (bundle, scratch))
             for size in batches:
                 batch = images[torch.arange(size) % len(images)].to(device)
                 timed = measure_latency(ours, theirs, batch, rounds=rounds, runtime=runtime)
-                out.append(Timed(runtime, size, timed, ratio))
+                out.append(ProgramTiming(runtime, size, timed, ratio))
                 heard(out[-1])
     return out
 
@@ -105,4 +110,4 @@ def loaded(place: Path, runtime: str, device: str) -> Run:
     if runtime == "onnxruntime":
         return onnx_session(place / "model.onnx", device.startswith("cuda"))
     module = torch.export.load(place / "model.pt2").module().to(device)
-    return compiled(module) if runtime == "torch.compile" else module
+    return compile_model(module) if runtime == "torch.compile" else module

@@ -32,11 +32,11 @@ from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.readme import more_programs, readme, resize_rule
-from vitpareto.search.export.specialised import Package, write_aoti, write_static
+from vitpareto.search.export.specialised import SpecialisedProgram, write_aoti, write_static
 from vitpareto.search.export.verification import (
     NEAR_TIED,
     RESULT,
-    Measured,
+    ReferenceOutputs,
     Verification,
     check_programs,
     eager_logits,
@@ -51,7 +51,12 @@ from vitpareto.search.models.loading import (
     load_model,
     num_classes,
 )
-from vitpareto.search.runtimes.programs import Deployed, traced, write_onnx, write_programs
+from vitpareto.search.runtimes.exported_program import (
+    ClassifierGraph,
+    trace_program,
+    write_onnx,
+    write_programs,
+)
 from vitpareto.search.study.choice import NothingUnderBudget, choose
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of
@@ -270,7 +275,7 @@ def _write(
     Image.fromarray(measured.images[0]).save(bundle / "example.png")
     _write_json(bundle / "preprocess.json", preprocess)
     _write_json(bundle / "labels.json", list(candidate.classes))
-    deployed, images = Deployed(model, head), normalised(measured.images, preprocess)
+    deployed, images = ClassifierGraph(model, head), normalised(measured.images, preprocess)
     seconds = write_programs(deployed, images, bundle)
     said = _result(folder, result, candidate, agree, seconds)
     (bundle / "README.md").write_text(
@@ -306,8 +311,12 @@ def _write(
 
 
 def _packages(
-    bundle: Path, deployed: Deployed, images: Tensor, measured: Measured, extras: Extras
-) -> Iterator[Package]:
+    bundle: Path,
+    deployed: ClassifierGraph,
+    images: Tensor,
+    measured: ReferenceOutputs,
+    extras: Extras,
+) -> Iterator[SpecialisedProgram]:
     if extras.aoti:
         yield write_aoti(deployed, images, measured, bundle)
     if extras.static is not None:
@@ -321,7 +330,7 @@ def _int8(bundle: Path, candidate: Candidate, images: Tensor) -> Int8:
     with tempfile.TemporaryDirectory(prefix="vitpareto-dense-") as scratch:
         dense = Path(scratch) / "dense.onnx"
         model = Recipe().build(candidate.dense).eval()
-        write_onnx(traced(Deployed(model, candidate.head_indices), images), dense)
+        write_onnx(trace_program(ClassifierGraph(model, candidate.head_indices), images), dense)
         return measure_int8(
             bundle / "model.onnx", dense, bundle / FILE, candidate.search, candidate.calibration,
             candidate.preprocess,
@@ -331,7 +340,7 @@ def _int8(bundle: Path, candidate: Candidate, images: Tensor) -> Int8:
 @torch.no_grad()
 def _measure(
     candidate: Candidate, preprocess: dict[str, Any], result: TrialResult, count: int
-) -> tuple[Measured, str]:
+) -> tuple[ReferenceOutputs, str]:
     """The measured model on the first search images, as it is and with rounding-sized noise; and
     how many of those images it gets right or wrong as the trial did ("20 of 20").
 
@@ -366,7 +375,7 @@ def _measure(
             f"trial {result.trial} rebuilt is right or wrong as it was measured on only {same} of "
             f"{count} images"
         )
-    measured = Measured(
+    measured = ReferenceOutputs(
         raw.numpy(), labels.numpy(), logits, np.stack(other_logits), np.stack(other_selection)
     )
     return measured, f"{same} of {count}"

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from vitpareto.search.errors import UserError
-from vitpareto.search.export.verification import Measured, compare
+from vitpareto.search.export.verification import ReferenceOutputs, compare
 from vitpareto.search.runtimes.backends import onnx_session
-from vitpareto.search.runtimes.programs import Deployed, traced, write_onnx
+from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
 
 AOTI = "model.aoti.pt2"
 
@@ -41,7 +41,7 @@ np.save(out, torch.cat(found).numpy())
 
 
 @dataclass(frozen=True)
-class Package:
+class SpecialisedProgram:
     """One more program. verified: it was run here and its logits are the measured model's; else
     `why` says what is known. runs: what to run it with.
     """
@@ -60,14 +60,18 @@ class Package:
         return f"{self.file}: {'verified' if self.verified else 'not verified'}, {self.why}"
 
 
-def write_aoti(deployed: Deployed, images: Tensor, measured: Measured, bundle: Path) -> Package:
+def write_aoti(
+    deployed: ClassifierGraph, images: Tensor, measured: ReferenceOutputs, bundle: Path
+) -> SpecialisedProgram:
     """An AOTInductor package for this machine's CPU, any batch of two or more; run and compared.
 
     UserError where it cannot be compiled (it needs a C++ compiler).
     """
     path = bundle / AOTI
     try:
-        torch._inductor.aoti_compile_and_package(traced(deployed, images), package_path=str(path))
+        torch._inductor.aoti_compile_and_package(
+            trace_program(deployed, images), package_path=str(path)
+        )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"AOTInductor cannot compile this model here: {first[:300]}") from error
@@ -81,19 +85,19 @@ def write_aoti(deployed: Deployed, images: Tensor, measured: Measured, bundle: P
         )  # fmt: skip
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
-            return Package(AOTI, False, f"it does not run here: {last[:300]}", runs)
+            return SpecialisedProgram(AOTI, False, f"it does not run here: {last[:300]}", runs)
         logits = np.load(out)
     return _compared(AOTI, measured, logits, "in batches of 2", runs)
 
 
 def write_static(
-    deployed: Deployed, images: Tensor, measured: Measured, bundle: Path, batch: int
-) -> Package:
+    deployed: ClassifierGraph, images: Tensor, measured: ReferenceOutputs, bundle: Path, batch: int
+) -> SpecialisedProgram:
     """model.bN.onnx, which takes batches of exactly N: for compilers that want fixed shapes. It is
     run with onnxruntime and compared; TensorRT is not run, and `runs` says how to.
     """
     name = f"model.b{batch}.onnx"
-    write_onnx(traced(deployed, images, batch), bundle / name)
+    write_onnx(trace_program(deployed, images, batch), bundle / name)
     run = onnx_session(bundle / name)
     whole = images[torch.arange(-(-len(images) // batch) * batch) % len(images)]
     logits = np.concatenate([run(part)[0] for part in whole.split(batch)])[: len(images)]
@@ -102,8 +106,10 @@ def write_static(
     return _compared(name, measured, logits, f"by onnxruntime at batch {batch}", runs)
 
 
-def _compared(name: str, measured: Measured, logits: np.ndarray, how: str, runs: str) -> Package:
-    some = Measured(
+def _compared(
+    name: str, measured: ReferenceOutputs, logits: np.ndarray, how: str, runs: str
+) -> SpecialisedProgram:
+    some = ReferenceOutputs(
         measured.images[: len(logits)], measured.labels[: len(logits)],
         measured.logits[: len(logits)], measured.other_logits[:, : len(logits)],
         measured.other_selection[:, : len(logits)],
@@ -113,4 +119,4 @@ def _compared(name: str, measured: Measured, logits: np.ndarray, how: str, runs:
         f"run {how} on {found.images} images: largest logit difference "
         f"{found.max_difference:.1e}, {found.near_tied} near-tied, {found.wrong} wrong"
     )
-    return Package(name, found.good, why, runs)
+    return SpecialisedProgram(name, found.good, why, runs)

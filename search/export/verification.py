@@ -179,7 +179,7 @@ class Verification:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ReferenceOutputs:
     """The measured model on the verification images, as stored in verify.npz.
 
     images uint8 [M, H, W, 3]; labels int64 [M]; logits [M, K]; other_logits [R, M, K] and
@@ -194,7 +194,7 @@ class Measured:
     other_selection: NDArray[np.bool_]
 
     @classmethod
-    def load(cls, path: Path) -> Measured:
+    def load(cls, path: Path) -> ReferenceOutputs:
         with np.load(path, allow_pickle=False) as stored:
             return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
 
@@ -207,7 +207,7 @@ class Measured:
         return TOLERANCE * max(1.0, float(np.abs(self.logits).max()))
 
 
-def compare(measured: Measured, logits: Floats, runtime: str, batch: int) -> Comparison:
+def compare(measured: ReferenceOutputs, logits: Floats, runtime: str, batch: int) -> Comparison:
     """Count agreeing, near-tied and wrong images; logits [M, K] of a runtime at a batch size.
 
     An image agrees where every logit is within the tolerance of the measured model's. One that
@@ -313,7 +313,7 @@ def eager_logits(
     return (logits if head_indices is None else logits[:, head_indices]).numpy()
 
 
-def run_apart(bundle: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any], str]:
+def run_isolated(bundle: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any], str]:
     """`PROGRAM` on the bundle: its outputs by name, its report, and what went wrong ("": nothing).
 
     Nothing of this process reaches it: no environment (`-I`), no path, its own empty folder.
@@ -346,7 +346,7 @@ def verify(bundle: Path) -> Verification:
 def check_programs(bundle: Path, result: dict[str, Any]) -> Verification:
     """`verify` without the hashes; result: what result.json says of model and head_indices."""
     begin = time.monotonic()
-    measured = Measured.load(bundle / "verify.npz")
+    measured = ReferenceOutputs.load(bundle / "verify.npz")
     preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     notes, comparisons = [], []
     try:
@@ -360,7 +360,7 @@ def check_programs(bundle: Path, result: dict[str, Any]) -> Verification:
         for batch in BATCHES:
             logits = eager_logits(model, images, batch, result["head_indices"])
             comparisons.append(compare(measured, logits, "eager", batch))
-    found, report, failed = run_apart(bundle)
+    found, report, failed = run_isolated(bundle)
     sound = not failed and report["cannot"] == list(REFUSED) and not report["loaded"]
     if failed:
         notes.append(failed)

@@ -47,7 +47,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, known) or any(text in str(error) for text in UNNAMED)
 
 
-def fitting(batch: int, attempt: Callable[[int], T]) -> tuple[int, T]:
+def largest_fitting_batch(batch: int, attempt: Callable[[int], T]) -> tuple[int, T]:
     """The largest of batch, batch/2, batch/4, … that memory suffices for, and what `attempt` gives
     at it. Raises OutOfMemory where one image is too many, and whatever else `attempt` raises.
     """

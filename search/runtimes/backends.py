@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
-from vitpareto.search.runtimes.programs import Deployed, traced, write_onnx
+from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
 
 #: runs of a model before its CUDA graph is recorded, as torch.cuda.graph asks for
 BEFORE_GRAPH = 3
@@ -39,7 +39,7 @@ def check_runtime(runtime: str, device: str, dtype: str) -> None:
             )
 
 
-def prepared(model: nn.Module, images: Tensor, runtime: str) -> Run:
+def prepare_runtime(model: nn.Module, images: Tensor, runtime: str) -> Run:
     """The model as this runtime runs it on batches like `images` [B, 3, H, W]; it takes such a
     batch and gives what the runtime gives. Compiling, recording or exporting happens here or in the
     first calls: warm it up. Threads are torch's.
@@ -49,15 +49,15 @@ def prepared(model: nn.Module, images: Tensor, runtime: str) -> Run:
     dtype = str(images.dtype).removeprefix("torch.")
     check_runtime(runtime, str(images.device), dtype)
     if runtime == "compiled":
-        return compiled(model)
+        return compile_model(model)
     if runtime == "cudagraph":
         return _graph(model, images)
     if runtime == "onnxruntime":
         with tempfile.TemporaryDirectory(prefix="vitpareto-onnx-") as scratch:
             path = Path(scratch) / "model.onnx"
             # a program is made on the CPU; the model then goes back to where it was
-            deployed = Deployed(model, None).to("cpu")
-            write_onnx(traced(deployed, images.detach().to("cpu")), path)
+            deployed = ClassifierGraph(model, None).to("cpu")
+            write_onnx(trace_program(deployed, images.detach().to("cpu")), path)
             model.to(images.device)
             return onnx_session(path, images.is_cuda)
     return model
@@ -95,7 +95,7 @@ def _providers() -> list[str]:
     return found
 
 
-def compiled(model: nn.Module) -> Run:
+def compile_model(model: nn.Module) -> Run:
     """The model compiled by torch in its first calls, for batches of their size."""
     # one size alone is timed: nothing is to be guarded for others
     made: Run = torch.compile(model, dynamic=False)

@@ -21,7 +21,7 @@ import numpy as np
 
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import Code, UserError, nearest
-from vitpareto.search.export.verification import Measured, check_files, normalised
+from vitpareto.search.export.verification import ReferenceOutputs, check_files, normalised
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of
@@ -185,7 +185,7 @@ def save_model(bundle: Path, folder: Path) -> None:
     import onnx
 
     preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
-    reference = Measured.load(bundle / "verify.npz")
+    reference = ReferenceOutputs.load(bundle / "verify.npz")
     image = normalised(reference.images[:1], preprocess).numpy()
     logits = reference.logits[:1].astype(np.float32)
     outputs = {

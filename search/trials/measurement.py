@@ -16,7 +16,7 @@ from torch import nn
 
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
-from vitpareto.search.measure.accuracy import Correctness, evaluate, fitting
+from vitpareto.search.measure.accuracy import Correctness, evaluate, largest_fitting_batch
 from vitpareto.search.measure.closed_form import recipe_macs, recipe_of, schedule_macs
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.memory import count_parameters, peak_mb
@@ -206,12 +206,12 @@ class _Measurement:
             images = self.worker.search_batch(min(batch, total))
             return peak_mb(self.candidate.model, images)
 
-        self.batch, self.values["peak_mb"] = fitting(self.batch, peak)
+        self.batch, self.values["peak_mb"] = largest_fitting_batch(self.batch, peak)
 
     def evaluate_until(self, stop: int) -> None:
         """Extend the measured images to the first `stop` of the search split."""
         before = self.batch
-        self.batch, seen = fitting(
+        self.batch, seen = largest_fitting_batch(
             before, lambda batch: self._evaluate(stop, batch, restart=batch != before)
         )
         self.correctness = seen

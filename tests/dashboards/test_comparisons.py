@@ -21,8 +21,8 @@ from vitpareto.dashboards.comparisons import (
 )
 from vitpareto.dashboards.csv_json import csv_text, json_lines
 from vitpareto.search.compare import published
-from vitpareto.search.compare.cost_table import Bench, CostRow, Figure, cost_rows
-from vitpareto.search.compare.reproduction import Accuracy, Reproduced, reproduce
+from vitpareto.search.compare.cost_table import CostRow, CostSettings, PublishedFigure, cost_rows
+from vitpareto.search.compare.reproduction import ReproducedAccuracy, ReproducedRow, reproduce
 from vitpareto.search.measure.latency import LatencyTarget
 
 
@@ -39,11 +39,11 @@ def cells(table: Table, name: str) -> list[str]:
 @pytest.fixture(scope="module")
 def costs() -> list[CostRow]:
     models = ["vit_small_patch16_224", "vit_base_patch16_224"]
-    return list(cost_rows(models, ["topk", "rajni", "ats", "tome"], [0.75], Bench(rounds=0)))
+    return list(cost_rows(models, ["topk", "rajni", "ats", "tome"], [0.75], CostSettings(rounds=0)))
 
 
 @pytest.fixture(scope="module")
-def unmeasured() -> list[Reproduced]:
+def unmeasured() -> list[ReproducedRow]:
     return list(reproduce(published.rows(), None))
 
 
@@ -51,7 +51,9 @@ MEASURED = CostRow(
     "m", "topk", 0.5, "keep rate", "topk keep_rate=0.5", gmacs=2.28241, gmacs_low=2.28241,
     gmacs_high=2.28241, share=0.4953, fvcore_gmacs=2.28242, params_m=22.05, images_per_s=1234.5,
     speedup=1.87, speedup_low=1.85, speedup_high=1.9, peak_mb=310.2,
-    published=(Figure(2.1368, "thop", 2.1363, "TRAM"), Figure(2.2, "mine", None, "me")),
+    published=(
+        PublishedFigure(2.1368, "thop", 2.1363, "TRAM"), PublishedFigure(2.2, "mine", None, "me"),
+    ),
     target=LatencyTarget("cpu", "eager", "float32", 64),
 )  # fmt: skip
 
@@ -98,7 +100,7 @@ def test_what_a_rate_meant_is_told(costs: list[CostRow]) -> None:
 
 def test_a_figure_of_another_model_is_shown_with_its_difference() -> None:
     models = ["vit_small_patch16_224", "vit_base_patch16_224"]
-    rows = list(cost_rows(models, ["topk", "patchmerger"], [0.75], Bench(rounds=0)))
+    rows = list(cost_rows(models, ["topk", "patchmerger"], [0.75], CostSettings(rounds=0)))
     said = ", both of a model with class_token=False, global_pool=avg"
     small, base = (cells(table, "published GFLOPs") for table in cost_tables(rows))
     assert small[1:] == ["2.997 thop (ours 2.997)", f"2.909 thop (ours 2.907){said}"]
@@ -124,7 +126,7 @@ def test_costs_as_plain_rows(costs: list[CostRow]) -> None:
 # --- published figures
 
 
-def test_published_costs_beside_ours(unmeasured: list[Reproduced]) -> None:
+def test_published_costs_beside_ours(unmeasured: list[ReproducedRow]) -> None:
     table = figures_table(unmeasured)
     assert len(cells(table, "theirs")) == sum(r.gflops is not None for r in published.rows())
     by = dict(zip(cells(table, "theirs"), zip(cells(table, "ours"), cells(table, "difference"),
@@ -132,7 +134,7 @@ def test_published_costs_beside_ours(unmeasured: list[Reproduced]) -> None:
     assert by["16.8808"] == ("16.8804", "-0.00%") and by["6.8"] == ("—", "—")
 
 
-def test_without_data_every_accuracy_reads_not_run(unmeasured: list[Reproduced]) -> None:
+def test_without_data_every_accuracy_reads_not_run(unmeasured: list[ReproducedRow]) -> None:
     table = accuracy_table(unmeasured)
     ours = cells(table, "ours and its interval")
     assert len(ours) == 9 and set(ours) == {"not run: no data"}
@@ -142,10 +144,10 @@ def test_without_data_every_accuracy_reads_not_run(unmeasured: list[Reproduced])
         assert row.our_top1 is None and row.top1_why.startswith("not run: ")
 
 
-def test_a_measured_accuracy(unmeasured: list[Reproduced]) -> None:
+def test_a_measured_accuracy(unmeasured: list[ReproducedRow]) -> None:
     tome = next(o for o in unmeasured if o.row.method == "tome" and o.row.top1 == 79.30)
-    ours = Accuracy(79.254, 78.9, 79.6, 81.43, 2.77, 49_990, 10)
-    measured = Reproduced(tome.row, None, ours)
+    ours = ReproducedAccuracy(79.254, 78.9, 79.6, 81.43, 2.77, 49_990, 10)
+    measured = ReproducedRow(tome.row, None, ours)
     table = accuracy_table([measured])
     values = [cells(table, c.header)[0] for c in table.columns]
     assert values == [
@@ -157,7 +159,7 @@ def test_a_measured_accuracy(unmeasured: list[Reproduced]) -> None:
     assert plain.gflops_why == "not published"
 
 
-def test_notes_explain_each_difference_once(unmeasured: list[Reproduced]) -> None:
+def test_notes_explain_each_difference_once(unmeasured: list[ReproducedRow]) -> None:
     notes = figure_notes(unmeasured)
     assert len(set(notes)) == len(notes)
     said = "\n".join(notes)
@@ -166,7 +168,7 @@ def test_notes_explain_each_difference_once(unmeasured: list[Reproduced]) -> Non
     assert "patchmerger on vit_base_patch16_224, vit_small_patch16_224: the source's" in said
 
 
-def test_no_number_is_cut(costs: list[CostRow], unmeasured: list[Reproduced]) -> None:
+def test_no_number_is_cut(costs: list[CostRow], unmeasured: list[ReproducedRow]) -> None:
     """At the width that a pipe gets, every cell of a column of numbers is there in one piece."""
     for table in (*cost_tables([*costs, MEASURED]), figures_table(unmeasured),
                   accuracy_table(unmeasured)):  # fmt: skip

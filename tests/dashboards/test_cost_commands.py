@@ -57,10 +57,12 @@ def test_reproduce_measures_accuracy(
     command: Run, monkeypatch: pytest.MonkeyPatch, cache: Path, tmp_path: Path
 ) -> None:
     from vitpareto.search.compare import published
-    from vitpareto.search.compare.published import Row
+    from vitpareto.search.compare.published import PublishedRow
 
     setting = {"keep_rate": 0.25, "prune_layers": [3, 6, 9]}
-    claim = Row("topk", "digits", setting, "here", False, "own", top1=80.0, timm_tag="digits")
+    claim = PublishedRow(
+        "topk", "digits", setting, "here", False, "own", top1=80.0, timm_tag="digits"
+    )
     monkeypatch.setattr(published, "rows", lambda: (claim,))
     result = command("reproduce", "--data", "digits", "--cache", cache, "--csv")
     (row,) = csv.DictReader(io.StringIO(result.out))

@@ -10,7 +10,7 @@ import pandas as pd
 from tests.dashboards.front_results import LATENCIES, results, rows
 from vitpareto.dashboards.bench_table import bench_rows
 from vitpareto.dashboards.csv_json import csv_text, json_lines
-from vitpareto.search.export.benchmark import Timed
+from vitpareto.search.export.benchmark import ProgramTiming
 from vitpareto.search.study.trial_table import trial_rows
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rows"
@@ -41,7 +41,7 @@ def test_json_of_trials_is_unchanged() -> None:
 
 
 def test_json_of_a_benchmark_is_unchanged() -> None:
-    timings = [Timed("onnxruntime", 32, LATENCIES[1], 1.6)]
+    timings = [ProgramTiming("onnxruntime", 32, LATENCIES[1], 1.6)]
     assert json_lines(bench_rows(timings)) == golden("bench.jsonl")
 
 

@@ -28,7 +28,7 @@ from vitpareto.dashboards.token_picture import (
 )
 from vitpareto.dashboards.token_pixels import FUSED, OUTLINES, group_colours, outlines, painted
 from vitpareto.methods import Recipe, Untrained
-from vitpareto.search.compare.token_trace import Followed, FollowedImage, Guess, follow
+from vitpareto.search.compare.token_trace import ImageTrace, Prediction, TokenTrace, trace_tokens
 from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model
@@ -53,35 +53,35 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @cache
-def followed(name: str, images: int = 3) -> Followed:
+def followed(name: str, images: int = 3) -> TokenTrace:
     """The recipe of that name on the embedded model and its first images. Shared: no changes."""
     dense = embedded_model.build()
     batch = embedded_images.normalise(embedded_images.draw("search")[0][:images])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Untrained)  # PatchMerger's
         pruned = Recipe.from_dict(RECIPES[name]).build(dense)
-    return follow(dense, pruned, batch, model="digits", classes=embedded_images.CLASSES)
+    return trace_tokens(dense, pruned, batch, model="digits", classes=embedded_images.CLASSES)
 
 
 def by_hand(
     group: list[list[int]], together: str = "merged", fused: tuple[int, ...] = (), **more: Any
-) -> Followed:
+) -> TokenTrace:
     """An image of 2 x 3 patches of 4 x 2 pixels, one grey a patch, and what became of them in as
     many blocks as `group` has rows; fused: how many went into the fused token in each.
     """
     grey = np.arange(6).reshape(2, 3) * 40
     pixels = np.repeat(np.repeat(grey, 4, axis=0), 2, axis=1)[..., None].repeat(3, axis=2)
-    image = FollowedImage(
+    image = ImageTrace(
         "cat.png",
         pixels.astype(np.uint8),
         tuple(len(set(row) - {-1}) for row in group),
         np.array(group),
         tuple({"fused": n} for n in fused) or tuple({} for _ in group),
-        Guess(3, "cat", 0.981),
-        Guess(5, "dog", 0.4),
+        Prediction(3, "cat", 0.981),
+        Prediction(5, "dog", 0.4),
         **more,
     )
-    return Followed("vit", Recipe(), (2, 3), (4, 2), together, (image,))  # type: ignore[arg-type]
+    return TokenTrace("vit", Recipe(), (2, 3), (4, 2), together, (image,))  # type: ignore[arg-type]
 
 
 def texts(figure: Figure) -> list[str]:
@@ -158,7 +158,7 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
 # --------------------------------------------------------------------------------- the outlines
 
 
-def outlined(it: Followed) -> tuple[np.ndarray, np.ndarray]:
+def outlined(it: TokenTrace) -> tuple[np.ndarray, np.ndarray]:
     """The first image's outlines after its first block, half a pixel inside."""
     image = it.images[0]
     return outlines(image, 0, group_colours(image, it.together)[0], it, inset=0.5)

@@ -17,8 +17,8 @@ from vitpareto.search.compare.cost_table import (
     GIVEN,
     KEPT,
     NEAREST,
-    Bench,
     CostRow,
+    CostSettings,
     cost_rows,
     setting_at,
 )
@@ -26,7 +26,7 @@ from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.measure.counting import counter, work
 from vitpareto.search.models.loading import fresh_model
 
-CLOSED = Bench(rounds=0)
+CLOSED = CostSettings(rounds=0)
 
 
 def skeleton(name: str) -> tuple[ModelShape, nn.Module]:
@@ -139,7 +139,7 @@ def test_a_new_method_needs_nothing_but_its_file(monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def measured() -> list[CostRow]:
     said: list[str] = []
-    bench = Bench(batch=2, rounds=6, check=True, say=said.append)
+    bench = CostSettings(batch=2, rounds=6, check=True, say=said.append)
     rows = list(
         cost_rows(["digits"], ["dense", "tram", "patchmerger", "resize", "ats"], [0.5], bench)
     )
@@ -205,15 +205,15 @@ def test_a_published_figure_of_another_model_says_how_it_differs() -> None:
         (["digit"], ["topk"], [0.5], CLOSED, "unknown model 'digit': did you mean 'digits'"),
         (["digits"], ["topkk"], [0.5], CLOSED, "unknown method 'topkk': did you mean 'topk'"),
         (["digits"], ["topk"], [1.0], CLOSED, "rate is 1: accepted is a number, 0 < rate < 1"),
-        (["digits"], ["topk"], [0.5], Bench(batch=0), "batch is 0"),
-        (["digits"], ["topk"], [0.5], Bench(rounds=-1), "rounds is -1"),
-        (["digits"], ["topk"], [0.5], Bench(dtype="int8"), "dtype is 'int8'"),
+        (["digits"], ["topk"], [0.5], CostSettings(batch=0), "batch is 0"),
+        (["digits"], ["topk"], [0.5], CostSettings(rounds=-1), "rounds is -1"),
+        (["digits"], ["topk"], [0.5], CostSettings(dtype="int8"), "dtype is 'int8'"),
         (["digits"], ["topk"], [], CLOSED, "no rate is named"),
         (["vit_small_patch16_224.nosuch"], ["topk"], [0.5], CLOSED, "timm cannot build"),
     ],
 )
 def test_bad_input_is_told_before_anything_is_measured(
-    models: list[str], names: list[str], rates: list[float], bench: Bench, said: str
+    models: list[str], names: list[str], rates: list[float], bench: CostSettings, said: str
 ) -> None:
     with pytest.raises(BadInput, match=said):
         next(cost_rows(["vit_tiny_patch16_224", *models], names, rates, bench))

@@ -15,7 +15,7 @@ from tests.search.small import images, vit
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare import published
-from vitpareto.search.compare.published import Row, matching, recompute, rows
+from vitpareto.search.compare.published import PublishedRow, matching, recompute, rows
 from vitpareto.search.measure.closed_form import schedule_macs
 from vitpareto.search.measure.counting import COUNTERS, Work, counter, work
 
@@ -28,7 +28,7 @@ RECOMPUTED = [r for r in rows() if r.reproducible and r.gflops is not None]
 
 
 @pytest.mark.parametrize("row", RECOMPUTED, ids=lambda r: f"{r.model}-{r.label}-{r.gflops}")
-def test_a_published_cost_is_ours_in_its_convention(row: Row) -> None:
+def test_a_published_cost_is_ours_in_its_convention(row: PublishedRow) -> None:
     ours = recompute(row)
     assert ours == pytest.approx(row.gflops, rel=PROMISED[row.method])
 

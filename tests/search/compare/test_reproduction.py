@@ -16,12 +16,12 @@ from PIL import Image
 
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare import published
-from vitpareto.search.compare.published import Row
+from vitpareto.search.compare.published import PublishedRow
 from vitpareto.search.compare.reproduction import (
     NO_DATA,
-    Accuracy,
-    Place,
-    Reproduced,
+    EvaluationSetup,
+    ReproducedAccuracy,
+    ReproducedRow,
     reproduce,
     select,
 )
@@ -33,7 +33,7 @@ from vitpareto.search.measure.accuracy import evaluate
 from vitpareto.search.models import embedded_model
 from vitpareto.search.stats.intervals import wilson_interval
 
-DENSE = Row("dense", "digits", {}, "here", False, "embedded", top1=90.0, timm_tag="digits")
+DENSE = PublishedRow("dense", "digits", {}, "here", False, "embedded", top1=90.0, timm_tag="digits")
 TOPK = replace(
     DENSE, method="topk", setting={"keep_rate": 0.25, "prune_layers": [3, 6, 9]}, gflops=1.0,
     counter="fvcore", top1=80.0, dense_top1=90.0,
@@ -58,16 +58,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(folder: Path, tmp_path: Path) -> Place:
-    return Place(str(folder), tmp_path / "cache", batch=16)
+def place(folder: Path, tmp_path: Path) -> EvaluationSetup:
+    return EvaluationSetup(str(folder), tmp_path / "cache", batch=16)
 
 
-def measured(one: Reproduced) -> Accuracy:
+def measured(one: ReproducedRow) -> ReproducedAccuracy:
     assert one.accuracy is not None, one.why
     return one.accuracy
 
 
-def test_dense_and_pruned_are_measured_on_every_image(place: Place, folder: Path) -> None:
+def test_dense_and_pruned_are_measured_on_every_image(place: EvaluationSetup, folder: Path) -> None:
     """The figures are those of the evaluation itself, over all splits of the folder."""
     model = embedded_model.build()
     data = open_data(str(folder), Preprocess.of(model), cache=place.cache)
@@ -96,20 +96,20 @@ def test_dense_and_pruned_are_measured_on_every_image(place: Place, folder: Path
     assert whats == ["digits, dense", TOPK.label] and seen[-1][1:] == (60, 60)
 
 
-def test_what_images_decide_is_calibrated_or_averaged(place: Place) -> None:
+def test_what_images_decide_is_calibrated_or_averaged(place: EvaluationSetup) -> None:
     rajni, ats = list(reproduce([RAJNI, ATS], place))
     dense = 0.0334
     assert 0.2 * dense < measured(rajni).gmacs < dense and rajni.gflops is None
     assert 0.2 * dense < measured(ats).gmacs < dense
 
 
-def test_the_sources_crop_is_taken(place: Place) -> None:
+def test_the_sources_crop_is_taken(place: EvaluationSetup) -> None:
     """A crop of 0.5 enlarges the middle: other pixels, another result."""
     plain, cropped = list(reproduce([DENSE, replace(DENSE, crop_pct=0.5)], place))
     assert measured(cropped).top1 < measured(plain).top1
 
 
-def test_unreadable_images_are_counted_and_left_out(place: Place, folder: Path) -> None:
+def test_unreadable_images_are_counted_and_left_out(place: EvaluationSetup, folder: Path) -> None:
     pixels, labels = embedded_images.draw("search")
     root = Path(place.cache).parent / "many"
     for i in range(200):
@@ -122,7 +122,7 @@ def test_unreadable_images_are_counted_and_left_out(place: Place, folder: Path) 
     assert measured(one).images == 199 and measured(one).unreadable == 1
 
 
-def test_weights_from_a_folder(place: Place, tmp_path: Path) -> None:
+def test_weights_from_a_folder(place: EvaluationSetup, tmp_path: Path) -> None:
     """The file named like the tag, and these weights: zeros give one class for every image."""
     state = {k: torch.zeros_like(v) for k, v in embedded_model.build().state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "digits.safetensors")
@@ -133,7 +133,7 @@ def test_weights_from_a_folder(place: Place, tmp_path: Path) -> None:
 # --- no number where nothing was measured
 
 
-def numbers(found: Iterator[Reproduced]) -> list[Accuracy | None]:
+def numbers(found: Iterator[ReproducedRow]) -> list[ReproducedAccuracy | None]:
     return [one.accuracy for one in found]
 
 
@@ -146,14 +146,16 @@ def test_without_data_no_published_row_has_a_number() -> None:
     assert sum(one.gflops is not None for one in found) == 25, "costs need neither"
 
 
-def test_without_weights_a_row_says_which(place: Place, tmp_path: Path) -> None:
+def test_without_weights_a_row_says_which(place: EvaluationSetup, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     (one,) = reproduce([DENSE], replace(place, weights=tmp_path / "w"))
     assert one.accuracy is None
     assert one.why == f"no digits.safetensors (or .pth) in {tmp_path / 'w'}"
 
 
-def test_weights_that_cannot_be_downloaded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_cannot_be_downloaded(
+    place: EvaluationSetup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the loader says is the reason, without the advice for another command."""
     import timm
 
@@ -180,7 +182,7 @@ def test_weights_that_cannot_be_downloaded(place: Place, monkeypatch: pytest.Mon
 
 
 def test_a_model_that_gives_no_numbers_is_told_and_the_next_row_runs(
-    place: Place, tmp_path: Path
+    place: EvaluationSetup, tmp_path: Path
 ) -> None:
     state = {
         k: torch.full_like(v, torch.nan) for k, v in embedded_model.build().state_dict().items()
@@ -191,7 +193,7 @@ def test_a_model_that_gives_no_numbers_is_told_and_the_next_row_runs(
     assert all("non-finite logits" in one.why for one in found)
 
 
-def test_trained_rows_are_never_measured(place: Place) -> None:
+def test_trained_rows_are_never_measured(place: EvaluationSetup) -> None:
     (one,) = reproduce([TRAINED], place)
     assert one.accuracy is None and one.why == "fine-tuned by its source"
 
@@ -205,7 +207,7 @@ def test_trained_rows_are_never_measured(place: Place) -> None:
     ],
 )
 def test_bad_input_is_told_before_weights_are_loaded(
-    place: Place, change: dict, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    place: EvaluationSetup, change: dict, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if change.get("data") == "OTHER":
         for name in ("cat", "dog"):

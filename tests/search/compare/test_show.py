@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.search import small
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.search.compare.show import MOST, Asked, look
+from vitpareto.search.compare.show import MOST, TraceRequest, trace_images
 from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model
@@ -37,20 +37,20 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def test_without_files_the_first_search_images_are_shown(cache: Path) -> None:
-    seen = look(Asked(TOPK), cache=cache)
+    seen = trace_images(TraceRequest(TOPK), cache=cache)
     pixels, labels = embedded_images.draw("search")
     assert [image.name for image in seen.images] == [f"digits search {i}" for i in range(4)]
     for image, expected, label in zip(seen.images, pixels, labels, strict=False):
         assert np.array_equal(image.pixels, expected) and image.truth == str(label)
     assert seen.recipe == TOPK and seen.notes == ()
-    assert len(look(Asked(TOPK), images=2, cache=cache).images) == 2
+    assert len(trace_images(TraceRequest(TOPK), images=2, cache=cache).images) == 2
 
 
 def test_files_are_shown_as_the_model_sees_them(cache: Path, files: list[Path]) -> None:
-    seen = look(Asked(TOPK), files, cache=cache)
+    seen = trace_images(TraceRequest(TOPK), files, cache=cache)
     place = files[0].parent.name
     assert [image.name for image in seen.images] == [f"{place}/0.png", f"{place}/1.png"]
-    own = look(Asked(TOPK), images=2, cache=cache)
+    own = trace_images(TraceRequest(TOPK), images=2, cache=cache)
     for a, b in zip(seen.images, own.images, strict=True):
         assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.group, b.group)
         assert a.pruned == b.pruned and a.truth is None
@@ -59,7 +59,7 @@ def test_files_are_shown_as_the_model_sees_them(cache: Path, files: list[Path]) 
 def test_calibration_is_the_datas_or_said_to_be_the_images_shown(
     cache: Path, files: list[Path], tmp_path: Path
 ) -> None:
-    whole = look(Asked(RAJNI), files, cache=cache)
+    whole = trace_images(TraceRequest(RAJNI), files, cache=cache)
     assert whole.notes == ("rajni is calibrated on the 200 calibration images of digits",)
     model = embedded_model.build()
     images = embedded_images.normalise(embedded_images.draw("calibration")[0])
@@ -67,13 +67,13 @@ def test_calibration_is_the_datas_or_said_to_be_the_images_shown(
 
     # a model of nobody's classes, and files alone: there are no other images
     name = own_model(tmp_path / "own")
-    few = look(Asked(RAJNI, name), files, cache=cache)
+    few = trace_images(TraceRequest(RAJNI, name), files, cache=cache)
     (note,) = few.notes
     assert "calibrated on the images shown (2)" in note
     assert few.recipe.tokens is not None and len(few.recipe.tokens.params["counts"]) == 12
     assert few.images[0].dense.name == f"class {few.images[0].dense.label}"
     # with its data named, theirs
-    named = look(Asked(RAJNI, name, data="digits"), files, cache=cache)
+    named = trace_images(TraceRequest(RAJNI, name, data="digits"), files, cache=cache)
     assert named.notes == whole.notes
     assert named.images[0].dense.name in embedded_images.CLASSES
 
@@ -97,7 +97,7 @@ def own_model(folder: Path) -> str:
 
 def test_a_method_without_trained_parts_is_noted(cache: Path) -> None:
     recipe = Recipe.of("patchmerger", prune_layers=[4], num_tokens=12)
-    (note,) = look(Asked(recipe), images=1, cache=cache).notes
+    (note,) = trace_images(TraceRequest(recipe), images=1, cache=cache).notes
     assert note.startswith("patchmerger needs training")
 
 
@@ -108,12 +108,12 @@ def test_classes_are_named_by_the_data(cache: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224")
     save_file(model.state_dict(), weights)
-    asked = Asked(Recipe(), "vit_tiny_patch16_224", weights, str(folder))
-    (image,) = look(asked, images=1, cache=cache).images
+    asked = TraceRequest(Recipe(), "vit_tiny_patch16_224", weights, str(folder))
+    (image,) = trace_images(asked, images=1, cache=cache).images
     assert image.dense.name in ("tench", "tabby", "tiger cat") and image.dense.label < 3
     assert image.truth in ("tench", "tabby", "tiger cat") and image.name == "data search 0"
     with pytest.raises(UserError, match="1000 classes and digits has 10"):
-        look(replace(asked, data="digits"), cache=cache)
+        trace_images(replace(asked, data="digits"), cache=cache)
 
 
 @pytest.fixture
@@ -132,17 +132,17 @@ def study(tmp_path: Path) -> StudyFolder:
 
 
 def test_a_trial_is_shown_as_it_was_measured(study: StudyFolder, cache: Path) -> None:
-    seen = look(Asked.of_trial(study, 1), images=2, cache=cache)
+    seen = trace_images(TraceRequest.of_trial(study, 1), images=2, cache=cache)
     assert seen.images[0].patches == (64, 60, 50, *[40] * 9) and seen.notes == ()
     assert seen.images[0].truth is not None
 
     with pytest.raises(UserError, match="no trial 7; its trials are 1 to 2"):
-        Asked.of_trial(study, 7)
+        TraceRequest.of_trial(study, 7)
     with pytest.raises(UserError, match="trial 2 of s is failed: ValueError: no"):
-        Asked.of_trial(study, 2)
+        TraceRequest.of_trial(study, 2)
     (study.folder / "study.json").write_text('{"schema": 1, "model_fingerprint": "0123"}')
     with pytest.raises(UserError, match="measured a model with fingerprint 0123"):
-        look(Asked.of_trial(study, 1), cache=cache)
+        trace_images(TraceRequest.of_trial(study, 1), cache=cache)
 
 
 def test_bad_input_is_named(cache: Path, files: list[Path], tmp_path: Path) -> None:
@@ -159,6 +159,6 @@ def test_bad_input_is_named(cache: Path, files: list[Path], tmp_path: Path) -> N
     )
     for given, images, expected in cases:
         with pytest.raises(UserError, match=expected):
-            look(Asked(TOPK), given, images=images, cache=cache)
+            trace_images(TraceRequest(TOPK), given, images=images, cache=cache)
     with pytest.raises(BadInput, match="names block 12"):
-        look(Asked(Recipe.of("topk", keep_rate=0.5, prune_layers=[12])), cache=cache)
+        trace_images(TraceRequest(Recipe.of("topk", keep_rate=0.5, prune_layers=[12])), cache=cache)

@@ -11,7 +11,7 @@ import torch
 from tests.search import small
 from vitpareto import methods
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.search.compare.token_trace import denormalised, follow, together
+from vitpareto.search.compare.token_trace import denormalised, merge_kind, trace_tokens
 from vitpareto.search.data import embedded_images
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.accuracy import NonFiniteLogits
@@ -30,7 +30,9 @@ def test_pixels_groups_counts_and_guesses_are_the_models(drawn) -> None:
     pixels, images = drawn
     dense = embedded_model.build()
     pruned = methods.prune(dense, "topk", **STAGED)
-    followed = follow(dense, pruned, images, names=["a", "b"], classes=embedded_images.CLASSES)
+    followed = trace_tokens(
+        dense, pruned, images, names=["a", "b"], classes=embedded_images.CLASSES
+    )
     with torch.inference_mode():
         logits, trace = pruned(images, trace=True)
         plain = dense(images)
@@ -52,7 +54,7 @@ def test_a_resized_model_is_followed_on_the_smaller_image(drawn) -> None:
     recipe = Recipe.from_yaml(
         "{structure: {method: resize, size: 48}, tokens: {method: tome, r: 2}}"
     )
-    followed = follow(dense, recipe.build(dense), drawn[1])
+    followed = trace_tokens(dense, recipe.build(dense), drawn[1])
     assert followed.grid == (6, 6) and followed.patch == (8, 8)
     for image in followed.images:
         assert image.pixels.shape == (48, 48, 3) and image.group.shape == (12, 36)
@@ -67,7 +69,7 @@ def test_a_resized_model_is_followed_on_the_smaller_image(drawn) -> None:
 def test_images_decide_for_themselves_and_tell_their_figures(drawn) -> None:
     dense = embedded_model.build()
     pruned = methods.prune(dense, "rajni", gamma=0.1, min_tokens=8, budget="image")
-    followed = follow(dense, pruned, drawn[1])
+    followed = trace_tokens(dense, pruned, drawn[1])
     assert len({image.patches for image in followed.images}) == 3
     for image in followed.images:
         for block, figures in enumerate(image.figures):
@@ -126,7 +128,7 @@ def test_rajnis_figures_are_its_formulas_calibrated_and_frozen(score: str) -> No
         asked_for.append(n)
     assert counts == tuple(asked_for) and len(set(counts)) > 4
 
-    followed = follow(model, calibrated, images)
+    followed = trace_tokens(model, calibrated, images)
     dropping = [b for b, (a, n) in enumerate(zip((64, *counts), counts, strict=False)) if n < a]
     for made in (trace, frozen(images, trace=True)[1]):
         for block in range(12):
@@ -169,7 +171,7 @@ def test_a_patch_fused_alone_is_followed(drawn) -> None:
     layers = [2, 5, 8]
     dense = embedded_model.build()
     pruned = methods.prune(dense, "evit", keep_rate=63 / 64, prune_layers=layers)
-    followed = follow(dense, pruned, drawn[1])
+    followed = trace_tokens(dense, pruned, drawn[1])
     assert followed.together == "fused"
     for image in followed.images:
         assert image.patches == (64,) * 12 and image.stages() == layers
@@ -191,7 +193,7 @@ def test_every_patch_that_left_its_place_for_the_fused_token_is_in_it(drawn) -> 
     """Many at a time: what a slow walk through the groups says."""
     dense = embedded_model.build()
     pruned = methods.prune(dense, "evit", **STAGED)
-    for image in follow(dense, pruned, drawn[1]).images:
+    for image in trace_tokens(dense, pruned, drawn[1]).images:
         weighted: set[int] = set()
         for block in range(12):
             if block in STAGED["prune_layers"]:
@@ -207,7 +209,7 @@ def test_every_patch_that_left_its_place_for_the_fused_token_is_in_it(drawn) -> 
 
 def test_what_changes_no_patch_has_no_stage(drawn) -> None:
     dense = embedded_model.build()
-    followed = follow(dense, Recipe().build(dense), drawn[1])
+    followed = trace_tokens(dense, Recipe().build(dense), drawn[1])
     assert followed.stages() == [] and followed.images[0].patches == (64,) * 12
     assert all(image.dense == image.pruned for image in followed.images)
 
@@ -223,7 +225,7 @@ def test_what_changes_no_patch_has_no_stage(drawn) -> None:
     ],
 )
 def test_what_a_token_of_several_patches_is(recipe, expected) -> None:
-    assert together(Recipe.from_dict(recipe)) == expected
+    assert merge_kind(Recipe.from_dict(recipe)) == expected
 
 
 @pytest.mark.parametrize("mean_std", [((0.5,) * 3, (0.5,) * 3), ((0.48, 0.46, 0.41), (0.27,) * 3)])
@@ -239,13 +241,13 @@ def test_logits_that_are_no_numbers_are_named() -> None:
     images = small.images(2)
     images[1] = float("nan")
     with pytest.raises(NonFiniteLogits, match="non-finite logits for second"):
-        follow(dense, Recipe().build(dense), images, names=["first", "second"])
+        trace_tokens(dense, Recipe().build(dense), images, names=["first", "second"])
     with pytest.raises(BadInput, match="no image"):
-        follow(dense, Recipe().build(dense), images[:0])
+        trace_tokens(dense, Recipe().build(dense), images[:0])
 
 
 def test_the_models_are_left_as_they_were(drawn) -> None:
     dense = embedded_model.build()
     pruned = methods.prune(dense, "topk", **STAGED)
-    follow(dense, pruned, drawn[1])
+    trace_tokens(dense, pruned, drawn[1])
     assert not pruned.patch_embed._forward_pre_hooks and not dense.patch_embed._forward_pre_hooks

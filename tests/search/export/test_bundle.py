@@ -29,7 +29,7 @@ from vitpareto.search.export.readme import programs, readme, resize_rule
 from vitpareto.search.export.verification import (
     REFUSED,
     EditedBundle,
-    Measured,
+    ReferenceOutputs,
     check_files,
     check_programs,
     compare,
@@ -174,7 +174,7 @@ def test_readme_programs_run_as_they_stand(study: Study) -> None:
     preprocess = Preprocess.of(study.place.dense)
     tensor = preprocess.transform()(Image.open(photo))
     images = torch.as_tensor(np.asarray(tensor)).permute(1, 2, 0)[None]
-    example = torch.from_numpy(Measured.load(bundle / "verify.npz").images[:1])
+    example = torch.from_numpy(ReferenceOutputs.load(bundle / "verify.npz").images[:1])
     model = rebuild(bundle, {"model": "digits"})
     for raw, arguments in ((example, []), (images, [str(photo)])):
         with torch.no_grad():
@@ -300,7 +300,7 @@ def test_image_budget_names_the_calibrated_one(study: Study, tmp_path: Path) -> 
 # --- the rule for near ties
 
 
-def _measured(images: int = 40) -> Measured:
+def _measured(images: int = 40) -> ReferenceOutputs:
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1, (images, 10)).astype(np.float32)
     others = np.stack([logits, logits])
@@ -308,7 +308,7 @@ def _measured(images: int = 40) -> Measured:
     selection = np.zeros((2, images), dtype=bool)
     selection[1, 0] = True
     empty = np.zeros((images, 1, 1, 3), np.uint8)
-    return Measured(empty, np.zeros(images, np.int64), logits, others, selection)
+    return ReferenceOutputs(empty, np.zeros(images, np.int64), logits, others, selection)
 
 
 def test_untrained_parts_are_refused(study: Study, tmp_path: Path) -> None:

@@ -25,15 +25,15 @@ from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
-from vitpareto.search.export.benchmark import bench, dense_model
+from vitpareto.search.export.benchmark import bench_bundle, dense_model
 from vitpareto.search.export.bundle import export
 from vitpareto.search.export.int8 import Int8
 from vitpareto.search.export.specialised import write_static
-from vitpareto.search.export.verification import Measured, check_files, normalised, verify
+from vitpareto.search.export.verification import ReferenceOutputs, check_files, normalised, verify
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models import embedded_model
-from vitpareto.search.runtimes.backends import onnx_session, prepared
-from vitpareto.search.runtimes.programs import Deployed
+from vitpareto.search.runtimes.backends import onnx_session, prepare_runtime
+from vitpareto.search.runtimes.exported_program import ClassifierGraph
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
@@ -159,7 +159,7 @@ def test_mlflow_serves_it_where_this_project_is_not(
         "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",
     }
     environment.pop("PYTHONPATH", None)
-    known = Measured.load(bundle / "verify.npz")
+    known = ReferenceOutputs.load(bundle / "verify.npz")
     preprocess = json.loads((bundle / "preprocess.json").read_text())
     images = normalised(known.images, preprocess).numpy()
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -267,10 +267,10 @@ def test_an_aotinductor_package_runs_as_the_measured_model(
 def test_a_package_that_is_another_model_is_not_verified(bundle: Path, tmp_path: Path) -> None:
     """Its weights are not those that were measured."""
     result = check_files(bundle)
-    measured = Measured.load(bundle / "verify.npz")
+    measured = ReferenceOutputs.load(bundle / "verify.npz")
     preprocess = json.loads((bundle / "preprocess.json").read_text())
     images = normalised(measured.images, preprocess)
-    other = Deployed(dense_model(result), None)
+    other = ClassifierGraph(dense_model(result), None)
     found = write_static(other, images, measured, tmp_path, 2)
     assert not found.verified and "4 wrong" in found.why
 
@@ -280,7 +280,7 @@ def test_a_package_that_is_another_model_is_not_verified(bundle: Path, tmp_path:
 
 def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> None:
     heard = []
-    found = bench(bundle, batches=(1, 3), rounds=6, heard=heard.append)
+    found = bench_bundle(bundle, batches=(1, 3), rounds=6, heard=heard.append)
     assert [(t.runtime, t.batch) for t in found] == [
         ("onnxruntime", 1), ("onnxruntime", 3), ("torch.export", 1), ("torch.export", 3),
     ]  # fmt: skip
@@ -296,11 +296,11 @@ def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> Non
 
 def test_a_runtime_that_is_none_and_a_batch_of_nothing_are_refused(bundle: Path) -> None:
     with pytest.raises(UserError, match="runtime is 'onnxruntme': did you mean 'onnxruntime'"):
-        bench(bundle, runtimes=["onnxruntme"])
+        bench_bundle(bundle, runtimes=["onnxruntme"])
     with pytest.raises(UserError, match=r"batches are \[0\]"):
-        bench(bundle, batches=[0])
+        bench_bundle(bundle, batches=[0])
     with pytest.raises(UserError, match="is not a bundle"):
-        bench(bundle.parent)
+        bench_bundle(bundle.parent)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -309,13 +309,13 @@ def test_every_runtime_gives_the_models_logits(runtime: str) -> None:
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     if runtime == "cudagraph" and not torch.cuda.is_available():
         with pytest.raises(UserError, match="a CUDA graph needs a CUDA device; the device is cpu"):
-            prepared(model, images, runtime)
+            prepare_runtime(model, images, runtime)
         pytest.skip("needs a CUDA device: the graph itself")
     if runtime == "cudagraph":
         model, images = model.cuda(), images.cuda()
     with torch.inference_mode():
         wanted = model(images)
-        found = prepared(model, images, runtime)(images)
+        found = prepare_runtime(model, images, runtime)(images)
     if runtime == "onnxruntime":
         found = torch.from_numpy(found[0])
     torch.testing.assert_close(found.cpu(), wanted.cpu(), atol=1e-4, rtol=1e-4)

@@ -28,7 +28,7 @@ from ray.cluster_utils import Cluster
 from tests.search.faults import NAME, driver, gone, kill, look, results, steady, until, workers
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import UserError
-from vitpareto.search.measure.accuracy import OutOfMemory, fitting
+from vitpareto.search.measure.accuracy import OutOfMemory, largest_fitting_batch
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.optuna_storage import close, frozen_trials, open_storage, study_name
@@ -234,11 +234,13 @@ def test_where_memory_does_not_suffice_the_batch_is_halved() -> None:
             torch.empty(2**60, dtype=torch.uint8)  # torch's own error, on any machine
         return "fits"
 
-    assert fitting(100, attempt) == (12, "fits") and asked == [100, 50, 25, 12]
+    assert largest_fitting_batch(100, attempt) == (12, "fits") and asked == [100, 50, 25, 12]
     with pytest.raises(OutOfMemory):
-        fitting(4, lambda batch: torch.empty(2**60, dtype=torch.uint8))
+        largest_fitting_batch(4, lambda batch: torch.empty(2**60, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="something else"):
-        fitting(4, lambda batch: (_ for _ in ()).throw(RuntimeError("something else")))
+        largest_fitting_batch(
+            4, lambda batch: (_ for _ in ()).throw(RuntimeError("something else"))
+        )
 
 
 LIMITED = """

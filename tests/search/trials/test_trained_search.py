@@ -21,7 +21,7 @@ from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
 from vitpareto.methods.slicing.sliced_model import model_widths
 from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
-from vitpareto.search.compare.show import Asked
+from vitpareto.search.compare.show import TraceRequest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import choose_trial, export
 from vitpareto.search.export.verification import verify
@@ -253,7 +253,7 @@ def test_a_recipe_of_two_parts_is_exported_and_verified(
     assert verify(bundle).verified
     said = json.loads((bundle / "result.json").read_text())
     assert said["recipe"] == two.resolved and said["recipe"]["weights"]
-    asked = Asked.of_trial(study.folder, two.trial)
+    asked = TraceRequest.of_trial(study.folder, two.trial)
     assert asked.trained is not None and asked.recipe.weights == said["recipe"]["weights"]
 
 

@@ -18,7 +18,7 @@ from torch.export import ExportedProgram
 INPUT, OUTPUTS = "images", ("logits", "score", "class")
 
 
-class Deployed(nn.Module):
+class ClassifierGraph(nn.Module):
     """What is exported: images [B, 3, H, W] -> logits [B, K] of the data's classes in float32,
     score [B] (the softmax's largest) and class [B] (int64).
     """
@@ -37,7 +37,9 @@ class Deployed(nn.Module):
         return logits, score, label
 
 
-def traced(deployed: Deployed, images: Tensor, batch: int | None = None) -> ExportedProgram:
+def trace_program(
+    deployed: ClassifierGraph, images: Tensor, batch: int | None = None
+) -> ExportedProgram:
     """The torch.export program. images: some [M >= 1, 3, H, W] to trace with. batch: the only size
     that it takes; None: any.
     """
@@ -62,13 +64,13 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     onnx.checker.check_model(str(path))
 
 
-def write_programs(deployed: Deployed, images: Tensor, bundle: Path) -> dict[str, float]:
+def write_programs(deployed: ClassifierGraph, images: Tensor, bundle: Path) -> dict[str, float]:
     """model.pt2 and model.onnx for any batch size; images: some [M >= 1, 3, H, W] to trace with.
 
     Returns the seconds each took.
     """
     begin = time.monotonic()
-    program = traced(deployed, images)
+    program = trace_program(deployed, images)
     torch.export.save(program, bundle / "model.pt2")
     middle = time.monotonic()
     write_onnx(program, bundle / "model.onnx")
