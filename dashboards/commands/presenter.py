@@ -47,7 +47,8 @@ def write_study_explorer(
     folder: StudyFolder, path: Path, cache: str | None
 ) -> tuple[Path, Mapping[int, Path]]:
     """Write the explorer to `path`; it, and the token pictures by trial that it contains."""
-    from vitpareto.dashboards.explorer_page import token_pictures, write_explorer
+    from vitpareto.dashboards.explorer_page import write_explorer
+    from vitpareto.dashboards.study_token_pictures import token_pictures
 
     tokens = token_pictures(folder, cache_folder(cache or folder.job().get("cache")))
     return write_explorer([folder], path, {folder.name: tokens}), tokens

@@ -1,5 +1,5 @@
-// The Pareto explorer: draws the trials of one study, or of several, from the page's own data.
-// Nothing is fetched and nothing is kept; fronts and shares of the axes shown are computed here.
+// The Pareto explorer: draws the trials of one or several studies from the data in the page.
+// Fetches and stores nothing. Computes fronts and hypervolume shares for the selected axes.
 "use strict";
 const D = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
@@ -11,14 +11,14 @@ const state = { x: D.axes.x[0], y: D.axes.y[0], bars: "front", early: true, publ
 
 // -- values ---------------------------------------------------------------------------------
 
-// y may be "certified_top1", which is top-1 on the held-out images
+// name: an objective, or "certified_top1" for top-1 on the held-out images
 function value(t, name) {
-  if (name === "certified_top1") return t.held ? t.held.top1 : null;
+  if (name === "certified_top1") return t.certified ? t.certified.top1 : null;
   const v = t.values[name];
   return v === undefined ? null : v;
 }
 function interval(t, name) {
-  if (name === "certified_top1") return t.held ? [t.held.low, t.held.high] : null;
+  if (name === "certified_top1") return t.certified ? [t.certified.low, t.certified.high] : null;
   return name === "top1" && t.low !== null ? [t.low, t.high] : null;
 }
 const has = (t) => value(t, state.x) !== null && value(t, state.y) !== null;
@@ -27,19 +27,19 @@ const shown = (t) => has(t) && !state.off.has(groupOf(t)) && (state.early || t.s
 const digits = (v, n = 4) => (v === null || v === undefined ? "" : Number(v).toPrecision(n).replace(/\.?0+$/, (z) => (z.includes(".") ? "" : z)));
 const fixed = (v, n = 2) => (v === null || v === undefined ? "" : v.toFixed(n));
 
-// gmacs names its unit already
+// the label of gmacs contains its unit
 const axis = (name) => (D.names[name].includes("GMACs") ? D.names[name] : `${D.names[name]}, ${D.units[name]}`);
 
-// non-dominated: cheapest first, each more accurate than all before it
+// non-dominated trials in order of increasing cost and accuracy
 function front(trials) {
   const known = trials.filter((t) => t.state === "finished" && has(t));
-  known.sort((a, b) => value(a, state.x) - value(b, state.x) || value(b, state.y) - value(a, state.y) || a.n - b.n);
+  known.sort((a, b) => value(a, state.x) - value(b, state.x) || value(b, state.y) - value(a, state.y) || a.number - b.number);
   const out = [];
   let best = -Infinity;
   for (const t of known) if (value(t, state.y) > best) { best = value(t, state.y); out.push(t); }
   return out;
 }
-// area between a front and the study's reference: ten points below dense, at dense's cost
+// area between a front and the reference point: dense accuracy - 10 points, dense cost
 function hypervolume(trials, dense) {
   if (!dense || !has(dense)) return null;
   const right = value(dense, state.x), floor = value(dense, state.y) - 10;
@@ -63,11 +63,11 @@ const HOLLOW = { o: "○", s: "□", "^": "△", D: "◇", v: "▽" };
 const lookOf = (t) => (SEVERAL ? { ...D.styles[t.method], colour: t.study.colour }
                                : D.styles[t.method]);
 function hover(t) {
-  const lines = [`<b>trial ${t.n}${SEVERAL ? " of " + t.study.name : ""}</b>${t.knee ? ", knee" : ""}`, wrap(t.recipe)];
+  const lines = [`<b>trial ${t.number}${SEVERAL ? " of " + t.study.name : ""}</b>${t.knee ? ", knee" : ""}`, wrap(t.recipe)];
   const y = interval(t, state.y);
   lines.push(`${D.names[state.y]}: ${fixed(value(t, state.y))} %${y ? ` (${fixed(y[0], 1)}–${fixed(y[1], 1)})` : ""}`);
   lines.push(`${D.names[state.x]}: ${digits(value(t, state.x))}`);
-  if (t.state === "raced_out") lines.push(`stopped after ${t.images} images; an estimate`);
+  if (t.state === "raced_out") lines.push(`estimate; stopped after ${t.images} images`);
   return lines.join("<br>");
 }
 function wrap(text, width = 60) {
@@ -127,7 +127,7 @@ function traces() {
         out.push(marks(members.filter(shown), { marker: { size: 0.1, opacity: 0 }, hoverinfo: "skip", hovertemplate: null }, { bars: true }));
       }
       const plain = front(own.filter((t) => t.control));
-      if (!SEVERAL && plain.length > 1) out.push(line(plain, { color: D.control_front, width: 2, dash: "dash" }, "controls' own front"));
+      if (!SEVERAL && plain.length > 1) out.push(line(plain, { color: D.control_front, width: 2, dash: "dash" }, "front of the controls"));
     }
     const dense = denseOf(s);
     if (dense && shown(dense)) {
@@ -147,7 +147,7 @@ function traces() {
       out.push({
         type: "scatter", mode: "markers", x: some.map((p) => p.values[state.x]), y: some.map((p) => p.values[state.y]),
         name: trained ? "published, trained for it" : "published, not trained", showlegend: true,
-        text: some.map((p) => `${wrap(p.label)}<br>${wrap(p.said)}`), hovertemplate: "%{text}<extra></extra>",
+        text: some.map((p) => `${wrap(p.label)}<br>${wrap(p.text)}`), hovertemplate: "%{text}<extra></extra>",
         marker: { symbol: trained ? "asterisk-open" : "x-thin-open", size: 11, color: some.map((p) => (D.styles[p.method] || { colour: "#222" }).colour),
                   line: { width: trained ? 3 : 2 } },
       });
@@ -176,8 +176,8 @@ function draw() {
   Plotly.react("plot", traces(), layout, { responsive: true, displaylogo: false, scrollZoom: true,
     modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] });
 }
-// a ruined recipe at 3 % would squeeze every difference that matters: at first 30 points below dense,
-// and all of the front
+// initial range: at most 30 points below dense, but always the whole front. One trial at 3 % would
+// compress all relevant differences.
 function span() {
   const ys = TRIALS.filter(shown).flatMap((t) => interval(t, state.y) && t.state === "finished" ? interval(t, state.y) : [value(t, state.y)]);
   if (!ys.length) return undefined;
@@ -194,7 +194,7 @@ function groups() {
   const names = [...new Set(TRIALS.map(groupOf))];
   const box = $("groups");
   [...box.querySelectorAll("label")].forEach((l) => l.remove());
-  $("groups-head").textContent = SEVERAL ? "Studies, and their hypervolume" : "Methods, and their share of the front's hypervolume";
+  $("groups-head").textContent = SEVERAL ? "Studies and their hypervolume" : "Methods and their share of the front's hypervolume";
   const rows = names.map((name) => {
     const some = TRIALS.filter((t) => groupOf(t) === name), s = some[0].s;
     const own = hypervolume(some.filter((t) => !t.dense || SEVERAL), denseOf(s));
@@ -238,7 +238,7 @@ function table() {
     for (const t of front(TRIALS.filter((t) => t.s === s)).filter(shown)) {
       const row = body.insertRow(), first = cell(row, "");
       const button = document.createElement("button");
-      button.type = "button"; button.textContent = `${t.n}${t.knee ? " *" : ""}`; button.title = "pin this trial";
+      button.type = "button"; button.textContent = `${t.number}${t.knee ? " *" : ""}`; button.title = "Pin this trial";
       button.addEventListener("click", () => pin(t));
       first.append(button);
       if (SEVERAL) cell(row, study.name, true);
@@ -249,12 +249,12 @@ function table() {
       count += 1;
     }
   });
-  $("table-head").textContent = count ? `The front: ${count} trial${count === 1 ? "" : "s"}` : "The front: no trial within this budget";
+  $("table-head").textContent = count ? `Front: ${count} trial${count === 1 ? "" : "s"}` : "Front: no trial within this budget";
 }
 function pin(t) {
   if (state.pins.includes(t)) state.pins = state.pins.filter((p) => p !== t);
   else state.pins = [...state.pins, t].slice(-2);
-  $("said").textContent = state.pins.length ? `Pinned: ${state.pins.map((p, i) => `${"AB"[i]} is trial ${p.n}`).join(", ")}.` : "Nothing is pinned.";
+  $("status").textContent = state.pins.length ? `Pinned: ${state.pins.map((p, i) => `${"AB"[i]} is trial ${p.number}`).join(", ")}.` : "No trial is pinned.";
   pins(); draw();
 }
 function pins() {
@@ -265,11 +265,11 @@ function pins() {
     const panel = document.createElement("article");
     panel.className = "pin";
     const title = document.createElement("h3");
-    title.innerHTML = `<span class="letter">${"AB"[i]}</span>trial ${t.n}: ${escaped(t.method)}${SEVERAL ? ` (${escaped(t.study.name)})` : ""}`;
+    title.innerHTML = `<span class="letter">${"AB"[i]}</span>trial ${t.number}: ${escaped(t.method)}${SEVERAL ? ` (${escaped(t.study.name)})` : ""}`;
     panel.append(title);
     const values = document.createElement("table");
     const head = values.createTHead().insertRow();
-    for (const h of ["", "value", "95 %", other ? `against ${"AB"[1 - i]}` : ""]) { const th = document.createElement("th"); th.textContent = h; if (!h) th.className = "left"; head.append(th); }
+    for (const h of ["", "value", "95 %", other ? `vs ${"AB"[1 - i]}` : ""]) { const th = document.createElement("th"); th.textContent = h; if (!h) th.className = "left"; head.append(th); }
     const body = values.createTBody();
     for (const name of [...D.axes.y, ...D.axes.x]) {
       const v = value(t, name);
@@ -282,14 +282,14 @@ function pins() {
       const sign = w !== null && v > w ? "+" : "";
       cell(row, w === null ? "" : accuracy ? `${sign}${fixed(v - w)}` : `× ${digits(v / w, 3)}`);
     }
-    for (const [label, text] of t.more) { const row = body.insertRow(); cell(row, label, true); const wide = cell(row, text, true); wide.colSpan = 3; }
+    for (const [label, text] of t.details) { const row = body.insertRow(); cell(row, label, true); const wide = cell(row, text, true); wide.colSpan = 3; }
     panel.append(values);
     const yaml = document.createElement("pre");
     yaml.textContent = t.yaml;
     panel.append(yaml);
     const buttons = document.createElement("div");
     buttons.className = "buttons";
-    for (const [label, text] of [["Copy recipe", t.yaml], ["Copy export command", t.study.export.replace("{n}", t.n)]]) {
+    for (const [label, text] of [["Copy recipe", t.yaml], ["Copy export command", t.study.export.replace("{n}", t.number)]]) {
       const b = document.createElement("button");
       b.type = "button"; b.textContent = label; b.dataset.copies = text;
       b.addEventListener("click", () => copy(text, b, label));
@@ -299,19 +299,19 @@ function pins() {
     away.type = "button"; away.textContent = "Unpin"; away.addEventListener("click", () => pin(t));
     buttons.append(away);
     panel.append(buttons);
-    const picture = t.study.pictures[t.n];
+    const picture = t.study.pictures[t.number];
     if (picture) {
       const img = document.createElement("img");
-      img.src = picture; img.alt = `Which patches trial ${t.n} keeps, image by image, stage by stage`;
+      img.src = picture; img.alt = `Patches that trial ${t.number} keeps, per image and stage`;
       panel.append(img);
     }
     box.append(panel);
   });
 }
-// a sandboxed frame may not write to the clipboard: then the text is shown, selected
+// a sandboxed frame may not write to the clipboard: the text is then shown for copying
 async function copy(text, button, label) {
   let done = false;
-  try { await navigator.clipboard.writeText(text); done = true; } catch (_) { /* tried below */ }
+  try { await navigator.clipboard.writeText(text); done = true; } catch (_) { /* fall through to execCommand */ }
   if (!done) {
     const area = document.createElement("textarea");
     area.value = text;
@@ -320,13 +320,13 @@ async function copy(text, button, label) {
     try { done = document.execCommand("copy"); } catch (_) { done = false; }
     area.remove();
   }
-  if (!done) window.prompt("Copy this:", text);
+  if (!done) window.prompt("Copy this text:", text);
   button.textContent = done ? "Copied" : label;
-  $("said").textContent = done ? `Copied: ${text.split("\n")[0]}` : `To copy: ${text}`;
+  $("status").textContent = done ? `Copied: ${text.split("\n")[0]}` : `To copy: ${text}`;
   setTimeout(() => { button.textContent = label; }, 1500);
 }
 
-// -- what the reader does -------------------------------------------------------------------
+// -- user input -------------------------------------------------------------------
 
 function refresh() { groups(); table(); pins(); draw(); }
 function options(select, names, chosen) {
@@ -364,10 +364,10 @@ $("plot").addEventListener("keydown", (e) => {
   else if (e.key === "Home") state.at = order[0];
   else if (e.key === "End") state.at = order[order.length - 1];
   else if (e.key === "Enter" && state.at) { pin(state.at); e.preventDefault(); return; }
-  else if (e.key === "Escape") { state.pins = []; state.at = null; pins(); draw(); $("said").textContent = "Nothing is pinned."; return; }
+  else if (e.key === "Escape") { state.pins = []; state.at = null; pins(); draw(); $("status").textContent = "No trial is pinned."; return; }
   else return;
   e.preventDefault();
   const t = state.at;
-  $("said").textContent = `Trial ${t.n}, ${t.recipe}: ${fixed(value(t, state.y))} % at ${digits(value(t, state.x))} ${D.units[state.x]}.`;
+  $("status").textContent = `Trial ${t.number}, ${t.recipe}: ${fixed(value(t, state.y))} % at ${digits(value(t, state.x))} ${D.units[state.x]}.`;
   draw();
 });

@@ -1,4 +1,4 @@
-"""The explorer as a reader has it: in a browser, from a file, with nobody to ask."""
+"""The explorer in a browser, opened from a file and without network requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 
 from tests.browser import Tab
 from tests.dashboards.studies import write_study
+from tests.refusals import refused
 from vitpareto.dashboards.explorer_page import explorer, write_explorer
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, front_of, reference_of, reference_point
 from vitpareto.search.study.objectives import objectives_named
@@ -36,12 +38,13 @@ def rows(tab: Tab) -> list[int]:
     return [int(text.split()[0]) for text in tab.texts("#front tbody tr td:first-child")]
 
 
-def test_it_shows_the_front_and_asks_nobody(tab: Tab, page: Path, study: StudyFolder) -> None:
+@pytest.mark.slow
+def test_it_shows_the_front_without_requests(tab: Tab, page: Path, study: StudyFolder) -> None:
     opened(tab, page)
     front = front_of(study.measured(), AXES)
     assert rows(tab) == [r.trial for r in sorted(front, key=lambda r: r.values["gmacs"])]
     assert tab.texts("#verdict")[0].startswith("At ")
-    assert "1000" not in tab.texts("#about")[0]  # what failed is not counted as measured
+    assert "1000" not in tab.texts("#about")[0]  # failed trials are not counted
     measured = study.measured()
     shown = tab.run("TRIALS.filter(shown).length")
     assert shown == sum(r.state in ("finished", "raced_out") for r in measured)
@@ -50,8 +53,9 @@ def test_it_shows_the_front_and_asks_nobody(tab: Tab, page: Path, study: StudyFo
     assert {url.partition(":")[0] for url in tab.asked} <= {"file", "data", "blob"}
 
 
-def test_shares_are_the_hypervolumes_of_pareto(tab: Tab, page: Path, study: StudyFolder) -> None:
-    """The page computes them by itself, as the reader may choose the axes."""
+@pytest.mark.slow
+def test_shares_equal_the_library_hypervolumes(tab: Tab, page: Path, study: StudyFolder) -> None:
+    """The page computes them itself because the axes can be changed."""
     opened(tab, page)
     results = study.measured()
     dense = reference_of(results)
@@ -70,7 +74,8 @@ def test_shares_are_the_hypervolumes_of_pareto(tab: Tab, page: Path, study: Stud
         assert text == f"{100 * own / volume(finished):.1f} %"
 
 
-def test_a_click_pins_and_two_stand_side_by_side(tab: Tab, page: Path) -> None:
+@pytest.mark.slow
+def test_clicks_pin_two_trials_side_by_side(tab: Tab, page: Path) -> None:
     opened(tab, page)
     numbers = rows(tab)
     for row in (1, 3):
@@ -86,21 +91,22 @@ def test_a_click_pins_and_two_stand_side_by_side(tab: Tab, page: Path) -> None:
     )
     tab.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     command.click()
-    tab.page.wait_for_function("document.querySelector('#said').textContent.startsWith('Copied')")
-    # a mark of the plot itself: the next one pushes the first out
+    tab.page.wait_for_function("document.querySelector('#status').textContent.startsWith('Copied')")
+    # a click on a mark of the plot: the third pin replaces the first
     tab.run(
         "document.getElementById('plot').emit('plotly_click', {points: [{customdata: "
-        f"TRIALS.findIndex((t) => t.n === {numbers[1]})}}]}})"
+        f"TRIALS.findIndex((t) => t.number === {numbers[1]})}}]}})"
     )
     assert [t.split(" ")[-2] for t in tab.texts(".pin h3")] == [f"{numbers[2]}:", f"{numbers[1]}:"]
     tab.screenshot("explorer-pinned")
 
 
+@pytest.mark.slow
 def test_the_mouse_over_a_trial_shows_its_recipe(tab: Tab, page: Path) -> None:
     opened(tab, page)
     numbers = rows(tab)
     place = tab.run(
-        f"""(() => {{ const t = TRIALS.find((t) => t.n === {numbers[0]});
+        f"""(() => {{ const t = TRIALS.find((t) => t.number === {numbers[0]});
         const p = document.getElementById('plot'), l = p._fullLayout, r = p.getBoundingClientRect();
         return [r.left + l.xaxis._offset + l.xaxis.d2p(value(t, 'gmacs')),
                 r.top + l.yaxis._offset + l.yaxis.d2p(value(t, 'top1'))]; }})()"""
@@ -112,6 +118,7 @@ def test_the_mouse_over_a_trial_shows_its_recipe(tab: Tab, page: Path) -> None:
     assert f"trial {numbers[0]}" in said and "GMACs" in said
 
 
+@pytest.mark.slow
 def test_keys_move_from_trial_to_trial_and_pin(tab: Tab, page: Path) -> None:
     opened(tab, page)
     tab.page.focus("#plot")
@@ -119,14 +126,15 @@ def test_keys_move_from_trial_to_trial_and_pin(tab: Tab, page: Path) -> None:
         tab.page.keyboard.press(key)
     order = tab.run(
         "TRIALS.filter(shown).sort((a, b) => value(a, 'gmacs') - value(b, 'gmacs') || "
-        "value(a, 'top1') - value(b, 'top1')).map((t) => t.n)"
+        "value(a, 'top1') - value(b, 'top1')).map((t) => t.number)"
     )
-    pinned = tab.run("state.pins.map((t) => t.n)")
+    pinned = tab.run("state.pins.map((t) => t.number)")
     assert pinned == [order[1], order[-1]]
     tab.page.keyboard.press("Escape")
     assert tab.run("state.pins.length") == 0 and tab.texts(".pin") == []
 
 
+@pytest.mark.slow
 def test_filters_by_method_and_budget(tab: Tab, page: Path) -> None:
     opened(tab, page)
     everything = rows(tab)
@@ -136,11 +144,12 @@ def test_filters_by_method_and_budget(tab: Tab, page: Path) -> None:
     tab.page.fill("#budget", "2.5")
     assert tab.run("Math.max(...TRIALS.filter(shown).map((t) => value(t, 'gmacs')))") <= 2.5
     tab.page.fill("#budget", "0.01")
-    assert tab.texts("#table-head") == ["The front: no trial within this budget"]
+    assert tab.texts("#table-head") == ["Front: no trial within this budget"]
     tab.page.click("#reset")
     assert rows(tab) == everything
 
 
+@pytest.mark.slow
 def test_the_cost_may_be_latency(tab: Tab, page: Path, study: StudyFolder) -> None:
     opened(tab, page)
     tab.page.select_option("#x", "latency_ms")
@@ -151,6 +160,7 @@ def test_the_cost_may_be_latency(tab: Tab, page: Path, study: StudyFolder) -> No
     assert title == "latency per batch, p50, ms" and tab.errors == []
 
 
+@pytest.mark.slow
 def test_controls_are_hollow_and_methods_differ_in_shape_and_colour(tab: Tab, page: Path) -> None:
     opened(tab, page)
     looks = tab.run("D.styles")
@@ -158,15 +168,16 @@ def test_controls_are_hollow_and_methods_differ_in_shape_and_colour(tab: Tab, pa
     assert len({m["colour"] for m in methods}) == len({m["shape"] for m in methods}) == 3
     assert looks["random"]["control"] and not any(m["control"] for m in methods)
     names = tab.run("document.getElementById('plot').data.map((t) => t.name || '')")
-    assert {"front", "controls' own front", "dense model", "knee"} <= set(names)
+    assert {"front", "front of the controls", "dense model", "knee"} <= set(names)
 
 
-def test_published_points_are_of_this_model_trained_and_untrained_unlike(
+@pytest.mark.slow
+def test_published_points_show_whether_they_are_trained(
     tab: Tab,
     tmp_path: Path,
 ) -> None:
     folder = write_study(tmp_path, "vit-s", 40, model="deit_small_patch16_224")
-    for r in folder.results():  # the papers' figures are of 1,000 classes
+    for r in folder.results():  # published results have 1,000 classes
         path = folder.folder / "trials" / f"{r.trial:06d}.json"
         path.write_text(
             path.read_text().replace('"provenance": {', '"provenance": {"classes": 1000')
@@ -181,13 +192,14 @@ def test_published_points_are_of_this_model_trained_and_untrained_unlike(
     assert '"published": []' in explorer([StudyFolder(tmp_path / "ten")])
 
 
-def test_fronts_of_several_studies_lie_over_each_other(
+@pytest.mark.slow
+def test_several_studies_are_overlaid(
     tab: Tab,
     tmp_path: Path,
 ) -> None:
     folders = [write_study(tmp_path, name, 60, seed=i) for i, name in enumerate(("one", "two"))]
     opened(tab, write_explorer(folders, tmp_path / "c.html"))
-    assert tab.texts("#verdict") == ["one, two: the same model and images"]
+    assert tab.texts("#verdict") == ["one, two have the same model and images"]
     names = tab.run("document.getElementById('plot').data.map((t) => t.name || '')")
     assert {"front of one", "front of two"} <= set(names)
     wanted = sum(len(front_of(f.measured(), AXES)) for f in folders)
@@ -198,16 +210,17 @@ def test_fronts_of_several_studies_lie_over_each_other(
     assert tab.errors == []
 
 
-def test_text_of_a_study_is_no_markup(tab: Tab, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_text_of_a_study_is_escaped(tab: Tab, tmp_path: Path) -> None:
     folder = write_study(tmp_path, "s", 20, model="</script><img src=x onerror=alert(1)>")
     opened(tab, write_explorer([folder], tmp_path / "x.html"))
     assert "<img" in tab.texts("#about")[0] and tab.errors == []
 
 
-def test_a_study_without_a_trial_is_refused(tmp_path: Path) -> None:
+def test_studies_without_trials_are_refused(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "none")
     folder.create()
     folder.settle({"model": "digits"})
     folder.write_job({"objectives": ["top1", "gmacs"], "model": "digits", "data": "digits"})
-    with pytest.raises(ValueError, match="no study has a measured trial"):
+    with refused(Code.EMPTY, UserError, studies=("none",)):
         explorer([folder])

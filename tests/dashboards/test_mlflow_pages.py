@@ -98,7 +98,7 @@ def test_the_explorer_works_inside_mlflows_frame(tab: Tab, served: Served) -> No
     frame.locator("#front tbody tr:nth-child(2) button").click()
     assert frame.locator(".pin").count() == 2
     frame.locator(".pin button[data-copies^=vitpareto]").first.click()
-    said = frame.locator("#said")
+    said = frame.locator("#status")
     said.filter(has_text="vitpareto export deit-s --trial").wait_for()
     tab.screenshot("mlflow-explorer")
 

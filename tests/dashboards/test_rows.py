@@ -41,7 +41,7 @@ def test_json_of_trials_is_unchanged() -> None:
 
 
 def test_json_of_a_benchmark_is_unchanged() -> None:
-    timings = [ProgramTiming("onnxruntime", 32, LATENCIES[1], 1.6)]
+    timings = [ProgramTiming("onnxruntime", 64, LATENCIES[1], 1.6)]
     assert json_lines(bench_rows(timings)) == golden("bench.jsonl")
 
 
