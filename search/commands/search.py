@@ -173,7 +173,7 @@ def _hooks(
         config, prepared.device, capacity.cpus, capacity.gpus, capacity.nodes
     )
     pending = (lambda: tracker.pending) if tracker is not None else (lambda: 0)
-    hooks.append(Metrics(config.name, resources.workers, pending).hear)
+    hooks.append(Metrics(config.name, resources.workers, pending).on_result)
 
     def finish(page: StudyPage, tally: StudyProgress) -> None:
         if tracker is not None:

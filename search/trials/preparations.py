@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import ray
-
 from vitpareto import methods
 from vitpareto.methods import BadInput, Code
 from vitpareto.methods.engine.preparation import PreparationOutcome
@@ -26,6 +24,7 @@ from vitpareto.search.training.preparation_cache import (
     PreparationRecord,
     PreparationUse,
 )
+from vitpareto.search.trials.ray_cluster import Finished, run_for_each
 from vitpareto.search.trials.task import TrialTask
 from vitpareto.search.trials.worker import Worker
 
@@ -46,40 +45,48 @@ def prepare_shared(
     if training is None or not wanted:
         return task
     log(f"preparing {' and '.join(wanted)}, once for all trials")
-    reported: dict[str, str] = {}
-    remote = ray.remote(_prepare).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
-    shared = ray.put(task)
-    pending = {remote.remote(shared, name): name for name in wanted}
-    finished: dict[str, CachedPreparation] = {}
-    while pending:
-        ready, _ = ray.wait(list(pending), num_returns=1, timeout=REPORT_EVERY_S)
-        if not ready:
-            for name in pending.values():
-                line = _read_progress(task.study.folder, name)
-                if line and reported.get(name) != line:
-                    reported[name] = line
-                    log(f"{name}: {line}")
-            continue
-        name = pending.pop(ready[0])
-        try:
-            finished[name] = ray.get(ready[0])
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, (BadInput, FloatingPointError)):
-                code = cause.code if isinstance(cause, BadInput) else Code.OUT_OF_RANGE
-                raise UserError(
-                    f"preparation of {name} failed: {cause}. Its progress is kept; other "
-                    f"settings, or methods without {name}, start from the beginning",
-                    code,
-                    method=name,
-                    reason=str(cause),
-                ) from error
-            raise
-        record = finished[name].record
-        log(f"{name}: {'prepared' if record.fresh else 'found in the cache; prepared'} in "
-            f"{record.seconds:.0f} s ({record.key})")  # fmt: skip
-    record_preparations(task.study.folder, finished.values())
+    folder = task.study.folder
+    progress = _ProgressReports(folder, log)
+    finished = []
+    for done in run_for_each(
+        _prepare, task, wanted, cpus=cpus, gpus=gpus,
+        poll_s=REPORT_EVERY_S, on_poll=progress.report,
+    ):  # fmt: skip
+        finished.append(_outcome(done))
+        record = finished[-1].record
+        found = "prepared" if record.fresh else "found in the cache; prepared"
+        log(f"{done.item}: {found} in {record.seconds:.0f} s ({record.key})")
+    record_preparations(folder, finished)
     return with_preparations(task)
+
+
+class _ProgressReports:
+    """Reports each new progress line of running preparations once."""
+
+    def __init__(self, study: StudyFolder, log: Callable[[str], None]) -> None:
+        self.study, self.log = study, log
+        self.last: dict[str, str] = {}
+
+    def report(self, running: Sequence[str]) -> None:
+        for name in running:
+            line = _read_progress(self.study, name)
+            if line and self.last.get(name) != line:
+                self.last[name] = line
+                self.log(f"{name}: {line}")
+
+
+def _outcome(done: Finished[str, CachedPreparation]) -> CachedPreparation:
+    """The finished preparation. Raises UserError if its input or settings made it fail."""
+    error, name = done.error, done.item
+    if isinstance(error, (BadInput, FloatingPointError)):
+        raise UserError(
+            f"preparation of {name} failed: {error}. Its progress is kept; other settings, or "
+            f"methods without {name}, start from the beginning",
+            error.code if isinstance(error, BadInput) else Code.OUT_OF_RANGE,
+            method=name,
+            reason=str(error),
+        ) from error
+    return done.result()
 
 
 def _prepare(task: TrialTask, name: str) -> CachedPreparation:

@@ -1,7 +1,7 @@
-"""How a search stands, as numbers on Ray's metrics page, for Prometheus and Grafana.
+"""A search's progress as gauges on Ray's metrics page, for Prometheus and Grafana.
 
-A hook of the searcher. Where Ray has no metrics page (it needs `ray[default]`) the numbers go
-nowhere, at no cost. Ray puts `ray_` before each name; `dashboards/grafana/` asks for them.
+A hook of the searcher. Without a metrics page (it needs `ray[default]`) the gauges have no effect.
+Ray prefixes each name with `ray_`; `dashboards/grafana/` queries them.
 """
 
 from __future__ import annotations
@@ -17,68 +17,73 @@ if TYPE_CHECKING:
     from vitpareto.search.study.progress import StudyProgress
     from vitpareto.search.study.results import TrialResult
 
-#: seconds over which rates and shares are taken
+#: seconds over which rates and shares are averaged
 WINDOW_S = 60.0
-#: every number, and what it is
-NUMBERS = {
+#: the gauges and their descriptions
+GAUGES = {
     "vitpareto_trials": "trials of the study, by state",
     "vitpareto_front_size": "trials on the front",
     "vitpareto_hypervolume": "hypervolume of the front",
     "vitpareto_worker_busy_share": "share of the last minute that workers measured, 0 to 1",
-    "vitpareto_images_per_second": "images measured a second, over the last minute",
-    "vitpareto_outbox_depth": "results that MLflow is still owed",
+    "vitpareto_images_per_second": "images measured per second, over the last minute",
+    "vitpareto_outbox_depth": "results that have not been sent to MLflow yet",
 }
+
+#: tags of a gauge; the others have the study only
+TAGS = {"vitpareto_trials": ("study", "state")}
 
 
 class Metrics:
-    """Keeps the gauges of one study up to date; `hear` is the searcher's hook.
+    """The gauges of one study; `on_result` is the searcher's hook.
 
-    workers: how many measure at a time. owed: how many results MLflow is owed now.
+    workers: trials at a time. unsent: returns how many results have not been sent to MLflow yet.
     """
 
     def __init__(
         self,
         study: str,
         workers: int,
-        owed: Callable[[], int] = lambda: 0,
+        unsent: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.study, self.workers, self.owed, self.clock = study, workers, owed, clock
-        self.begin = clock()
-        #: (when it ended, its seconds, its images), of the last minute
+        self.study, self.workers, self.unsent, self.clock = study, workers, unsent, clock
+        self.start = clock()
+        #: (end, seconds, images) of the results of the last minute
         self.recent: deque[tuple[float, float, int]] = deque()
         self.gauges = {
-            name: Gauge(name, said, tag_keys=("study", *(["state"] if "trials" in name else ())))
-            for name, said in NUMBERS.items()
+            name: Gauge(
+                name, description, tag_keys=("study", *(["state"] if "trials" in name else ()))
+            )
+            for name, description in GAUGES.items()
         }
 
-    def hear(self, result: TrialResult | None, tally: StudyProgress) -> None:
-        """A result became durable, or a trial was handed out."""
+    def on_result(self, result: TrialResult | None, progress: StudyProgress) -> None:
+        """Update the gauges after a result, or after a trial was started (None)."""
         now = self.clock()
         if result is not None:
             self.recent.append((now, result.seconds, result.images))
         while self.recent and now - self.recent[0][0] > WINDOW_S:
             self.recent.popleft()
         for state, count in (
-            ("finished", tally.finished),
-            ("raced_out", tally.raced_out),
-            ("failed", tally.failed),
-            ("running", tally.running),
+            ("finished", progress.finished),
+            ("raced_out", progress.raced_out),
+            ("failed", progress.failed),
+            ("running", progress.running),
         ):
             self._set("vitpareto_trials", count, state=state)
-        self._set("vitpareto_front_size", len(tally.front))
-        self._set("vitpareto_hypervolume", tally.hypervolume)
+        self._set("vitpareto_front_size", len(progress.front))
+        self._set("vitpareto_hypervolume", progress.hypervolume)
         busy, images = self.rates(now)
         self._set("vitpareto_worker_busy_share", busy)
         self._set("vitpareto_images_per_second", images)
-        self._set("vitpareto_outbox_depth", self.owed())
+        self._set("vitpareto_outbox_depth", self.unsent())
 
     def rates(self, now: float) -> tuple[float, float]:
-        """(share of the workers' time that results of the last minute took, images a second)."""
-        span = min(WINDOW_S, now - self.begin)
+        """(fraction of the workers' time spent measuring, images per second) of the last minute."""
+        span = min(WINDOW_S, now - self.start)
         if span <= 0:
             return 0.0, 0.0
-        # of a trial that began before the window only what lies in it
+        # of a trial that started before the window only the part inside counts
         busy = sum(min(seconds, span - (now - end)) for end, seconds, _ in self.recent)
         return min(1.0, busy / (self.workers * span)), sum(n for *_, n in self.recent) / span
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from optuna.storages import BaseStorage
 
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
@@ -82,19 +81,32 @@ def run_study(
             task = prepare_shared(job.trained, task, resources.cpus, resources.gpus, report)
         job.model.reshape.use_outcomes(structural_outcomes(folder))
         progress = _run_trials(job, task, resources, early_stopping, hooks)
-        if config.latency == "front" and progress.ended:
-            measure_front_latency(folder, task, config.objectives, timer)
-        if config.certify == "front" and progress.ended:
-            certify_front(
-                folder,
-                task,
-                job.data,
-                config.objectives,
-                cpus=resources.cpus,
-                gpus=resources.gpus,
-                report=report,
-            )
+        if progress.ended:
+            _measure_front(job, task, resources, timer, report)
     return StudyOutcome(folder, progress)
+
+
+def _measure_front(
+    job: CheckedJob,
+    task: TrialTask,
+    resources: TrialResources,
+    timer: LatencyTimer | None,
+    report: Callable[[str], None],
+) -> None:
+    """Measure the front's latencies and certify it, as the job says."""
+    config = job.config
+    if config.latency == "front":
+        measure_front_latency(job.folder, task, config.objectives, timer)
+    if config.certify == "front":
+        certify_front(
+            job.folder,
+            task,
+            job.data,
+            config.objectives,
+            cpus=resources.cpus,
+            gpus=resources.gpus,
+            report=report,
+        )
 
 
 def _claim(job: CheckedJob) -> str:
@@ -118,16 +130,17 @@ def _run_trials(
 ) -> StudyProgress:
     """Run the study's remaining trials; returns how it stands."""
     config = job.config
-    with _storage(job) as storage:
-        settings = SessionSettings(
-            objectives=config.objectives,
-            sampler=config.sampler,
-            seed=config.seed,
-            trials=config.budget,
-            window=task.window,
-            patience=config.patience,
-            seconds=config.seconds,
-        )
+    settings = SessionSettings(
+        objectives=config.objectives,
+        sampler=config.sampler,
+        seed=config.seed,
+        trials=config.budget,
+        window=task.window,
+        patience=config.patience,
+        seconds=config.seconds,
+    )
+    storage = open_storage(job.folder, config.storage)
+    try:
         session = StudySession(
             job.folder,
             job.space,
@@ -143,14 +156,6 @@ def _run_trials(
         else:
             progress.ended = f"{progress.done} trials measured"
         return progress
-
-
-@contextlib.contextmanager
-def _storage(job: CheckedJob) -> Iterator[BaseStorage]:
-    """Optuna's storage of the study, closed when the block ends."""
-    storage = open_storage(job.folder, job.config.storage)
-    try:
-        yield storage
     finally:
         close(storage)
 

@@ -19,7 +19,7 @@ from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.progress import StudyProgress
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.trials.job_check import check_job
-from vitpareto.search.trials.ray_metrics import NUMBERS, WINDOW_S, Metrics
+from vitpareto.search.trials.ray_metrics import GAUGES, WINDOW_S, Metrics
 from vitpareto.search.trials.run_study import run_study
 
 BOARD = Path(__file__).parents[2] / "dashboards" / "grafana" / "searches.json"
@@ -53,10 +53,10 @@ def test_every_query_finds_its_number_on_the_page_of_a_running_search(
         "fixed": {"structure": "none"},
     })  # fmt: skip
     metrics = Metrics("metered", 2, lambda: 3)
-    run_study(check_job(config), cpus=room.cpus, gpus=0, hooks=[metrics.hear])
+    run_study(check_job(config), cpus=room.cpus, gpus=0, hooks=[metrics.on_result])
     asked = list(queries(json.loads(BOARD.read_text())))
     names = {name for query in asked for name in re.findall(r"\bray_vitpareto_\w+", query)}
-    assert names == {f"ray_{name}" for name in NUMBERS}, "each number is shown, and no other"
+    assert names == {f"ray_{name}" for name in GAUGES}, "each number is shown, and no other"
     deadline = time.monotonic() + 90  # Ray reports every few seconds, and each number by itself
     while True:
         shown = {
@@ -85,11 +85,11 @@ def test_rates_are_of_the_last_minute_and_of_what_lies_in_it(room: ClusterCapaci
     one = TrialResult(0, "finished", {}, "k", images=300, seconds=20.0)
     assert metrics.rates(now[0]) == (0.0, 0.0)
     now[0] += 10  # a trial that began before the search was seen counts no more than there was
-    metrics.hear(one, StudyProgress())
+    metrics.on_result(one, StudyProgress())
     assert metrics.rates(now[0]) == (0.5, 30.0)
     now[0] += 50
-    metrics.hear(replace(one, seconds=30.0), StudyProgress())
+    metrics.on_result(replace(one, seconds=30.0), StudyProgress())
     assert metrics.rates(now[0]) == pytest.approx(((10 + 30) / 120, 10.0))
     now[0] += WINDOW_S + 1
-    metrics.hear(None, StudyProgress())
+    metrics.on_result(None, StudyProgress())
     assert metrics.rates(now[0]) == (0.0, 0.0)
