@@ -11,7 +11,7 @@ import pytest
 from tests.command_line import command, own_store, study_store
 from vitpareto.clusters.connect import ClusterCapacity, local_cluster
 
-__all__ = ["cache", "command", "own_store", "room", "study_store"]
+__all__ = ["cache", "command", "own_store", "capacity", "study_store"]
 
 # nobody's server hears of a test
 for name in ("MLFLOW_TRACKING_URI", "VITPARETO_STORE"):
@@ -25,7 +25,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def room() -> Iterator[ClusterCapacity]:
+def capacity() -> Iterator[ClusterCapacity]:
     """A private Ray on loopback for the tests of one file."""
-    with local_cluster(2) as room:
-        yield room
+    with local_cluster(2) as capacity:
+        yield capacity

@@ -35,12 +35,12 @@ def family(pid):
         todo += mine
     return found
 
-with local_cluster(workers=(os.cpu_count() or 1) + 3) as room:
-    assert room.cpus == (os.cpu_count() or 1) + 3, room
+with local_cluster(workers=(os.cpu_count() or 1) + 3) as capacity:
+    assert capacity.cpus == (os.cpu_count() or 1) + 3, capacity
     (node,) = ray.nodes()
     assert node["NodeManagerAddress"] == "127.0.0.1", node
     with local_cluster() as inner:
-        assert inner == room, "a running Ray is joined"
+        assert inner == capacity, "a running Ray is joined"
     assert ray.is_initialized(), "and left running"
     started = family(os.getpid())
     assert started

@@ -45,7 +45,7 @@ def page() -> str:
 
 @pytest.mark.timeout(240)
 def test_every_query_finds_its_number_on_the_page_of_a_running_search(
-    tmp_path: Path, cache: Path, room: ClusterCapacity
+    tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     config = SearchConfig.of({
         "name": "metered", "trials": 6, "images": 60, "methods": "topk", "latency": "off",
@@ -53,7 +53,7 @@ def test_every_query_finds_its_number_on_the_page_of_a_running_search(
         "fixed": {"structure": "none"},
     })  # fmt: skip
     metrics = Metrics("metered", 2, lambda: 3)
-    run_study(check_job(config), cpus=room.cpus, gpus=0, hooks=[metrics.on_result])
+    run_study(check_job(config), cpus=capacity.cpus, gpus=0, hooks=[metrics.on_result])
     asked = list(queries(json.loads(BOARD.read_text())))
     names = {name for query in asked for name in re.findall(r"\bray_vitpareto_\w+", query)}
     assert names == {f"ray_{name}" for name in GAUGES}, "each number is shown, and no other"
@@ -79,7 +79,7 @@ def test_every_query_finds_its_number_on_the_page_of_a_running_search(
         assert re.findall(r"\b(\w+)=~", query) in ([], ["study"]), "a label that there is"
 
 
-def test_rates_are_of_the_last_minute_and_of_what_lies_in_it(room: ClusterCapacity) -> None:
+def test_rates_are_of_the_last_minute_and_of_what_lies_in_it(capacity: ClusterCapacity) -> None:
     now = [1000.0]
     metrics = Metrics("rated", 2, clock=lambda: now[0])
     one = TrialResult(0, "finished", {}, "k", images=300, seconds=20.0)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.command_line import STUDY, TRIALS, Run
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("room")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("capacity")]
 
 
 def test_recover_adds_a_second_front(command: Run, own_store: Path, cache: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.command_line import Run
 from vitpareto.methods.engine.errors import Code
 
-pytestmark = pytest.mark.usefixtures("room")  # one Ray for the file: `local_cluster` joins it
+pytestmark = pytest.mark.usefixtures("capacity")  # one Ray for the file: `local_cluster` joins it
 
 
 def test_a_search_prints_its_front_and_continues_by_name(

@@ -75,7 +75,7 @@ def shallow(pretrained: bool = True):
 @dataclass
 class Study:
     folder: StudyFolder
-    place: Worker
+    worker: Worker
     root: Path
     results: dict[str, TrialResult]
 
@@ -100,12 +100,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         prepared.folder.create()
         prepared.folder.write_job(config.plain())
         prepared.folder.settle(prepared.identity)
-        place = Worker.open(study_task(prepared, threads=1))
+        worker = Worker.open(study_task(prepared, threads=1))
         results = {}
         for name, params in RECIPES.items():
-            results[name] = measure_recipe(place, TRIALS[name], Recipe.of(name, **params))
+            results[name] = measure_recipe(worker, TRIALS[name], Recipe.of(name, **params))
             prepared.folder.write(results[name])
-        yield Study(prepared.folder, place, root / "bundles", results)
+        yield Study(prepared.folder, worker, root / "bundles", results)
 
 
 def test_every_method_is_exported() -> None:
@@ -152,7 +152,7 @@ def test_any_batch_size_gives_the_same_results(study: Study, batch: int) -> None
     import onnxruntime
 
     bundle = study.bundle("tome")
-    images = study.place.search_batch(batch)
+    images = study.worker.search_batch(batch)
     with torch.no_grad():
         expected = rebuild(bundle, {"model": "digits"})(images)
         pt2 = torch.export.load(bundle / "model.pt2").module()(images)
@@ -171,7 +171,7 @@ def test_readme_programs_run_as_they_stand(study: Study) -> None:
     photo = study.root / "photo.png"
     pixels = np.random.default_rng(0).integers(0, 256, (90, 121, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(photo)
-    preprocess = Preprocess.of(study.place.dense)
+    preprocess = Preprocess.of(study.worker.dense)
     tensor = preprocess.transform()(Image.open(photo))
     images = torch.as_tensor(np.asarray(tensor)).permute(1, 2, 0)[None]
     example = torch.from_numpy(ReferenceOutputs.load(bundle / "verify.npz").images[:1])
@@ -292,7 +292,7 @@ def test_a_changed_study_is_refused(study: Study, tmp_path: Path) -> None:
 
 def test_image_budget_names_the_calibrated_one(study: Study, tmp_path: Path) -> None:
     recipe = Recipe.of("rajni", gamma=0.5, min_tokens=8, budget="image")
-    result = measure_recipe(study.place, 90, recipe)
+    result = measure_recipe(study.worker, 90, recipe)
     with pytest.raises(UserError, match="trial 90 .*budget=calibrated instead"):
         export(study.folder, result, tmp_path / "out")
 

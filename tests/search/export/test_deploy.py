@@ -56,14 +56,14 @@ COMPILER = shutil.which("g++") is not None or shutil.which("clang++") is not Non
 
 @pytest.fixture(scope="module")
 def study(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: ClusterCapacity
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, capacity: ClusterCapacity
 ) -> StudyFolder:
     config = SearchConfig.of({
         "name": "s", "trials": 8, "images": 100, "methods": "topk,random", "latency": "off",
         "certify": "off", "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
         "device": "cpu", "fixed": {"structure": "none"},
     })  # fmt: skip
-    folder = run_study(check_job(config), cpus=room.cpus, gpus=0).folder
+    folder = run_study(check_job(config), cpus=capacity.cpus, gpus=0).folder
     return folder
 
 

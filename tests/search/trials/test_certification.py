@@ -362,7 +362,7 @@ class Real:
 
 @pytest.fixture(scope="module")
 def real(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: ClusterCapacity
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, capacity: ClusterCapacity
 ) -> Iterator[Real]:
     config = SearchConfig.of({
         "name": "s", "trials": 8, "images": 60, "store": str(tmp_path_factory.mktemp("store")),
@@ -370,11 +370,11 @@ def real(
         "race": "off",
     })  # fmt: skip
     prepared = check_job(config)
-    run_study(prepared, cpus=room.cpus, gpus=room.gpus)
+    run_study(prepared, cpus=capacity.cpus, gpus=capacity.gpus)
     prepared.folder.write_job(
         {**config.plain(), "certify": "front"}
     )  # as if it had been broken off
-    yield Real(prepared, TrialResources.of(config, "cpu", room.cpus, room.gpus), [])
+    yield Real(prepared, TrialResources.of(config, "cpu", capacity.cpus, capacity.gpus), [])
 
 
 def test_the_front_is_measured_on_the_held_out_images_image_by_image(real: Real) -> None:
@@ -431,8 +431,8 @@ def test_a_member_that_is_added_later_has_a_round_of_its_own(real: Real) -> None
     results = real.folder.results()
     cheapest = min(results, key=lambda r: r.values["gmacs"])
     recipe = Recipe.of("tome", r=8)
-    place = Worker.open(study_task(real.prepared, threads=None))
-    added = measure_recipe(place, len(results), recipe)
+    worker = Worker.open(study_task(real.prepared, threads=None))
+    added = measure_recipe(worker, len(results), recipe)
     assert added.values["gmacs"] < cheapest.values["gmacs"]
     real.folder.write(added)
     assert why_not(real.folder, front_of(measured(real.folder), AXES)).startswith(
@@ -492,8 +492,8 @@ def test_the_recovered_front_is_certified_beside_the_studys_own(real: Real) -> N
         pruned.head.bias += 0.01  # type: ignore[union-attr, operator]
     digest = real.folder.artifacts.save(pruned.state_dict())
     recipe = replace(Recipe.from_dict(one.resolved or one.recipe), weights=digest)
-    place = Worker.open(study_task(real.prepared, threads=None))
-    after = measure_recipe(place, one.trial, recipe)
+    worker = Worker.open(study_task(real.prepared, threads=None))
+    after = measure_recipe(worker, one.trial, recipe)
     (real.folder.folder / "recovered").mkdir(exist_ok=True)
     real.folder.write_recovered(replace(after, recipe=one.recipe))
     away = real.folder.folder / "certified"

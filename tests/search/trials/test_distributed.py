@@ -32,8 +32,8 @@ SETTINGS = Settings(epochs=1, lr=3e-4, batch=25)  # odd: the two shares differ
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> CheckedJob:
-    place = tmp_path_factory.mktemp("several")
-    job = {"name": "s", "store": str(place / "s"), "cache": str(place / "c"), "device": "cpu",
+    folder = tmp_path_factory.mktemp("several")
+    job = {"name": "s", "store": str(folder / "s"), "cache": str(folder / "c"), "device": "cpu",
            "methods": ["patchmerger", "tnt", "nvit"], "train_epochs": 1, "prepare_epochs": 1,
            "images": 50, "train_batch": 100}  # fmt: skip
     return check_job(SearchConfig.of(job))
@@ -44,8 +44,8 @@ def trainer(prepared: CheckedJob, several: DataParallel, store: Path) -> Candida
     training = replace(
         training, data_parallel=several, store=store, searched={"nvit": {"cost": 0.8}}
     )
-    place = Worker.open(study_task(prepared, threads=1))
-    return CandidateTrainer(training, place.dense, prepared.folder.artifacts)
+    worker = Worker.open(study_task(prepared, threads=1))
+    return CandidateTrainer(training, worker.dense, prepared.folder.artifacts)
 
 
 def test_alone_nothing_is_shared() -> None:
@@ -60,7 +60,7 @@ def test_alone_nothing_is_shared() -> None:
 
 @pytest.mark.timeout(240)
 def test_two_processes_train_what_one_trains(
-    prepared: CheckedJob, room: Any, tmp_path: Path
+    prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
     """A trial's own training, checkpoint included; the difference is rounding, which training
     multiplies: far below what one more step changes.
@@ -92,7 +92,7 @@ def test_two_processes_train_what_one_trains(
 
 @pytest.mark.timeout(300)
 def test_two_processes_prepare_what_one_prepares(
-    prepared: CheckedJob, room: Any, tmp_path: Path
+    prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
     """NViT's way down: the same candidates are cut, and kept where the next study finds them."""
     outcome = {}
@@ -107,7 +107,7 @@ def test_two_processes_prepare_what_one_prepares(
 
 @pytest.mark.timeout(300)
 def test_two_processes_prepare_the_heads_that_one_prepares(
-    prepared: CheckedJob, room: Any, tmp_path: Path
+    prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
     """TNT's noise is drawn in the forward: each process draws for its own images."""
     losses = {}
@@ -121,7 +121,7 @@ def test_two_processes_prepare_the_heads_that_one_prepares(
 
 
 @pytest.mark.timeout(120)
-def test_what_a_process_raises_is_raised_here(room: Any, tmp_path: Path) -> None:
+def test_what_a_process_raises_is_raised_here(capacity: Any, tmp_path: Path) -> None:
     def fails() -> None:
         raise FloatingPointError("the training loss became nan at epoch 0, step 3")
 

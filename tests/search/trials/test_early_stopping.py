@@ -123,7 +123,7 @@ def test_all_objectives_have_to_be_no_higher() -> None:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
+def worker(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     config = SearchConfig.of({
         "images": IMAGES, "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
         "device": "cpu",
@@ -131,22 +131,22 @@ def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     return Worker.open(study_task(check_job(config), threads=None))
 
 
-def session_of(folder: StudyFolder, place: Worker, **changed: Any) -> StudySession:
+def session_of(folder: StudyFolder, worker: Worker, **changed: Any) -> StudySession:
     early_stopping = changed.pop("early_stopping", EarlyStopping(Race(IMAGES, 0.05, 12), AXES, {}))
     given: dict[str, Any] = {
         "objectives": ("top1", "gmacs"), "sampler": "tpe", "seed": 0, "trials": 12, **changed,
     }  # fmt: skip
     return StudySession(
         folder, Space.of(("random", "tome", "topk"), {}, {}), SessionSettings(**given),
-        shape_of=ShapeFinder(place.dense), early_stopping=early_stopping,
+        shape_of=ShapeFinder(worker.dense), early_stopping=early_stopping,
     )  # fmt: skip
 
 
-def begun(tmp_path: Path, place: Worker, **changed: Any) -> tuple[StudyFolder, StudySession]:
+def begun(tmp_path: Path, worker: Worker, **changed: Any) -> tuple[StudyFolder, StudySession]:
     """A study with its dense model measured."""
     folder = StudyFolder(tmp_path / "s")
     folder.create()
-    own = session_of(folder, place, **changed)
+    own = session_of(folder, worker, **changed)
     assert own.next("dense") is not None
     folder.write(result(0, Recipe(), bits(0.95), 0.1))
     own.complete("dense")
@@ -167,9 +167,9 @@ def stop_one(folder: StudyFolder, own: StudySession) -> int:
     ("told", "state"), [("estimate", TrialState.COMPLETE), ("pruned", TrialState.PRUNED)]
 )
 def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
-    tmp_path: Path, place: Worker, told: str, state: TrialState
+    tmp_path: Path, worker: Worker, told: str, state: TrialState
 ) -> None:
-    folder, own = begun(tmp_path, place, raced_out_as=told)
+    folder, own = begun(tmp_path, worker, raced_out_as=told)
     number = stop_one(folder, own)
     durable = folder.result(number)
     assert durable is not None and durable.state == "raced_out"
@@ -185,12 +185,12 @@ def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
 
 
 def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
-    tmp_path: Path, place: Worker
+    tmp_path: Path, worker: Worker
 ) -> None:
-    folder, own = begun(tmp_path, place)
+    folder, own = begun(tmp_path, worker)
     number = stop_one(folder, own)  # and here the driver dies
     before = folder.result(number)
-    again = session_of(folder, place)
+    again = session_of(folder, worker)
     assert again.study.trials[number].state == TrialState.PRUNED
     assert again.progress.raced_out == 1 and again.progress.running == 0
     assert folder.result(number) == before
@@ -198,8 +198,8 @@ def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
     assert folder.known(key) == before, "the same candidate is not raced a second time"
 
 
-def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place: Worker) -> None:
-    folder, own = begun(tmp_path, place, trials=None, patience=3, early_stopping=None)
+def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, worker: Worker) -> None:
+    folder, own = begun(tmp_path, worker, trials=None, patience=3, early_stopping=None)
     for i in range(3):
         proposal = own.next(f"t{i}")
         assert proposal is not None
@@ -209,8 +209,8 @@ def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, place:
     assert own.progress.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
 
 
-def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Worker) -> None:
-    _, own = begun(tmp_path, place, trials=None, seconds=3600.0)
+def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, worker: Worker) -> None:
+    _, own = begun(tmp_path, worker, trials=None, seconds=3600.0)
     assert own.next("a") is not None
     own.start -= 3601
     assert own.next("b") is None
@@ -221,14 +221,14 @@ def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, place: Worker) ->
 
 
 def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
-    tmp_path: Path, cache: Path, room: ClusterCapacity, place: Worker
+    tmp_path: Path, cache: Path, capacity: ClusterCapacity, worker: Worker
 ) -> None:
     """Every stopped trial is measured here in full: the one it was stopped for is as good."""
     config = SearchConfig.of({
         "name": "s", "trials": 24, "images": IMAGES, "store": str(tmp_path), "cache": str(cache),
         "workers": 2, "device": "cpu", "latency": "off", "certify": "off", "tracking_uri": "none",
     })  # fmt: skip
-    outcome = run_study(check_job(config), cpus=room.cpus, gpus=room.gpus)
+    outcome = run_study(check_job(config), cpus=capacity.cpus, gpus=capacity.gpus)
     folder, progress = outcome.folder, outcome.progress
     results = {r.trial: r for r in folder.results()}
     stopped = [r for r in results.values() if r.state == "raced_out"]
@@ -236,7 +236,7 @@ def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
     assert progress.images == sum(r.images for r in results.values() if not _same(r))
     for one in stopped:
         assert one.images in rungs(IMAGES)[:-1] or one.images % config.batch == 0 or _same(one)
-        whole = measure_recipe(place, one.trial, Recipe.from_dict(one.recipe))
+        whole = measure_recipe(worker, one.trial, Recipe.from_dict(one.recipe))
         right = unpack_bits(whole.bits, whole.images)
         same = (right[: one.images] == unpack_bits(one.bits, one.images)).sum()
         assert same >= one.images - 1  # threads may flip a near-tied image

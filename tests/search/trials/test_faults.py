@@ -131,7 +131,7 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
 
 @pytest.mark.slow
 def test_the_same_seed_and_one_worker_give_the_same_trials(
-    tmp_path: Path, cache: Path, room: Any
+    tmp_path: Path, cache: Path, capacity: Any
 ) -> None:
     found = []
     for store in ("one", "two"):
@@ -140,7 +140,7 @@ def test_the_same_seed_and_one_worker_give_the_same_trials(
             "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off",
             "workers": 1, "seed": 5, "methods": "tome,topk,random",
         })  # fmt: skip
-        folder = run_study(check_job(config), cpus=room.cpus, gpus=0).folder
+        folder = run_study(check_job(config), cpus=capacity.cpus, gpus=0).folder
         found.append([
             (r.trial, r.state, r.recipe, r.resolved, r.images, r.values.get("gmacs"), r.bits)
             for r in folder.results()
@@ -159,24 +159,24 @@ def test_the_same_seed_and_one_worker_give_the_same_trials(
     ],
 )
 def test_nan_logits_and_a_recipe_that_raises_are_failed_trials_and_the_worker_goes_on(
-    place: Worker, broken: bool, recipe: Recipe, reason: str
+    worker: Worker, broken: bool, recipe: Recipe, reason: str
 ) -> None:
     actor = TrialActor.__new__(TrialActor)
-    actor.worker = Worker(place.task, copy.deepcopy(place.dense), place.shape)
+    actor.worker = Worker(worker.task, copy.deepcopy(worker.dense), worker.shape)
     if broken:
         with torch.no_grad():
             next(actor.worker.dense.parameters()).fill_(float("nan"))
     actor.reset_config({"trial": 3, "key": "k", "recipe": recipe.to_dict()})
     assert actor.step()["done"] is True
-    failed = place.task.study.folder.result(3)
+    failed = worker.task.study.folder.result(3)
     assert failed is not None and failed.state == "failed" and not failed.values
     assert re.match(reason, failed.reason), failed.reason
     assert "Traceback" in failed.provenance["traceback"]
-    actor.worker = place
+    actor.worker = worker
     actor.reset_config({"trial": 4, "key": "k4", "recipe": Recipe.of("tome", r=2).to_dict()})
     while not actor.step()["done"]:
         pass
-    after = place.task.study.folder.result(4)
+    after = worker.task.study.folder.result(4)
     assert after is not None and after.state == "finished"
 
 
@@ -259,18 +259,19 @@ from vitpareto.search.trials.measurement import measure_recipe
 
 config = SearchConfig.of({"images": 400, "batch": 400, "store": sys.argv[1], "cache": sys.argv[2],
                           "device": "cpu"})
-place = Worker.open(study_task(check_job(config), threads=1))
+worker = Worker.open(study_task(check_job(config), threads=1))
 fixed = Recipe.of("topk", keep_rate=0.5)
 adaptive = Recipe.of("rajni", gamma=0.1, min_tokens=8, budget="image")
 # what is kept for good is taken now: threads, kernels
-small = Worker(replace(place.task, batch=8), place.dense, place.shape)
+execution = replace(worker.task.execution, batch=8)
+small = Worker(replace(worker.task, execution=execution), worker.dense, worker.shape)
 for recipe in (fixed, adaptive):
     measure_recipe(small, 0, recipe)
 here = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 for limit in (here + 60 * 2**20, resource.RLIM_INFINITY):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     for recipe in (fixed, adaptive):
-        result = measure_recipe(place, 1, recipe)
+        result = measure_recipe(worker, 1, recipe)
         print(result.provenance["batch"], result.values["top1"], result.values["gmacs"])
 """
 
@@ -355,28 +356,28 @@ def postgres() -> Iterator[Postgres]:
 
 
 @contextlib.contextmanager
-def proposing(folder: StudyFolder, place: Worker, url: str | None) -> Iterator[StudySession]:
+def proposing(folder: StudyFolder, worker: Worker, url: str | None) -> Iterator[StudySession]:
     """What the driver of a study holds."""
     storage = open_storage(folder, url)
     settings = SessionSettings(objectives=("top1", "gmacs"), sampler="tpe", seed=0, trials=10)
-    space, shape_of = Space.of(("tome", "topk"), {}, {}), ShapeFinder(place.dense)
+    space, shape_of = Space.of(("tome", "topk"), {}, {}), ShapeFinder(worker.dense)
     yield StudySession(folder, space, settings, shape_of=shape_of, storage=storage)
     close(storage)
 
 
-def measure(own: StudySession, place: Worker, count: int) -> list[TrialResult]:
+def measure(own: StudySession, worker: Worker, count: int) -> list[TrialResult]:
     made = []
     for _ in range(count):
         proposal = own.next("t")
         assert proposal is not None
-        made.append(measure_recipe(place, proposal.number, proposal.recipe))
+        made.append(measure_recipe(worker, proposal.number, proposal.recipe))
         own.folder.write(made[-1])
         own.complete("t")
     return made
 
 
 @pytest.fixture
-def place(tmp_path: Path, cache: Path) -> Worker:
+def worker(tmp_path: Path, cache: Path) -> Worker:
     config = SearchConfig.of({
         "images": 40, "store": str(tmp_path / "studies"), "cache": str(cache), "device": "cpu",
     })  # fmt: skip
@@ -384,22 +385,22 @@ def place(tmp_path: Path, cache: Path) -> Worker:
 
 
 @pytest.mark.slow
-def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, place: Worker) -> None:
+def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, worker: Worker) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
-    with proposing(folder, place, postgres.url) as own:
-        measure(own, place, 4)
+    with proposing(folder, worker, postgres.url) as own:
+        measure(own, worker, 4)
     assert not folder.journal.exists()
 
     # a driver that dies in the middle of a trial, and the server with it
-    with proposing(folder, place, postgres.url) as dying:
+    with proposing(folder, worker, postgres.url) as dying:
         assert dying.next("lost") is not None
         postgres.stop()
         assert dying.next("away") is None, "a database that is away is waited for"
         postgres.start()
-    with proposing(folder, place, postgres.url) as own:
+    with proposing(folder, worker, postgres.url) as own:
         assert own.progress.done == 4
-        measure(own, place, 6)
+        measure(own, worker, 6)
     assert [r.state for r in folder.results()] == ["finished"] * 10
     assert study_name(folder).startswith("s-")
     told = frozen_trials(folder)
@@ -411,16 +412,16 @@ def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, place
         open_storage(folder)
 
 
-def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, place: Worker) -> None:
+def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, worker: Worker) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
-    with proposing(folder, place, None) as own:
-        measure(own, place, 5)
+    with proposing(folder, worker, None) as own:
+        measure(own, worker, 5)
     before = folder.results()
     folder.journal.unlink()
-    with proposing(folder, place, None) as own:
+    with proposing(folder, worker, None) as own:
         assert own.progress.done == 5
-        more = measure(own, place, 5)
+        more = measure(own, worker, 5)
     assert min(r.trial for r in more) > max(r.trial for r in before)
     assert folder.results()[:5] == before
     assert not {r.key for r in more} & {r.key for r in before}

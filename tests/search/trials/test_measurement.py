@@ -25,22 +25,22 @@ ATS = Recipe.from_yaml("tokens: {method: ats, prune_layers: [3, 6], max_tokens: 
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
+def worker(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
     store = tmp_path_factory.mktemp("store")
     config = SearchConfig.of({"images": IMAGES, "batch": BATCH, "store": str(store),
                               "cache": str(cache), "device": "cpu"})  # fmt: skip
     return Worker.open(study_task(check_job(config), threads=None))
 
 
-def at(place: Worker, *rungs: int, **changed) -> Worker:
-    return replace(place, task=replace(place.task, rungs=rungs, **changed))
+def at(worker: Worker, *rungs: int, **changed) -> Worker:
+    return replace(worker, task=replace(worker.task, rungs=rungs, **changed))
 
 
 @pytest.mark.parametrize("recipe", [TOPK, ATS], ids=str)
-def test_every_rung_is_a_prefix_of_the_whole(place: Worker, recipe: Recipe) -> None:
-    whole = measure_recipe(place, 1, recipe)
+def test_every_rung_is_a_prefix_of_the_whole(worker: Worker, recipe: Recipe) -> None:
+    whole = measure_recipe(worker, 1, recipe)
     right = unpack_bits(whole.bits, whole.images)
-    *climbed, last = run_rungs(at(place, 16, 40, 90), 1, recipe)
+    *climbed, last = run_rungs(at(worker, 16, 40, 90), 1, recipe)
     assert [type(r) for r in climbed] == [RungReport, RungReport]
     for rung in climbed:
         assert isinstance(rung, RungReport)
@@ -55,16 +55,16 @@ def test_every_rung_is_a_prefix_of_the_whole(place: Worker, recipe: Recipe) -> N
     assert replace(same, values=whole.values) == whole
 
 
-def test_padding_is_that_of_whole_batches(place: Worker) -> None:
+def test_padding_is_that_of_whole_batches(worker: Worker) -> None:
     """ATS pads a batch to its longest image: a rung inside a batch would change its cost."""
-    *climbed, _ = run_rungs(at(place, 10, 40), 1, ATS)
+    *climbed, _ = run_rungs(at(worker, 10, 40), 1, ATS)
     assert [len(r.right) for r in climbed if isinstance(r, RungReport)] == [16, 48]
     rung = climbed[0]
     assert isinstance(rung, RungReport) and rung.macs_each is not None and len(rung.macs_each) == 16
     low, high = rung.bounds
     assert (low <= rung.macs_each).all() and (rung.macs_each <= high).all()
     assert rung.values["gmacs_mean"] == pytest.approx(rung.macs_each.mean() / 1e9)
-    *plain, _ = run_rungs(at(place, 10, 40), 1, TOPK)
+    *plain, _ = run_rungs(at(worker, 10, 40), 1, TOPK)
     assert [len(r.right) for r in plain if isinstance(r, RungReport)] == [10, 40]
     assert all(r.macs_each is None for r in plain if isinstance(r, RungReport))
 
@@ -84,28 +84,28 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]
 
 
 def test_no_image_is_seen_twice_and_none_after_the_stop(
-    place: Worker, evaluated: list[tuple[int, int]]
+    worker: Worker, evaluated: list[tuple[int, int]]
 ) -> None:
-    climbing = run_rungs(at(place, 20, 50), 1, TOPK)
+    climbing = run_rungs(at(worker, 20, 50), 1, TOPK)
     next(climbing)
     assert evaluated == [(0, 16), (16, 20)]
     climbing.close()  # stopped here: nothing more is run, memory is not measured either
     assert evaluated == [(0, 16), (16, 20)]
     evaluated.clear()
-    list(run_rungs(at(place, 20, 50), 1, TOPK))
+    list(run_rungs(at(worker, 20, 50), 1, TOPK))
     forwards, memory = evaluated[:-1], evaluated[-1]
     assert [a for a, _ in forwards[1:]] == [b for _, b in forwards[:-1]]
     assert forwards[-1][1] == IMAGES and memory == (0, BATCH)
 
 
-def test_memory_comes_first_where_it_is_an_objective(place: Worker) -> None:
-    first = next(run_rungs(at(place, 20, memory_first=True), 1, TOPK))
+def test_memory_comes_first_where_it_is_an_objective(worker: Worker) -> None:
+    first = next(run_rungs(at(worker, 20, memory_first=True), 1, TOPK))
     assert isinstance(first, RungReport) and first.values["peak_mb"] > 0
-    later = next(run_rungs(at(place, 20), 1, TOPK))
+    later = next(run_rungs(at(worker, 20), 1, TOPK))
     assert isinstance(later, RungReport) and "peak_mb" not in later.values
 
 
-def test_rungs_beyond_the_images_are_none(place: Worker) -> None:
-    (only,) = run_rungs(at(place, IMAGES, 500), 1, TOPK)
+def test_rungs_beyond_the_images_are_none(worker: Worker) -> None:
+    (only,) = run_rungs(at(worker, IMAGES, 500), 1, TOPK)
     assert isinstance(only, TrialResult) and only.images == IMAGES
     assert np.isfinite(only.values["top1"])

@@ -43,19 +43,19 @@ def job(tmp_path: Path, cache: Path, **changed: Any) -> SearchConfig:
     return SearchConfig.of({**given, **changed})
 
 
-def search(config: SearchConfig, room: ClusterCapacity, **more: Any) -> tuple[StudyFolder, Any]:
-    outcome = run_study(check_job(config), cpus=room.cpus, gpus=room.gpus, **more)
+def search(config: SearchConfig, capacity: ClusterCapacity, **more: Any) -> tuple[StudyFolder, Any]:
+    outcome = run_study(check_job(config), cpus=capacity.cpus, gpus=capacity.gpus, **more)
     return outcome.folder, outcome.progress
 
 
 @pytest.fixture(scope="module")
 def study(
-    tmp_path_factory: pytest.TempPathFactory, cache: Path, room: ClusterCapacity
+    tmp_path_factory: pytest.TempPathFactory, cache: Path, capacity: ClusterCapacity
 ) -> tuple[StudyFolder, Any, list[Any]]:
     """One study of 22 trials over every method, for the tests that only look at it."""
     told: list[Any] = []
     config = job(tmp_path_factory.mktemp("store"), cache, trials=22)
-    folder, tally = search(config, room, hooks=[lambda r, t: told.append(r)])
+    folder, tally = search(config, capacity, hooks=[lambda r, t: told.append(r)])
     return folder, tally, told
 
 
@@ -126,21 +126,21 @@ def test_the_front_has_latencies_on_a_named_target(
 
 
 def test_the_same_command_again_measures_nothing_twice(
-    study: tuple[StudyFolder, Any, list[Any]], room: ClusterCapacity, cache: Path
+    study: tuple[StudyFolder, Any, list[Any]], capacity: ClusterCapacity, cache: Path
 ) -> None:
     folder, _, _ = study
     before = {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()}
     config = job(folder.folder.parent, cache, trials=22)
-    _, tally = search(config, room)
+    _, tally = search(config, capacity)
     assert {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()} == before
-    _, tally = search(replace(config, trials=24), room)
+    _, tally = search(replace(config, trials=24), capacity)
     assert tally.finished == 24
     keys = [r.key for r in folder.results() if not r.reason]
     assert len(keys) == len(set(keys))
 
 
 def test_another_model_data_or_dtype_is_refused(
-    study: tuple[StudyFolder, Any, list[Any]], cache: Path, room: ClusterCapacity
+    study: tuple[StudyFolder, Any, list[Any]], cache: Path, capacity: ClusterCapacity
 ) -> None:
     folder, _, _ = study
     store = folder.folder.parent
@@ -148,19 +148,19 @@ def test_another_model_data_or_dtype_is_refused(
     for change in ({"dtype": "bfloat16"}, {"images": 50}, {"seed": 1}, {"methods": "tome"}):
         config = job(store, cache, **{"trials": 30, **change})
         with pytest.raises(UserError) as caught:
-            search(config, room)
+            search(config, capacity)
         assert next(iter(change)) in str(caught.value), "the key that differs is named"
     assert sorted(p.name for p in (folder.folder / "trials").iterdir()) == before
 
 
 def test_the_budget_window_holds_for_every_trial_but_dense(
-    tmp_path: Path, cache: Path, room: ClusterCapacity
+    tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     dense = methods.model_shape(load_model("digits"))
     gmacs = dense.macs(dense.dense_counts(), "mid-block") / 1e9
     low, high = 0.4 * gmacs, 0.7 * gmacs
     config = job(tmp_path, cache, trials=12, min_gmacs=low, max_gmacs=high, latency="off")
-    folder, tally = search(config, room)
+    folder, tally = search(config, capacity)
     results = folder.results()
     assert results[0].is_reference and len(results) == 12
     assert all(low <= r.values["gmacs"] <= high for r in results[1:])
@@ -185,22 +185,22 @@ def test_a_study_that_measured_nothing_takes_other_settings(tmp_path: Path, cach
     assert again.folder.identity()["seed"] == 2
 
 
-def test_three_objectives(tmp_path: Path, cache: Path, room: ClusterCapacity) -> None:
+def test_three_objectives(tmp_path: Path, cache: Path, capacity: ClusterCapacity) -> None:
     config = job(
         tmp_path, cache, objectives="top1,gmacs,params_m", methods="resize,topk", latency="off"
     )
-    folder, tally = search(config, room)
+    folder, tally = search(config, capacity)
     axes = [OBJECTIVES[o] for o in ("top1", "gmacs", "params_m")]
     assert {r.trial for r in front_of(folder.results(), axes)} == set(tally.front)
     assert tally.hypervolume > 0, "token methods keep the parameters: over three axes it were 0"
 
 
 def test_latency_as_an_objective_is_measured_alone(
-    tmp_path: Path, cache: Path, room: ClusterCapacity
+    tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
     assert TrialResources.of(config, "cpu", 8, 0) == TrialResources(workers=1, cpus=8, gpus=0.0)
-    folder, _ = search(replace(config, latency="off"), room)
+    folder, _ = search(replace(config, latency="off"), capacity)
     for result in folder.results():
         assert result.values["latency_ms"] > 0
         assert result.timed is not None and result.timed.target.runtime == "eager"
@@ -216,19 +216,19 @@ def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
 ) -> None:
     config = job(tmp_path, cache, workers=1)
     prepared = check_job(config)
-    place = Worker.open(study_task(prepared, threads=None))
+    worker = Worker.open(study_task(prepared, threads=None))
     with torch.no_grad():
-        next(place.dense.parameters()).fill_(float("nan"))
+        next(worker.dense.parameters()).fill_(float("nan"))
     with pytest.raises(NonFiniteLogits):
-        measure_recipe(place, 1, Recipe.of("topk", keep_rate=0.5))
+        measure_recipe(worker, 1, Recipe.of("topk", keep_rate=0.5))
 
 
 def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cache: Path) -> None:
     prepared = check_job(job(tmp_path, cache))
-    place = Worker.open(study_task(prepared, threads=None))
-    first = measure_recipe(place, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
+    worker = Worker.open(study_task(prepared, threads=None))
+    first = measure_recipe(worker, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
     prepared.folder.write(first)
-    again = measure_recipe(place, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
+    again = measure_recipe(worker, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
     assert again.key == first.key and again.reason == "the same candidate as trial 1"
     assert again.values == first.values and again.bits == first.bits
 

@@ -87,19 +87,19 @@ class Study:
         return [r for r in self.results if set(r.method.split("+")) & set(steps)]
 
 
-def search(config: SearchConfig, room: ClusterCapacity) -> Study:
+def search(config: SearchConfig, capacity: ClusterCapacity) -> Study:
     said: list[str] = []
     prepared = check_job(config)
-    outcome = run_study(prepared, cpus=room.cpus, gpus=room.gpus, report=said.append)
+    outcome = run_study(prepared, cpus=capacity.cpus, gpus=capacity.gpus, report=said.append)
     folder, tally = outcome.folder, outcome.progress
     return Study(folder, tally, said)
 
 
 @pytest.fixture(scope="module")
 def study(
-    tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path, room: ClusterCapacity
+    tmp_path_factory: pytest.TempPathFactory, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> Study:
-    return search(job(tmp_path_factory.mktemp("store"), data, cache), room)
+    return search(job(tmp_path_factory.mktemp("store"), data, cache), capacity)
 
 
 # --- the study
@@ -142,7 +142,7 @@ def test_what_can_be_shared_is_trained_once(study: Study) -> None:
 
 
 def test_another_study_of_the_store_finds_what_was_prepared(
-    study: Study, data: Path, cache: Path, room: ClusterCapacity
+    study: Study, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     store = study.folder.folder.parent
     before = {p: p.stat().st_mtime_ns for p in store.glob(".prepared/*/done.json")}
@@ -209,9 +209,9 @@ def test_a_trained_trial_keeps_no_checkpoint_and_says_how_it_was_trained(study: 
 
 
 def test_the_same_command_again_trains_nothing(
-    study: Study, data: Path, cache: Path, room: ClusterCapacity
+    study: Study, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
-    again = search(job(study.folder.folder.parent, data, cache), room)
+    again = search(job(study.folder.folder.parent, data, cache), capacity)
     assert again.said == [] and again.tally.ended == "16 trials measured"
     assert again.tally.front == study.tally.front
 
@@ -275,7 +275,7 @@ def prepared(tmp_path: Path, data: Path, cache: Path) -> CheckedJob:
     return check_job(job(tmp_path, data, cache, methods="patchmerger,tnt", space={}))
 
 
-def place_of(prepared: CheckedJob, trial: Settings, dtype: str = "float32") -> Worker:
+def worker_of(prepared: CheckedJob, trial: Settings, dtype: str = "float32") -> Worker:
     task = study_task(prepared, threads=None)
     return Worker.open(replace(task, training=training_for(prepared, trial), dtype=dtype))
 
@@ -300,38 +300,40 @@ class Killed(CandidateTrainer):
 
 def test_a_killed_trial_goes_on_from_its_last_epoch(prepared: CheckedJob) -> None:
     settings = Settings(epochs=3, lr=1e-3, batch=10)
-    place = place_of(prepared, settings)
-    training, study = place.trainer.training, prepared.folder
-    folder = study.training(MERGE.key(place.shape))
-    killed = Killed(training, place.dense, study.artifacts)
+    worker = worker_of(prepared, settings)
+    training, study = worker.trainer.training, prepared.folder
+    folder = study.training(MERGE.key(worker.shape))
+    killed = Killed(training, worker.dense, study.artifacts)
     with pytest.raises(KeyboardInterrupt):
-        killed.make(MERGE, place.calibration, lambda key: study.training(key) / CHECKPOINT)
+        killed.make(MERGE, worker.calibration, lambda key: study.training(key) / CHECKPOINT)
     assert (folder / CHECKPOINT).is_file(), "where a retry of the same candidate looks"
     stamp = (folder / CHECKPOINT).stat().st_mtime_ns
-    resumed = measure_recipe(place, 7, MERGE)
+    resumed = measure_recipe(worker, 7, MERGE)
     assert (folder / CHECKPOINT).stat().st_mtime_ns > stamp
     shutil.rmtree(folder)
-    straight = measure_recipe(place, 8, MERGE)
+    straight = measure_recipe(worker, 8, MERGE)
     assert resumed.resolved == straight.resolved, "the same weights, to the bit"
     assert resumed.bits == straight.bits
 
 
 def test_a_loss_that_is_not_finite_fails_the_trial_with_its_reason(prepared: CheckedJob) -> None:
-    place = place_of(prepared, Settings(epochs=1, lr=1e30, batch=10))
+    worker = worker_of(prepared, Settings(epochs=1, lr=1e30, batch=10))
     with pytest.raises(FloatingPointError):
-        measure_recipe(place, 1, MERGE)
+        measure_recipe(worker, 1, MERGE)
 
 
 def test_a_study_in_bfloat16_trains_in_float32(prepared: CheckedJob) -> None:
-    place = place_of(prepared, Settings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
-    result = measure_recipe(place, 1, MERGE)
+    worker = worker_of(prepared, Settings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
+    result = measure_recipe(worker, 1, MERGE)
     state = prepared.folder.artifacts.load(str(Recipe.from_dict(result.resolved).weights))
     assert {v.dtype for v in state.values()} == {torch.float32}
-    assert next(place.build(Recipe.from_dict(result.resolved)).parameters()).dtype == torch.bfloat16
+    assert (
+        next(worker.build(Recipe.from_dict(result.resolved)).parameters()).dtype == torch.bfloat16
+    )
 
 
 def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
-    tmp_path: Path, data: Path, cache: Path, room: ClusterCapacity
+    tmp_path: Path, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     config = job(tmp_path, data, cache, methods="nvit", lr=10.0, space={"nvit.cost": [0.2, 0.9]},
                  prepare_epochs=400, train_batch=30)  # fmt: skip
@@ -340,7 +342,7 @@ def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
         for p in prepared.model.dense.parameters():
             p.mul_(1e12)
     with refused("out-of-range", UserError, method="nvit"):
-        run_study(prepared, cpus=room.cpus, gpus=room.gpus)
+        run_study(prepared, cpus=capacity.cpus, gpus=capacity.gpus)
     assert prepared.folder.results() == []
 
 
@@ -357,8 +359,8 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
     config = job(tmp_path, data, cache, methods="nvit", profile=profile, latency_batch=32)
     prepared = check_job(config)
     assert prepared.identity["profile"] == table.digest
-    place = Worker.open(study_task(prepared, threads=None))
-    outcome = place.trainer.prepare("nvit").outcome
+    worker = Worker.open(study_task(prepared, threads=None))
+    outcome = worker.trainer.prepare("nvit").outcome
     assert isinstance(outcome, TrajectorySnapshots)
     cost = table.cost(65)
     whole = cost(model_widths(dense))
@@ -404,27 +406,31 @@ def test_a_latency_table_that_nobody_reads_is_refused(
 
 @pytest.fixture(scope="module")
 def recovered(
-    study: Study, room: ClusterCapacity, cache: Path, tmp_path_factory: pytest.TempPathFactory
+    study: Study, capacity: ClusterCapacity, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]]:
     """A copy of the study with three of its trials recovered."""
     folder = StudyFolder(tmp_path_factory.mktemp("recovered") / "s")
     shutil.copytree(study.folder.folder, folder.folder)
-    heard: list[tuple[TrialResult, TrialResult]] = []
+    pairs: list[tuple[TrialResult, TrialResult]] = []
     two = next(r.trial for r in study.of("nvit") if "+" in r.method)
     wanted = [0, two, study.of("patchmerger")[0].trial]
     recovery = Recovery.of(folder, epochs=2, trials=wanted, batch=15, cache=str(cache))
-    recovery.run(cpus=room.cpus, gpus=room.gpus, on_result=lambda a, b: heard.append((a, b)))
-    return folder, heard
+    recovery.run(
+        cpus=capacity.cpus,
+        gpus=capacity.gpus,
+        on_result=lambda a, b: pairs.append((a, b)),
+    )
+    return folder, pairs
 
 
 def test_a_recovered_trial_stands_beside_what_it_was(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]], study: Study
 ) -> None:
-    folder, heard = recovered
+    folder, pairs = recovered
     results = {r.trial: r for r in folder.recovered()}
-    assert len(results) == 3 and {a.trial for _, a in heard} == set(results)
+    assert len(results) == 3 and {a.trial for _, a in pairs} == set(results)
     assert folder.results() == study.folder.results(), "the first front is as it was"
-    for before, after in heard:
+    for before, after in pairs:
         assert after == results[before.trial]
         assert after.recipe == before.recipe and after.values["gmacs"] == before.values["gmacs"]
         was, now = (Recipe.from_dict(r.resolved) for r in (before, after))
@@ -438,12 +444,12 @@ def test_a_recovered_trial_stands_beside_what_it_was(
 def test_it_is_written_once_and_not_mixed(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
     cache: Path,
-    room: ClusterCapacity,
+    capacity: ClusterCapacity,
 ) -> None:
-    folder, heard = recovered
-    again = Recovery.of(folder, epochs=2, trials=[a.trial for _, a in heard], cache=str(cache))
+    folder, pairs = recovered
+    again = Recovery.of(folder, epochs=2, trials=[a.trial for _, a in pairs], cache=str(cache))
     assert again.pending == (), "batch and lr are those it was begun with"
-    assert again.run(cpus=room.cpus, gpus=room.gpus, on_result=print) == folder.recovered()
+    assert again.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=print) == folder.recovered()
     with pytest.raises(UserError) as caught:
         Recovery.of(folder, epochs=3, cache=str(cache))
     assert "epochs" in str(caught.value)
@@ -458,32 +464,32 @@ def test_an_interrupted_recovery_goes_on(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
     tmp_path: Path,
     cache: Path,
-    room: ClusterCapacity,
+    capacity: ClusterCapacity,
 ) -> None:
     """As after a kill: one result is missing, and its training had come to its first epoch."""
-    folder, heard = recovered
+    folder, pairs = recovered
     copy = StudyFolder(tmp_path / "s")
     shutil.copytree(folder.folder, copy.folder)
-    after = next(a for _, a in heard if a.method == "patchmerger")
+    after = next(a for _, a in pairs if a.method == "patchmerger")
     (copy.folder / "recovered" / f"{after.trial:06d}.json").unlink()
     recovery = Recovery.of(copy, epochs=2, trials=[after.trial], cache=str(cache))
     assert [r.trial for r in recovery.pending] == [after.trial]
     task = study_task(recovery.job)
     training = training_for(recovery.job, recovery.settings)
-    place = Worker.open(replace(task, training=training))
+    worker = Worker.open(replace(task, training=training))
     before = Recipe.from_dict(recovery.pending[0].resolved)
-    model = before.build(place.dense, weights=copy.artifacts.load(str(before.weights)))
+    model = before.build(worker.dense, weights=copy.artifacts.load(str(before.weights)))
     state = copy.folder / "recovered" / "training" / f"{after.trial:06d}" / CHECKPOINT
-    killed = Killed(training, place.dense, copy.artifacts)
+    killed = Killed(training, worker.dense, copy.artifacts)
     with pytest.raises(KeyboardInterrupt):
         killed.fit(model, recovery.settings, before, state)
-    recovery.run(cpus=room.cpus, gpus=room.gpus, on_result=lambda *_: None)
+    recovery.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=lambda *_: None)
     found = next(r for r in copy.recovered() if r.trial == after.trial)
     assert found.resolved == after.resolved and found.bits == after.bits
 
 
 def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
-    study: Study, tmp_path: Path, cache: Path, room: ClusterCapacity
+    study: Study, tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     copy = StudyFolder(tmp_path / "s")
     shutil.copytree(study.folder.folder, copy.folder)
@@ -491,7 +497,7 @@ def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
     copy.artifacts.path(str(Recipe.from_dict(lost.resolved).weights)).unlink()
     recovery = Recovery.of(copy, epochs=1, trials=[0, lost.trial], batch=30, cache=str(cache))
     with pytest.raises(NotRecovered) as caught:
-        recovery.run(cpus=room.cpus, gpus=room.gpus, on_result=lambda *_: None)
+        recovery.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=lambda *_: None)
     assert set(caught.value.failed) == {lost.trial} and caught.value.pending == 2
     assert [r.trial for r in copy.recovered()] == [0]
 
@@ -525,8 +531,8 @@ def test_a_recovered_trial_is_exported(
     cache: Path,
     tmp_path: Path,
 ) -> None:
-    folder, heard = recovered
-    number = next(a.trial for _, a in heard if a.method == "patchmerger")
+    folder, pairs = recovered
+    number = next(a.trial for _, a in pairs if a.method == "patchmerger")
     axes = objectives_named(("top1", "gmacs"))
     chosen = choose_trial(folder.recovered(), axes, trial=number)
     bundle = export(folder, chosen, tmp_path / "bundle", cache=str(cache), images=8)
@@ -547,6 +553,6 @@ def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
 
 
 def test_a_target_outside_what_was_prepared_is_bad_input(prepared: CheckedJob) -> None:
-    place = place_of(prepared, Settings(epochs=1))
+    worker = worker_of(prepared, Settings(epochs=1))
     with refused("not-found", method="nvit"):
-        place.trainer.base(Recipe.of("nvit", target=0.5).structure)
+        worker.trainer.base(Recipe.of("nvit", target=0.5).structure)
