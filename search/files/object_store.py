@@ -198,7 +198,8 @@ class ObjectStore:
 
     def delete(self, path: Path) -> None:
         """Delete a file, or a folder and everything below it; a missing one is ignored."""
-        for name in ("", *self.list_files(path, recursive=True)):
+        self.remove(self.key(path))  # first: some file systems refuse to list a file
+        for name in self.list_files(path, recursive=True):
             self.remove(self.key(path / name))
 
     def claim(self, folder: Path) -> AbstractContextManager[None]:

@@ -20,8 +20,9 @@ from timm.layers import SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from tests.refusals import refused
 from vitpareto import methods
-from vitpareto.methods import Recipe
+from vitpareto.methods import Code, Recipe
 from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.methods.slicing.sliced_model import (
     BlockWidths,
@@ -184,10 +185,10 @@ def test_another_methods_parts_are_not_taken_and_a_setting_that_does_not_fit_is_
     found = read_pretrained(path)
     assert found.weights_for(TNT, digits) is None
     two = Recipe.of("dynamicvit", prune_layers=[3, 6], keep_rates=[0.7, 0.49])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match="reduction.predictors.2.in_conv.0.bias") as caught:
         found.weights_for(two, digits)
-    assert f"weights file {path} for dynamicvit prune_layers=[3,6]" in str(caught.value)
-    assert "unknown: reduction.predictors.2.in_conv.0.bias" in str(caught.value)
+    assert caught.value.details["path"] == str(path)
+    assert "dynamicvit prune_layers=[3,6]" in str(caught.value), "the recipe"
 
 
 def test_evits_file_is_timms(tmp_path: Path, images: Tensor) -> None:
@@ -347,8 +348,9 @@ def test_nvits_model_is_pruned_further_and_kept_like_any(
     kept = load_model(NAME, tmp_path / "kept.safetensors")
     assert torch.equal(logits(kept, wide_images), logits(model, wide_images))
     assert widths_of(kept.state_dict()) == WIDTHS
-    with pytest.raises(UserError, match=r"nvit.pth: the widths are of 12 blocks, the model has 14"):
+    with pytest.raises(UserError, match="12 blocks.* 14") as caught:
         load_model("vit_wee_patch16_reg1_gap_256", tmp_path / "nvit.pth")
+    assert caught.value.details["path"] == str(tmp_path / "nvit.pth")
 
 
 def drop(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
@@ -376,35 +378,41 @@ def a_stem_of_timm(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("spoil", "key", "said"),
+    ("spoil", "key", "code", "details"),
     [
-        (drop, "blocks.4.attn.qkv.K.bias", "NViT's layout and lacks blocks.4.attn.qkv.K.bias"),
-        (drop, "blocks.4.attn.proj.proj.weight", "lacks blocks.4.attn.proj.proj.weight"),
-        (drop, "patch_embed.proj.weight", "lacks patch_embed.proj.weight"),
-        (drop, "blocks.4.mlp.fc1.bias", "do not fit the model; missing: blocks.4.mlp.fc1.bias"),
-        (three_dimensional, "blocks.4.attn.qkv.Q.weight", "it is NViT's before slicing"),
-        (weigh_a_token, "blocks.4.attn.qkv.token_mask", "token_mask weighs the tokens by their "
-         "place, by 0.75 to 1"),
-        (drop_heads, "", "dim.head is None"),
-        (more_heads, "", "asks for 120 rows (5 heads, q and k 24 and v 32 wide)"),
-        (a_stem_of_timm, "patch_embed.proj.weight", "accepted is [E, 3 * side * side, 1, 1]"),
+        (drop, "blocks.4.attn.qkv.K.bias", Code.MISSING, {"keys": ("blocks.4.attn.qkv.K.bias",)}),
+        (drop, "blocks.4.attn.proj.proj.weight", Code.MISSING,
+         {"keys": ("blocks.4.attn.proj.proj.weight",)}),
+        (drop, "patch_embed.proj.weight", Code.MISSING, {"keys": ("patch_embed.proj.weight",)}),
+        (drop, "blocks.4.mlp.fc1.bias", None, {}),
+        (three_dimensional, "blocks.4.attn.qkv.Q.weight", Code.MISMATCH, {"unsliced": True}),
+        (weigh_a_token, "blocks.4.attn.qkv.token_mask", Code.UNSUPPORTED,
+         {"key": "blocks.4.attn.qkv.token_mask"}),
+        (drop_heads, "", Code.WRONG_TYPE, {"key": "dim.head", "got": None}),
+        (more_heads, "", Code.MISMATCH, {"rows": 120, "unsliced": False}),
+        (a_stem_of_timm, "patch_embed.proj.weight", Code.MISMATCH,
+         {"key": "patch_embed.proj.weight"}),
     ],
 )  # fmt: skip
 def test_a_file_of_nvits_that_is_not_whole(
-    tmp_path: Path, cut: nn.Module, spoil: Callable[..., None], key: str, said: str
-) -> None:
+    tmp_path: Path, cut: nn.Module, spoil: Callable[..., None], key: str, code: Code | None,
+    details: dict[str, Any],
+) -> None:  # fmt: skip
     state, dim = nvit_state(cut)
     spoil(state, dim, key)
     path = training_file(tmp_path / "nvit.pth", state, dim=dim)
     with pytest.raises(UserError) as caught:
         load_model(NAME, path)
-    assert said in str(caught.value) and str(path) in str(caught.value)
+    error = caught.value
+    assert code is None or error.code == code, error
+    assert details | {"path": str(path)} == {k: error.details.get(k) for k in (*details, "path")}
+    assert key in str(error), "the message names the key"
 
 
 def test_nvits_weights_alone_do_not_say_their_heads(tmp_path: Path, cut: nn.Module) -> None:
     state, _ = nvit_state(cut)
     safetensors.torch.save_file(state, tmp_path / "nvit.safetensors")
-    with pytest.raises(UserError, match="accepted is one with dim beside the weights"):
+    with refused(Code.MISSING, UserError, key="dim.head"):
         load_model(NAME, tmp_path / "nvit.safetensors")
 
 
@@ -440,40 +448,45 @@ def test_wrapped_prefixed_and_with_a_teacher(
     assert torch.equal(logits(again, images), logits(model, images))
 
 
-def refused(tmp_path: Path, state: dict[str, Tensor]) -> str:
+def refused_keys(tmp_path: Path, state: dict[str, Tensor], code: Code) -> tuple[str, ...]:
+    """The keys at fault."""
     torch.save({"model": state}, tmp_path / "w.pth")
-    with pytest.raises(UserError) as caught:
+    with refused(code, UserError, path=str(tmp_path / "w.pth")) as caught:
         read_pretrained(tmp_path / "w.pth")
-    assert f"weights file {tmp_path / 'w.pth'} " in str(caught.value)
-    return str(caught.value)
+    keys: tuple[str, ...] = caught.value.details["keys"]
+    assert all(key in str(caught.value) for key in keys[:3])
+    assert len(str(caught.value)) < 500
+    return keys
 
 
 def test_an_unknown_layout_is_told_with_its_first_keys_and_those_known(
     tmp_path: Path, digits: nn.Module
 ) -> None:
     names = {"blocks.": "encoder.layer.", "pos_embed": "embeddings.position_embeddings"}
-    said = refused(tmp_path, renamed(digits, names))
-    assert "has a layout that is not known: embeddings.position_embeddings, encoder.layer.0" in said
-    assert "more fit nothing. Known are: TNT's, with alpha_heads.0.weight; DynamicViT's" in said
-    assert "NViT's" in said and "EViT's" in said and len(said) < 500
-    said = refused(tmp_path, renamed(built(digits, TNT), {"reduction.heads.": "alpha_head."}))
-    assert "alpha_head.0.weight, alpha_head.0.bias, alpha_head.1.weight and 21 more" in said
+    keys = refused_keys(tmp_path, renamed(digits, names), Code.UNSUPPORTED)
+    assert keys[0] == "embeddings.position_embeddings" and keys[1].startswith("encoder.layer.0")
+    with refused(Code.UNSUPPORTED, accepted=("tnt", "dynamicvit", "nvit", "timm")) as caught:
+        read_pretrained(tmp_path / "w.pth")
+    for known in ("TNT's", "alpha_heads.0.weight", "DynamicViT's", "NViT's", "EViT's"):
+        assert known in str(caught.value)
+    heads = renamed(built(digits, TNT), {"reduction.heads.": "alpha_head."})
+    assert len(refused_keys(tmp_path, heads, Code.UNSUPPORTED)) == 24
     one = {**digits.state_dict(), "mask_token": torch.ones(1)}
-    assert "not known: mask_token fits nothing" in refused(tmp_path, one)
+    assert refused_keys(tmp_path, one, Code.UNSUPPORTED) == ("mask_token",)
     two = {**tnt_state(built(digits, TNT)), **dynamicvit_state(built(digits, DYNAMICVIT))}
-    assert "score_predictor.0.in_conv.0.weight" in refused(tmp_path, two)
+    keys = refused_keys(tmp_path, two, Code.UNSUPPORTED)
+    assert keys[0] == "score_predictor.0.in_conv.0.weight"
 
 
 def test_a_known_layout_that_lacks_keys_is_told_which(tmp_path: Path, digits: nn.Module) -> None:
     state = tnt_state(built(digits, TNT))
     del state["alpha_heads.7.bias"], state["alpha_heads.9.weight"]
-    said = refused(tmp_path, state)
-    assert "has TNT's layout and lacks alpha_heads.7.bias, alpha_heads.9.weight" in said
+    keys = refused_keys(tmp_path, state, Code.MISSING)
+    assert keys == ("alpha_heads.7.bias", "alpha_heads.9.weight")
     state = dynamicvit_state(built(digits, DYNAMICVIT))
     state = {k: v for k, v in state.items() if not k.startswith("score_predictor.1.out_conv")}
-    said = refused(tmp_path, state)
-    assert "lacks score_predictor.1.out_conv.0.weight, score_predictor.1.out_conv.0.bias" in said
-    assert "and 3 more" in said
+    keys = refused_keys(tmp_path, state, Code.MISSING)
+    assert len(keys) == 6 and keys[0] == "score_predictor.1.out_conv.0.weight"
 
 
 def test_settings_beside_the_weights_are_read_and_other_objects_are_not(
@@ -485,5 +498,6 @@ def test_settings_beside_the_weights_are_read_and_other_objects_are_not(
         torch.load(path, weights_only=True)
     assert read_pretrained(path).model.keys() == digits.state_dict().keys()
     training_file(path, dict(digits.state_dict()), loss=nn.CrossEntropyLoss())
-    with pytest.raises(UserError, match=r"more than tensors \(torch.nn.modules.loss.CrossEntropyL"):
+    with refused(Code.UNSUPPORTED, UserError, path=str(path)) as caught:
         read_pretrained(path)
+    assert "torch.nn.modules.loss.CrossEntropyLoss" in str(caught.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pickle
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 
 from vitpareto.search.errors import UserError
-from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study import folder as store
@@ -37,51 +35,6 @@ def study(tmp_path: Path) -> StudyFolder:
     folder = StudyFolder(tmp_path / "studies" / "deit-s")
     folder.create()
     return folder
-
-
-# --- whole, old or new
-
-
-def files(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
-
-
-def test_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_atomic(path, "old")
-    write_atomic(path, "new: ä")
-    assert path.read_text(encoding="utf-8") == "new: ä"
-    assert files(tmp_path) == ["a.json"]
-
-
-def test_others_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
-    before = os.umask(0o022)
-    try:
-        write_atomic(tmp_path / "a.json", "x")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o644
-
-
-@pytest.mark.parametrize("fails", ["write", "fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
-) -> None:
-    path = tmp_path / "a.json"
-    write_atomic(path, "old")
-    text = "new"
-    if fails == "write":
-        text = "half a surrogate: \udc00"  # cannot be encoded: the write itself raises
-    else:
-
-        def full(*_: Any) -> None:
-            raise OSError(5, "Input/output error")
-
-        monkeypatch.setattr(store.os, fails, full)
-    with pytest.raises((OSError, UnicodeEncodeError)):
-        write_atomic(path, text)
-    assert path.read_text() == "old"
-    assert files(tmp_path) == ["a.json"]
 
 
 # --- which study, and what it depends on
