@@ -1,3 +1,15 @@
-"""What runs on workers: trials, preparations, certification, and the Ray Tune driver. The only room
-of search that imports ray.
+"""What runs: checking a job, measuring its trials, and the study's run on Ray.
+
+job_check, study_task           from a job to the record that workers get
+task, worker, measurement       measure one recipe, rung by rung; do not import ray
+single_measurement              measure one recipe without a study; does not import ray
+early_stopping                  whether a trial goes on to its next rung
+candidates, preparations        trained weights of candidates and of whole studies
+trial_actor, searcher, tune     trials with Ray Tune; tune_internals holds what is not documented
+ray_cluster, nodes, resources   Ray tasks, the cluster's nodes and how trials share them
+run_study, front_latency, certification, recovery   the steps of a study and after it
+
+May import ray, and every package of `search` below it (study, training, measure, ...); not export,
+tracking, compare, commands, `vitpareto.clusters` or `vitpareto.dashboards`. The only package of
+`search` that imports ray.
 """

@@ -126,7 +126,7 @@ class Recovery:
         with self.folder.locked():
             task = worker_task(self.job, resources)
             if self.pending:
-                task = replace(task, training=training_for(self.job, self.settings, None))
+                task = replace(task, training=training_for(self.job, self.settings))
             task = with_node_images(self.job, task, report)
             for done in run_for_each(
                 _recover, task, self.pending, cpus=resources.cpus, gpus=resources.gpus

@@ -54,7 +54,7 @@ def study_task(job: CheckedJob, *, epoch: str = "", threads: int | None = None) 
 
 
 def training_for(
-    job: CheckedJob, trial: Settings | None, prepare: Settings | None
+    job: CheckedJob, trial: Settings | None, prepare: Settings | None = None
 ) -> StudyTraining:
     """What training with these settings needs.
 

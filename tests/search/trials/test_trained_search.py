@@ -277,7 +277,9 @@ def prepared(tmp_path: Path, data: Path, cache: Path) -> CheckedJob:
 
 def worker_of(prepared: CheckedJob, trial: Settings, dtype: str = "float32") -> Worker:
     task = study_task(prepared, threads=None)
-    return Worker.open(replace(task, training=training_for(prepared, trial), dtype=dtype))
+    execution = replace(task.execution, dtype=dtype)
+    training = training_for(prepared, trial)
+    return Worker.open(replace(task, training=training, execution=execution))
 
 
 MERGE = Recipe.of("patchmerger", prune_layers=(3, 6), num_tokens=(20, 8))
