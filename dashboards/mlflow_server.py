@@ -1,6 +1,6 @@
-"""MLflow's own pages on a study's store: a server on loopback, up while a block runs.
+"""MLflow's web pages for a store: a server on loopback that runs for the duration of a block.
 
-It starts and stops `mlflow server` and finds a study's page by asking it; it changes no run.
+Starts and stops `mlflow server` and asks it for the addresses of a study's pages. Changes no run.
 """
 
 from __future__ import annotations
@@ -23,26 +23,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.tracking.database import artifact_folder, ensure_database, store_uri
 from vitpareto.search.tracking.run_contents import STUDY_ID_TAG, TRIAL_TAG, experiment_name
 from vitpareto.search.tracking.views import FRONT_VIEW
 
-#: seconds a server may take to answer for the first time (a new database is built in it)
-STARTS_WITHIN_S = 120.0
-STOPS_WITHIN_S = 5.0
-#: of linux/prctl.h
+#: seconds until a started server must answer, and until a stopped one is killed
+START_TIMEOUT_S = 120.0
+STOP_TIMEOUT_S = 5.0
+#: from linux/prctl.h
 PR_SET_PDEATHSIG = 1
-#: loopback is reached without the proxy that http_proxy names
+#: ignores http_proxy, which would be asked for loopback addresses too
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-#: MLflow's pages come in two kinds; this one shows runs and their charts
+#: selects MLflow's pages for runs and charts, not those for language models
 WORKFLOW = "workflowType=machine_learning"
 
 
 @dataclass(frozen=True)
 class Served:
-    """A server that answers. `url`: its root; `page`: the study's own run, or the root; `view`: the
-    saved view of the study's front, or the root.
+    """A running server.
+
+    Attributes:
+        url: its root.
+        page: the study's run; the root if no study was named.
+        view: the saved view of the study's front; the root if no study was named.
+        pid: its process, which leads a process group.
     """
 
     url: str
@@ -52,7 +57,7 @@ class Served:
 
     @property
     def explorer(self) -> str:
-        """The study's explorer, in its run's page."""
+        """The study's explorer on the page of its run."""
         run, _, options = self.page.partition("?")
         return f"{run}/artifacts/explorer.html?{options}"
 
@@ -61,14 +66,25 @@ class Served:
 def serve(
     store: Path, study: str | None = None, host: str = "127.0.0.1", port: int | None = None
 ) -> Iterator[Served]:
-    """MLflow on STORE/mlflow.db; its processes are gone when the block ends.
+    """Serve STORE/mlflow.db with MLflow. All processes have ended when the block ends.
 
-    port None: any free one. UserError where there is no such store, the port is taken, the server
-    does not come up (with its last words), or MLflow has no such study.
+    Args:
+        store: folder of studies.
+        study: name of the study whose pages to look up.
+        host: address to listen on.
+        port: None for a free one.
+
+    Raises:
+        UserError: the store does not exist, the port is not available, the server does not start
+            (with its last lines), or MLflow has no such study.
     """
     if not store.is_dir():
-        raise UserError(f"there is no store {store}: a search makes it, or name another --store")
-    port = _free(host, port)
+        raise UserError(
+            f"store {store} does not exist: run a search first, or name another --store",
+            Code.NOT_FOUND,
+            store=str(store),
+        )
+    port = _free_port(host, port)
     store = store.absolute()
     ensure_database(store)
     command = [
@@ -76,29 +92,29 @@ def serve(
         "--backend-store-uri", store_uri(store),
         "--artifacts-destination", str(artifact_folder(store)),
         "--host", host, "--port", str(port),
-        # several would be slower: they lose TCP_NODELAY, 44 ms a request
+        # several workers lose TCP_NODELAY, which costs 44 ms per request
         "--workers", "1",
     ]  # fmt: skip
     environment = {
         **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # eight processes for what is not used here
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes that are not needed
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",
     }
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    with tempfile.TemporaryFile() as words:
+    with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=words,
+            stdout=output,
+            stderr=output,
             env=environment,
             cwd=store,
-            start_new_session=True,  # a group of its own, so that its workers end with it
+            start_new_session=True,  # a process group, so that its workers end with it
             preexec_fn=_end_with_parent,
         )
         try:
-            _wait(process, url, words)
+            _wait_until_ready(process, url, output)
             page, view = _pages(url, study)
             yield Served(url, page, view, process.pid)
         finally:
@@ -106,48 +122,59 @@ def serve(
 
 
 def _end_with_parent() -> None:
-    """In the new process: be told to end where the one that serves is killed outright (Linux)."""
+    """Runs in the new process: end it when the parent is killed (Linux only)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _free(host: str, port: int | None) -> int:
+def _free_port(host: str, port: int | None) -> int:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port or 0))
-        except (OSError, OverflowError) as error:
-            said = error.strerror if isinstance(error, OSError) else "accepted is 1 to 65535"
+        except OverflowError:
             raise UserError(
-                f"MLflow cannot listen on {host}:{port or 'any port'}: {said}; "
-                "name another --port, or none for a free one"
+                f"port must be from 1 to 65535 (got {port})", Code.OUT_OF_RANGE, port=port
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"MLflow cannot listen on {host}:{port or 'any port'}: {error.strerror}; use "
+                "another --port, or none for a free one",
+                Code.UNAVAILABLE,
+                host=host,
+                port=port,
             ) from None
         return int(probe.getsockname()[1])
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, words: IO[bytes]) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN_S
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, output: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError), _OPENER.open(f"{url}/health", timeout=2):
             return
         time.sleep(0.1)
-    words.seek(0)
-    last = " | ".join(words.read().decode(errors="replace").strip().splitlines()[-3:])
-    how = "did not answer" if process.poll() is None else f"ended with code {process.returncode}"
-    raise UserError(f"the MLflow server at {url} {how}: {last or 'it said nothing'}")
+    output.seek(0)
+    last_lines = output.read().decode(errors="replace").strip().splitlines()[-3:]
+    state = "did not answer" if process.poll() is None else f"exited with code {process.returncode}"
+    raise UserError(
+        f"the MLflow server at {url} {state}: {' | '.join(last_lines) or 'no output'}",
+        Code.UNAVAILABLE,
+        url=url,
+        exit_code=process.poll(),
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The whole group: asked first, killed if that takes long."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
+    """End the process group; kill it if that takes too long."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, sent)
+            os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOPS_WITHIN_S)
+            process.wait(STOP_TIMEOUT_S)
             break
-    deadline = time.monotonic() + STOPS_WITHIN_S
-    while _group_lives(process.pid):
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while _group_exists(process.pid):
         if time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -155,7 +182,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.02)
 
 
-def _group_lives(group: int) -> bool:
+def _group_exists(group: int) -> bool:
     try:
         os.killpg(group, 0)
     except (ProcessLookupError, PermissionError):
@@ -164,41 +191,41 @@ def _group_lives(group: int) -> bool:
 
 
 def _pages(url: str, study: str | None) -> tuple[str, str]:
-    """The addresses of the study's own run (the newest, if a name was used again), and of the view
-    of its front.
-    """
+    """Addresses of the study's run (the newest of that name) and of the view of its front."""
     if study is None:
         return url, url
     name = experiment_name(study)
     missing = UserError(
-        f"MLflow has no study {study!r} in this store: vitpareto sync {study} "
-        "--tracking-uri store brings it there"
+        f"MLflow has no study {study!r} in this store: run vitpareto sync {study} "
+        "--tracking-uri store",
+        Code.NOT_FOUND,
+        study=study,
     )
     try:
         query = urllib.parse.urlencode({"experiment_name": name})
-        found = _ask(f"{url}/api/2.0/mlflow/experiments/get-by-name?{query}")
+        found = _request(f"{url}/api/2.0/mlflow/experiments/get-by-name?{query}")
     except urllib.error.HTTPError as error:
-        with error:  # it holds the connection
+        with error:  # closes the connection
             if error.code != 404:
                 raise
             raise missing from None
     experiment = found["experiment"]["experiment_id"]
-    shown = f"viewStateShareKey={FRONT_VIEW}&compareRunsMode=CHART&{WORKFLOW}"
-    view = f"{url}/#/experiments/{experiment}/runs?{shown}"
+    options = f"viewStateShareKey={FRONT_VIEW}&compareRunsMode=CHART&{WORKFLOW}"
+    view = f"{url}/#/experiments/{experiment}/runs?{options}"
     body = {
         "experiment_ids": [experiment],
         "filter": f"tags.`{STUDY_ID_TAG}` LIKE '%'",
         "order_by": ["attributes.start_time DESC"],
         "max_results": 1000,
     }
-    for run in _ask(f"{url}/api/2.0/mlflow/runs/search", body).get("runs", ()):
+    for run in _request(f"{url}/api/2.0/mlflow/runs/search", body).get("runs", ()):
         if not any(tag["key"] == TRIAL_TAG for tag in run["data"].get("tags", ())):
             run_id = run["info"]["run_id"]
             return f"{url}/#/experiments/{experiment}/runs/{run_id}?{WORKFLOW}", view
     return f"{url}/#/experiments/{experiment}", view
 
 
-def _ask(address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+def _request(address: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
     with _OPENER.open(request, timeout=30) as answer:

@@ -51,9 +51,7 @@ class Metrics:
         #: (end, seconds, images) of the results of the last minute
         self.recent: deque[tuple[float, float, int]] = deque()
         self.gauges = {
-            name: Gauge(
-                name, description, tag_keys=("study", *(["state"] if "trials" in name else ()))
-            )
+            name: Gauge(name, description, tag_keys=TAGS.get(name, ("study",)))
             for name, description in GAUGES.items()
         }
 

@@ -1,4 +1,4 @@
-"""A browser for the tests of one file, a tab for each."""
+"""One browser per test file and one tab per test."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.browser import ALONE, Tab, chromium
+from tests.browser import OPTIONS, Tab, chromium
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -19,7 +19,7 @@ def browser() -> Iterator[Browser]:
 
     with sync_playwright() as playwright:
         try:
-            found = playwright.chromium.launch(executable_path=chromium(), args=list(ALONE))
+            found = playwright.chromium.launch(executable_path=chromium(), args=list(OPTIONS))
         except Error as error:
             pytest.skip(
                 "needs a Chromium: apt-get install chromium, or name one in CHROMIUM "

@@ -1,4 +1,4 @@
-"""Studies as they lie on disk, made up: for pages and tables that only read them."""
+"""Made-up studies on disk, for tests of pages and tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult, pack_bits
 
 IMAGES = 400
-#: a recipe of each method at a rate
+#: a recipe of each method for a keep rate
 RECIPES = {
     "tome": lambda rate: Recipe.of("tome", r=max(1, round(20 * (1 - rate)))),
     "topk": lambda rate: Recipe.of("topk", keep_rate=round(rate, 4), prune_layers=[3, 6, 9]),
@@ -24,7 +24,7 @@ RECIPES = {
 def write_study(
     store: Path, name: str, trials: int, model: str = "digits", seed: int = 0
 ) -> StudyFolder:
-    """Finished, stopped and failed trials, more accurate the more they cost, apart from noise."""
+    """Finished, stopped and failed trials whose accuracy increases with cost, with noise."""
     folder = StudyFolder(store / name)
     folder.create()
     folder.settle({"model": model, "model_fingerprint": "abc", "data_fingerprint": "def"})

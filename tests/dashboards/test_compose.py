@@ -1,4 +1,4 @@
-"""The compose file's MLflow, as its script starts it: a password asked for, strangers refused."""
+"""The MLflow service of the compose file requires a password and a known host."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def services() -> dict[str, Any]:
     return found
 
 
-def test_nothing_is_open_and_no_secret_is_in_the_file(services: dict[str, Any]) -> None:
+def test_no_port_is_public_and_no_secret_is_in_the_file(services: dict[str, Any]) -> None:
     document = yaml.safe_load(COMPOSE.read_text())
     assert services["mlflow"]["ports"] == ["127.0.0.1:5000:5000"]
     assert "ports" not in services["postgres"]
@@ -39,11 +39,12 @@ def test_nothing_is_open_and_no_secret_is_in_the_file(services: dict[str, Any]) 
     assert mounted == set(document["volumes"])
 
 
-@pytest.mark.timeout(240)
-def test_its_mlflow_wants_a_password_and_a_host_that_it_knows(
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_mlflow_requires_a_password_and_a_known_host(
     services: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The very script, with this machine's places for the container's."""
+    """Runs the script of the service with paths of the test instead of the container's."""
     pytest.importorskip("flask_wtf", reason="needs mlflow[auth]")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -91,7 +92,7 @@ def test_its_mlflow_wants_a_password_and_a_host_that_it_knows(
             start_new_session=True,
         )  # fmt: skip
         try:
-            deadline = time.monotonic() + 150
+            deadline = time.monotonic() + 300
             while True:
                 try:
                     if ask("/health") == 200:

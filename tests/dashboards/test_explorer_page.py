@@ -50,7 +50,7 @@ def test_it_shows_the_front_without_requests(tab: Tab, page: Path, study: StudyF
     assert shown == sum(r.state in ("finished", "raced_out") for r in measured)
     tab.screenshot("explorer")
     assert tab.errors == []
-    assert {url.partition(":")[0] for url in tab.asked} <= {"file", "data", "blob"}
+    assert {url.partition(":")[0] for url in tab.requests} <= {"file", "data", "blob"}
 
 
 @pytest.mark.slow

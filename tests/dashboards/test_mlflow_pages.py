@@ -1,4 +1,4 @@
-"""MLflow's own pages in a browser: a study's saved views, and the explorer inside its frame."""
+"""MLflow's pages in a browser: the saved views of a study, and the explorer in its frame."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from vitpareto.search.tracking.page import StudyPage
 from vitpareto.search.tracking.sync import sync
 from vitpareto.search.tracking.views import saved_views
 
-#: below the hundred that MLflow's pages load at once
+pytestmark = pytest.mark.slow  # needs a browser and an MLflow server
+
+#: MLflow's pages load 100 runs at a time
 TRIALS = 90
 
 
@@ -45,7 +47,9 @@ def names(tab: Tab) -> set[int]:
     return {int(text.split()[0]) for text in found if text.split() and text.split()[0].isdigit()}
 
 
-def test_the_front_opens_without_a_manual(tab: Tab, served: Served, study: StudyFolder) -> None:
+def test_the_view_of_the_front_lists_and_draws_its_members(
+    tab: Tab, served: Served, study: StudyFolder
+) -> None:
     tab.page.goto(served.view)
     tab.page.wait_for_selector("text=Pareto front")
     front = {r.trial for r in front_of(study.results(), objectives_named(("top1", "gmacs")))}
@@ -68,8 +72,8 @@ def test_the_front_opens_without_a_manual(tab: Tab, served: Served, study: Study
 def test_every_view_lists_its_runs_and_columns(
     tab: Tab, served: Served, study: StudyFolder, key: str
 ) -> None:
-    name, _ = saved_views(("top1", "gmacs"))[key]
-    tab.page.set_viewport_size({"width": 2400, "height": 1000})  # columns out of sight are not made
+    name = saved_views(("top1", "gmacs"))[key].name
+    tab.page.set_viewport_size({"width": 2400, "height": 1000})  # hidden columns are not rendered
     tab.page.goto(served.view.replace("vitpareto-front", key).replace("CHART", "TABLE"))
     tab.page.wait_for_selector(f"text={name}")
     tab.page.wait_for_selector("text=matching runs")
@@ -89,7 +93,7 @@ def test_every_view_lists_its_runs_and_columns(
     assert any(columns[name] in head for head in heads), heads
 
 
-def test_the_explorer_works_inside_mlflows_frame(tab: Tab, served: Served) -> None:
+def test_the_explorer_works_in_the_frame_of_mlflow(tab: Tab, served: Served) -> None:
     tab.page.goto(served.explorer)
     frame = tab.page.frame_locator("iframe")
     frame.locator("#plot .scatterlayer .point").first.wait_for()
@@ -103,9 +107,7 @@ def test_the_explorer_works_inside_mlflows_frame(tab: Tab, served: Served) -> No
     tab.screenshot("mlflow-explorer")
 
 
-def test_a_view_that_somebody_renamed_comes_back_at_the_next_sync(
-    study: StudyFolder, tmp_path: Path
-) -> None:
+def test_a_damaged_view_is_restored_by_sync(study: StudyFolder, tmp_path: Path) -> None:
     client = open_client(store_uri(study.folder.parent))
     experiment = client.get_experiment_by_name("vitpareto/deit-s")
     (key,) = [k for k in experiment.tags if k.endswith("vitpareto-failed")]
