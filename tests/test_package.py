@@ -1,135 +1,122 @@
-"""The house itself: imports run one way, methods need torch and timm alone, and a wheel works."""
+"""What is installed: one import name, all code and data, and methods that need torch and timm."""
 
 from __future__ import annotations
 
-import ast
 import os
+import shutil
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-#: who may import whom; a package may always import itself
-ALLOWED = {
-    "methods": set(),
-    "search": {"methods"},
-    "clusters": {"search", "methods"},
-    "dashboards": {"search", "methods"},
-}
+import vitpareto
+from tests.architecture import FOLDERS, ROOT, imports_of, sources
 
 
-def sources(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py") if package != "." else ROOT.glob("*.py"))
-
-
-def imported(path: Path) -> set[str]:
-    """Names of everything a file imports, at any depth: a package of ours, else top-level."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        modules: list[str] = []
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            modules = [str(node.module)]
-            if node.module == "vitpareto":
-                modules = [f"vitpareto.{alias.name}" for alias in node.names]
-        for module in modules:
-            top, _, rest = module.partition(".")
-            found.add(rest.partition(".")[0] if top == "vitpareto" and rest else top)
-    return found
-
-
-@pytest.mark.parametrize("package", ALLOWED)
-def test_imports_run_one_way(package: str) -> None:
-    ours = {*ALLOWED, "vitpareto", "cli", "tests"}
-    for path in sources(package):
-        wrong = (imported(path) & ours) - ALLOWED[package] - {package}
-        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}"
-
-
-def test_no_file_of_methods_imports_a_module_of_methods_that_imports_it() -> None:
-    """No circles, here where files know each other most."""
-    arrows = {}
-    for path in sources("methods"):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        arrows[f"vitpareto.{name}"] = {
-            str(node.module)
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.ImportFrom)
-            and str(node.module).startswith("vitpareto.methods.")
-        }
-    done: set[str] = set()
-    while arrows:
-        free = {name for name, targets in arrows.items() if targets <= done}
-        assert free, f"a circle among {sorted(arrows)}"
-        done |= free
-        arrows = {name: targets for name, targets in arrows.items() if name not in free}
-
-
-@pytest.mark.parametrize("package", [*ALLOWED, "."])
-def test_every_file_says_what_it_is_for(package: str) -> None:
-    for path in sources(package):
-        docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-        assert docstring and len(docstring.split()) >= 6, path.relative_to(ROOT)
-
-
-def python(code: str, **more: object) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-c", code]
-    return subprocess.run(  # type: ignore[call-overload]
-        arguments, capture_output=True, text=True, timeout=120, check=False, **more
+def python(code: str, executable: Path | str = sys.executable, **more: object) -> str:
+    """Standard output of a program; it must succeed."""
+    done = subprocess.run(  # type: ignore[call-overload]
+        [executable, "-c", code], capture_output=True, text=True, timeout=120, check=False, **more
     )
-
-
-def test_methods_needs_torch_and_timm_alone() -> None:
-    """By what its files name, and by what is loaded after using it (PyYAML comes with timm)."""
-    for path in sources("methods"):
-        beyond = (
-            imported(path) - set(sys.stdlib_module_names) - {"methods", "torch", "timm", "yaml"}
-        )
-        assert not beyond, f"{path.name} imports {beyond}"
-    code = """
-import sys, timm, torch
-from vitpareto import methods
-model = timm.create_model("deit_tiny_patch16_224", depth=2).eval()
-print(methods.prune(model, "tome", r=13)(torch.zeros(1, 3, 224, 224)).shape)
-ours = {"ray", "optuna", "mlflow", "fvcore", "vitpareto.search", "vitpareto.clusters",
-        "vitpareto.dashboards", "matplotlib"}
-print(sorted(ours & set(sys.modules)))
-"""
-    done = python(code, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["torch.Size([1, 1000])", "[]"]
+    return str(done.stdout)
 
 
-def test_a_wheel_works_elsewhere(tmp_path: Path) -> None:
-    """Built, unpacked in an empty folder, and used from there: code, weights, entry point."""
+def test_methods_needs_torch_and_timm_alone(tmp_path: Path) -> None:
+    """By what its files name, and by what is loaded after using it (PyYAML comes with timm)."""
+    allowed = {*sys.stdlib_module_names, "vitpareto", "torch", "timm", "yaml"}
+    for path in (p for p in sources() if p.is_relative_to(ROOT / "methods")):
+        for one in imports_of(path):
+            assert one.target.split(".")[0] in allowed, one
+            assert one.target.split(".")[1:2] in ([], ["methods"]) or not one.target.startswith(
+                "vitpareto."
+            ), one
+    code = """
+import sys, timm, torch, vitpareto
+model = timm.create_model("deit_tiny_patch16_224", depth=2).eval()
+print(vitpareto.prune(model, "tome", r=13)(torch.zeros(1, 3, 224, 224)).shape)
+heavy = {"ray", "optuna", "mlflow", "fvcore", "vitpareto.search", "vitpareto.clusters",
+         "vitpareto.dashboards", "matplotlib"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    assert python(code, cwd=tmp_path).splitlines() == ["torch.Size([1, 1000])", "[]"]
+
+
+def test_the_public_face() -> None:
+    """Every public name exists; nothing else is promised."""
+    assert sorted(vitpareto.__all__) == dir(vitpareto)
+    for name in vitpareto.__all__:
+        assert getattr(vitpareto, name) is not None
+    assert vitpareto.prune is vitpareto.methods.prune
+    with pytest.raises(AttributeError, match="prun"):
+        _ = vitpareto.prun
+    assert {*FOLDERS} < {*vitpareto.__all__}
+
+
+def test_the_command_starts_without_torch() -> None:
+    code = "import sys, vitpareto.cli; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    python(code)
+
+
+def test_a_wheel_in_an_empty_environment(tmp_path: Path) -> None:
+    """It installs one package, `vitpareto`, and the command; code, data and types are complete."""
+    source = tmp_path / "source"
+    for name in (*FOLDERS, "vitpareto"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copyfile(ROOT / name, source / name)
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT],
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source],
         check=True, capture_output=True, timeout=240,
     )  # fmt: skip
     (wheel,) = tmp_path.glob("*.whl")
-    place = tmp_path / "installed"
-    with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        archive.extractall(place)
-    assert not [n for n in names if n.startswith("tests")]
+    venv.create(tmp_path / "empty", with_pip=False)
+    own = tmp_path / "empty" / "bin" / "python"
+    place = Path(python("import sysconfig; print(sysconfig.get_path('purelib'))", own).strip())
+    before = {path.name for path in place.iterdir()}
+    subprocess.run(
+        [sys.executable, "-m", "pip", f"--python={own}", "install", "--no-deps", "--no-index",
+         "--quiet", "--disable-pip-version-check", wheel],
+        check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    version = vitpareto.__version__
+    new = {path.name for path in place.iterdir()} - before
+    assert new == {"vitpareto", f"vitpareto-{version}.dist-info"}
+    inside = {path.name for path in (place / "vitpareto").iterdir() if path.is_dir()}
+    assert inside - {"__pycache__"} == {*FOLDERS}
+    assert (place / "vitpareto" / "py.typed").is_file()
+    files = {
+        path.relative_to(place / "vitpareto").as_posix()
+        for path in (place / "vitpareto").rglob("*.py")
+    }
+    expected = {path.relative_to(ROOT).as_posix().removeprefix("vitpareto/") for path in sources()}
+    assert files == expected
+    # the other packages come from this environment, the code from the empty one
     code = f"""
 import sys
-sys.path.insert(0, {str(place)!r})
-import vitpareto, vitpareto.cli, vitpareto.clusters.connect, vitpareto.dashboards.front_plot
-from vitpareto import methods, search
+from vitpareto import clusters, dashboards, methods, search
 from vitpareto.search.compare import published
 from vitpareto.search.models import embedded_model
-for module in (methods, search, vitpareto, vitpareto.clusters, vitpareto.dashboards):
+for module in (methods, search, clusters, dashboards, published):
     assert module.__file__.startswith({str(place)!r}), module.__file__
 print(embedded_model.build().head.out_features, len(published.rows()), len(methods.names()))
 """
-    done = python(code, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["10", "38"]
-    assert {n.split("/")[0].partition("-")[0] for n in names} == {"vitpareto"}
-    entry = next(n for n in names if n.endswith("entry_points.txt"))
-    assert "vitpareto = vitpareto.cli:main" in (place / entry).read_text()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(place), *_libraries()])}
+    printed = python(code, own, cwd=tmp_path, env=environment).split()
+    assert printed[:2] == ["10", "38"]
+    command = own.with_name("vitpareto")
+    shown = subprocess.run(
+        [command, "--version"], env=environment, capture_output=True, text=True, timeout=120,
+        check=True,
+    )  # fmt: skip
+    assert shown.stdout.strip() == version
+
+
+def _libraries() -> list[str]:
+    """Where this environment's packages lie, without an editable install of ours."""
+    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))] or [
+        sysconfig.get_path("purelib")
+    ]
