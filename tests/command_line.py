@@ -18,7 +18,7 @@ from vitpareto import cli
 from vitpareto.methods.engine.errors import BadInput, Code
 
 #: the study that `study_store` holds
-STUDY, TRIALS = "s", 8
+STUDY, TRIALS = "s", 6
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,30 @@ def command() -> Run:
     return run_command
 
 
+@dataclass(frozen=True)
+class MadeStudy:
+    """A store with one study, and what the search that made it printed."""
+
+    store: Path
+    result: Result
+
+
 @pytest.fixture(scope="session")
-def study_store(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """A store with the study `s`, for tests that only read it."""
+def made_study(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> MadeStudy:
+    """The study `s`, made once; tests do not change it."""
     store = tmp_path_factory.mktemp("studies")
     job = tmp_path_factory.mktemp("job") / "job.yaml"
-    job.write_text("images: 40\nmethods: [topk, tome]\nlatency: off\nworkers: 2\n")
-    made = run_command("search", job, "--name", STUDY, "--trials", TRIALS, "--store", store,
-                       "--cache", cache)  # fmt: skip
-    assert made.code == 0, made.err
-    return store
+    job.write_text("trials: 100\nimages: 40\nmethods: [topk, tome]\nlatency: off\n")
+    result = run_command("search", job, "--set", f"trials={TRIALS}", "--name", STUDY,
+                         "--workers", 2, "--store", store, "--cache", cache)  # fmt: skip
+    assert result.code == 0, result.err
+    return MadeStudy(store, result)
+
+
+@pytest.fixture
+def study_store(made_study: MadeStudy) -> Path:
+    """The store of `made_study`."""
+    return made_study.store
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import command, own_store, study_store
+from tests.command_line import command, made_study, own_store, study_store
 from vitpareto.clusters.connect import ClusterCapacity, local_cluster
 
-__all__ = ["cache", "command", "own_store", "capacity", "study_store"]
+__all__ = ["cache", "capacity", "command", "made_study", "own_store", "study_store"]
 
 # nobody's server hears of a test
 for name in ("MLFLOW_TRACKING_URI", "VITPARETO_STORE"):

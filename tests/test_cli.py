@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -105,8 +106,9 @@ def test_commands_without_a_search_import_neither_ray_nor_optuna(
         "    print('torch', 'torch' in sys.modules)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # more threads than cores wait for each other
+    )  # fmt: skip
     assert done.returncode == (cli.REFUSED if "NOWHERE" in arguments else 0), done.stderr
     lines = done.stdout.splitlines()
     assert lines[-2] == "imported", lines[-2]

@@ -6,30 +6,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import Run
+from tests.command_line import STUDY, TRIALS, MadeStudy, Run
 from vitpareto.methods.engine.errors import Code
 
 pytestmark = pytest.mark.usefixtures("capacity")  # one Ray for the file: `local_cluster` joins it
 
 
-def test_a_search_prints_its_front_and_continues_by_name(
-    command: Run, cache: Path, tmp_path: Path
-) -> None:
-    job, store = tmp_path / "job.yaml", tmp_path / "studies"
-    job.write_text("trials: 100\nimages: 40\nmethods: [topk, tome]\nlatency: off\n")
-    where = ("--store", store, "--cache", cache)
-    result = command("search", job, "--set", "trials=3", "--name", "s", "--workers", 2, *where)
-    assert result.code == 0, result.err
-    assert "3 trials measured" in result.err and "hypervolume" in result.err
+def test_a_search_prints_its_front(made_study: MadeStudy) -> None:
+    result, folder = made_study.result, made_study.store / STUDY
+    assert f"{TRIALS} trials measured" in result.err and "hypervolume" in result.err
     assert "front of s: digits on digits" in result.out and "topk keep_rate" in result.out
-    assert (store / "s" / "front.png").stat().st_size > 10_000
-    assert (store / "s" / "front.svg").read_text().startswith("<?xml")
+    assert (folder / "front.png").stat().st_size > 10_000
+    assert (folder / "front.svg").read_text().startswith("<?xml")
     assert "MLflow" not in result.err
 
-    # keys that are not given stay as the study was started
-    result = command("search", "--name", "s", "--trials", 5, *where)
-    assert result.code == 0 and "5 trials measured" in result.err
-    assert len(list((store / "s" / "trials").glob("*.json"))) == 5
+
+def test_a_search_continues_by_its_name_alone(command: Run, own_store: Path, cache: Path) -> None:
+    """Keys that are not given stay as the study was started."""
+    result = command("search", "--name", STUDY, "--trials", TRIALS + 2, "--store", own_store,
+                     "--cache", cache)  # fmt: skip
+    assert result.code == 0 and f"{TRIALS + 2} trials measured" in result.err
+    rows = command("trials", STUDY, "--json", "--store", own_store).rows
+    assert len(rows) == TRIALS + 2 and all(row["images"] <= 40 for row in rows)
 
 
 #: bad options: the code where the command checks them itself, and what the message names
