@@ -76,4 +76,5 @@ def test_reproduce_measures_accuracy(
 
 def test_reproduce_refuses_bad_options(command: Run) -> None:
     assert "/nowhere/val" in str(command("reproduce", "--data", "/nowhere/val").is_refused())
-    assert "'digits'" in str(command("reproduce", "--models", "digit").is_refused())
+    error = command("reproduce", "--models", "vit_small_patch16_225").is_refused()
+    assert "'vit_small_patch16_224'" in str(error)
