@@ -84,21 +84,31 @@ def certify_front(
     if not pending:
         return {}
     report(f"certifying {len(pending)} trials on {len(held_out)} held-out images")
-    # costs are known: only accuracy is measured
-    task = replace(
+    failed = _measure(_held_out_task(task, held_out), pending, recovered, cpus, gpus)
+    for trial, reason in sorted(failed.items()):
+        report(f"trial {trial} is not certified: {reason}")
+    return failed
+
+
+def _held_out_task(task: TrialTask, held_out: Split) -> TrialTask:
+    """The task on the held-out images; costs are known, only accuracy is measured."""
+    return replace(
         task,
         images=replace(task.images, search=held_out),
         latency=replace(task.latency, per_trial=False),
     )
+
+
+def _measure(
+    task: TrialTask, pending: Sequence[TrialResult], recovered: bool, cpus: int, gpus: float
+) -> dict[int, str]:
+    """Measure trials, as many at a time as fit; returns the reasons of those that fail."""
     certify = _certify_recovered if recovered else _certify
-    failed = {
+    return {
         done.item.trial: done.reason
         for done in run_for_each(certify, task, pending, cpus=cpus, gpus=gpus)
         if done.reason
     }
-    for trial, reason in sorted(failed.items()):
-        report(f"trial {trial} is not certified: {reason}")
-    return failed
 
 
 def _record_members(

@@ -132,6 +132,6 @@ def test_what_a_process_raises_is_raised_here(capacity: Any, tmp_path: Path) -> 
 
 def test_a_trial_on_several_gpus_keeps_a_part_of_one() -> None:
     config = SearchConfig.of({"gpus_per_trial": 4})
-    crew = TrialResources.of(config, "cuda", 32, 8)
-    assert crew.workers == 2 and crew.gpus == 0.1
+    resources = TrialResources.of(config, "cuda", 32, 8)
+    assert resources.workers == 2 and resources.gpus == 0.1
     assert TrialResources.of(replace(config, gpus_per_trial=1.0), "cuda", 32, 8).gpus == 1.0

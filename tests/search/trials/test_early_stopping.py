@@ -56,7 +56,7 @@ def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> RungReport:
     return RungReport("own", {"tokens": {"method": "topk"}}, values, right, **more)
 
 
-def judge() -> EarlyStopping:
+def early_stopping() -> EarlyStopping:
     """The dense model at 2 GMACs, and a good method at 1."""
     found = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {"seed": 0})
     found.on_result(result(0, Recipe(), bits(0.95), 2.0))
@@ -66,7 +66,7 @@ def judge() -> EarlyStopping:
 
 def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
     right = bits(0.4, 2)[:90]
-    stopped = judge().on_rung(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
+    stopped = early_stopping().on_rung(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
     assert stopped is not None
     assert (stopped.state, stopped.trial, stopped.images) == ("raced_out", 7, 90)
     assert stopped.reason == "behind trial 1 after 90 of 240 images"
@@ -77,19 +77,19 @@ def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
 
 
 def test_one_that_costs_less_than_all_others_climbs_on_whatever_it_shows() -> None:
-    assert judge().on_rung(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
+    assert early_stopping().on_rung(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
 
 
 def test_nobody_is_stopped_before_the_dense_model_is_known_nor_the_dense_model() -> None:
     early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {})
     assert early.on_rung(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
-    assert judge().on_rung(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
+    assert early_stopping().on_rung(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
 
 
 def test_controls_race_among_themselves() -> None:
     """Their front says what pruning gains: no method may thin it out."""
     poor = rung(bits(0.4, 2)[:150], 1.2)
-    found = judge()
+    found = early_stopping()
     assert found.on_rung(7, RANDOM, poor) is None
     assert found.on_rung(7, TOPK, poor) is not None
     found.on_result(result(2, RANDOM, bits(0.8, 3), 1.1))
@@ -99,12 +99,14 @@ def test_controls_race_among_themselves() -> None:
 
 
 def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> None:
-    """ATS: its first images say 1.2 GMACs a piece, and the rest may still be cheaper."""
+    """ATS: its first images cost 1.2 GMACs each, and the rest may be cheaper."""
     poor, costs = bits(0.4, 2)[:90], np.full(90, 1.2e9)
     adaptive = rung(poor, 1.2, macs_each=costs, bounds=(0.2e9, 2e9))
-    assert judge().on_rung(7, ATS, adaptive) is None, "a third of the images prove no cost above 1"
+    assert early_stopping().on_rung(7, ATS, adaptive) is None, (
+        "a third of the images prove no cost above 1"
+    )
     sure = rung(poor, 1.2, macs_each=costs, bounds=(1.1e9, 2e9))
-    stopped = judge().on_rung(7, ATS, sure)
+    stopped = early_stopping().on_rung(7, ATS, sure)
     assert stopped is not None and stopped.values["gmacs"] == 1.2
 
 
@@ -173,7 +175,7 @@ def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
     number = stop_one(folder, own)
     durable = folder.result(number)
     assert durable is not None and durable.state == "raced_out"
-    assert own.study.trials[number].state == TrialState.RUNNING, "Ray has not heard yet"
+    assert own.study.trials[number].state == TrialState.RUNNING, "Ray has not reported it yet"
     own.complete("b")
     frozen = own.study.trials[number]
     assert frozen.state == state

@@ -40,9 +40,9 @@ def at(worker: Worker, *rungs: int, **changed) -> Worker:
 def test_every_rung_is_a_prefix_of_the_whole(worker: Worker, recipe: Recipe) -> None:
     whole = measure_recipe(worker, 1, recipe)
     right = unpack_bits(whole.bits, whole.images)
-    *climbed, last = run_rungs(at(worker, 16, 40, 90), 1, recipe)
-    assert [type(r) for r in climbed] == [RungReport, RungReport]
-    for rung in climbed:
+    *reports, last = run_rungs(at(worker, 16, 40, 90), 1, recipe)
+    assert [type(r) for r in reports] == [RungReport, RungReport]
+    for rung in reports:
         assert isinstance(rung, RungReport)
         assert (rung.right == right[: len(rung.right)]).all()
         assert rung.values["top1"] == 100 * rung.right.mean()
@@ -57,9 +57,9 @@ def test_every_rung_is_a_prefix_of_the_whole(worker: Worker, recipe: Recipe) -> 
 
 def test_padding_is_that_of_whole_batches(worker: Worker) -> None:
     """ATS pads a batch to its longest image: a rung inside a batch would change its cost."""
-    *climbed, _ = run_rungs(at(worker, 10, 40), 1, ATS)
-    assert [len(r.right) for r in climbed if isinstance(r, RungReport)] == [16, 48]
-    rung = climbed[0]
+    *reports, _ = run_rungs(at(worker, 10, 40), 1, ATS)
+    assert [len(r.right) for r in reports if isinstance(r, RungReport)] == [16, 48]
+    rung = reports[0]
     assert isinstance(rung, RungReport) and rung.macs_each is not None and len(rung.macs_each) == 16
     low, high = rung.bounds
     assert (low <= rung.macs_each).all() and (rung.macs_each <= high).all()
@@ -86,10 +86,10 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]
 def test_no_image_is_seen_twice_and_none_after_the_stop(
     worker: Worker, evaluated: list[tuple[int, int]]
 ) -> None:
-    climbing = run_rungs(at(worker, 20, 50), 1, TOPK)
-    next(climbing)
+    steps = run_rungs(at(worker, 20, 50), 1, TOPK)
+    next(steps)
     assert evaluated == [(0, 16), (16, 20)]
-    climbing.close()  # stopped here: nothing more is run, memory is not measured either
+    steps.close()  # stopped here: nothing more is run, memory is not measured either
     assert evaluated == [(0, 16), (16, 20)]
     evaluated.clear()
     list(run_rungs(at(worker, 20, 50), 1, TOPK))
