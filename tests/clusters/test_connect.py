@@ -74,6 +74,6 @@ def test_a_local_cluster_is_on_loopback_and_leaves_no_process() -> None:
         ("head", Code.UNAVAILABLE),
     ],
 )
-def test_a_cluster_that_cannot_be_joined(address: str, code: Code) -> None:
+def test_an_unreachable_cluster_is_refused(address: str, code: Code) -> None:
     with refused(code), joined_cluster(address):
         pass

@@ -33,7 +33,7 @@ def given(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_a_package_runs_by_itself(tmp_path: Path) -> None:
+def test_a_package_is_self_contained(tmp_path: Path) -> None:
     """Code, job and files: nothing of this project has to be installed where it runs."""
     package = tmp_path / "package"
     package.mkdir()
@@ -59,7 +59,7 @@ def test_a_package_runs_by_itself(tmp_path: Path) -> None:
     ).is_file()
 
 
-def test_packed_files_outlive_the_package_under_one_name(tmp_path: Path) -> None:
+def test_packed_files_are_stored_in_the_study_under_stable_names(tmp_path: Path) -> None:
     """The same job submitted again names the same paths: a study is continued, not refused."""
     job, study = given(tmp_path), tmp_path / "studies" / "k"
     stored = []
@@ -76,7 +76,7 @@ def test_packed_files_outlive_the_package_under_one_name(tmp_path: Path) -> None
     assert not list((study / INPUTS).glob(".*")), "nothing half-copied"
 
 
-def test_a_job_that_cannot_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unpackable_job_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = given(tmp_path)
     (tmp_path / "package").mkdir()
     for store in (None, "studies"):
@@ -90,14 +90,14 @@ def test_a_job_that_cannot_be_packed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         pack_job(job, tmp_path / "package")
 
 
-def test_a_head_that_does_not_answer() -> None:
+def test_an_unreachable_job_server_is_refused() -> None:
     with refused("unavailable", address="http://127.0.0.1:9"):
         JobClient("http://127.0.0.1:9")
     with refused("wrong-type", key="address", got="head:8265"):
         JobClient("head:8265")
 
 
-def test_why_a_job_failed_is_one_line() -> None:
+def test_the_failure_of_a_job_is_one_line() -> None:
     log = "Job entrypoint command failed with exit code 2, last logs:\nstudy k\nerror: no GPU\n"
     assert SubmittedJob("k-1", "k", "FAILED", log, 0).failure == "error: no GPU"
     assert SubmittedJob("k-1", "k", "RUNNING", "Job is currently running.", 0).failure == ""

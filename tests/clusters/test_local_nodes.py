@@ -57,7 +57,7 @@ def answer(url: str, token: str | None = None) -> int:
 
 
 @pytest.mark.timeout(1800)  # with its turn to have a cluster
-def test_it_listens_on_loopback_and_asks_for_the_token(cluster: Running) -> None:
+def test_a_local_cluster_listens_on_loopback_and_requires_a_token(cluster: Running) -> None:
     jobs = f"{cluster.dashboard}/api/jobs/"
     assert answer(jobs) == 401
     assert answer(jobs, "0" * 64) in (401, 403)
@@ -73,7 +73,9 @@ def test_it_listens_on_loopback_and_asks_for_the_token(cluster: Running) -> None
     assert listening and listening <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}, listening
 
 
-def test_what_cannot_work_is_refused_at_the_start(cluster: Running, tmp_path: Path) -> None:
+def test_an_unusable_store_or_device_is_refused_at_the_start(
+    cluster: Running, tmp_path: Path
+) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
     search = ("search", "job.yaml", "--address", cluster.address)
     code, said = cluster.run(*search, "--store", OWN / "apart", cwd=tmp_path)
@@ -84,7 +86,7 @@ def test_what_cannot_work_is_refused_at_the_start(cluster: Running, tmp_path: Pa
     assert not (tmp_path / "s" / NAME / "trials").is_dir() or not results(tmp_path / "s")
 
 
-def test_another_token_another_ray_another_python(cluster: Running, tmp_path: Path) -> None:
+def test_another_token_ray_or_python_is_refused(cluster: Running, tmp_path: Path) -> None:
     wrong = {**cluster.environment, "RAY_AUTH_TOKEN": "1" * 64}
     wrong.pop("RAY_AUTH_TOKEN_PATH")
     jobs = ("jobs", "--address")
@@ -148,7 +150,7 @@ def results_in(store: Path) -> list[Path]:
 
 
 @pytest.mark.timeout(1200)
-def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Path) -> None:
+def test_latency_is_measured_in_an_exclusive_slot(cluster: Running, tmp_path: Path) -> None:
     """Trials share the other two nodes; latencies come from the one that has the resource."""
     job = {**JOB, "trials": 6, "objectives": ["top1", "latency_ms"], "latency_on": "stopwatch"}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
@@ -168,7 +170,7 @@ def test_latency_is_measured_in_a_slot_of_its_own(cluster: Running, tmp_path: Pa
 
 
 @pytest.mark.timeout(1800)
-def test_a_submitted_search_is_stopped_and_goes_on_though_a_node_dies(
+def test_a_submitted_search_continues_after_a_stop_and_a_killed_node(
     cluster: Running, tmp_path: Path
 ) -> None:
     """Stop, submit again, kill a node: nothing finished is lost or measured twice, and each node

@@ -62,7 +62,7 @@ def check(document: dict[str, Any]) -> None:
         kubernetes_validate.validate(document, KUBERNETES, strict=True)
 
 
-def test_every_object_is_what_its_schema_says() -> None:
+def test_every_object_matches_its_schema() -> None:
     kinds = [d["kind"] for d in documents()]
     assert {"RayJob", "Deployment", "Service", "NetworkPolicy", "PodMonitor"} <= set(kinds)
     for document in documents():
@@ -73,7 +73,7 @@ def test_every_object_is_what_its_schema_says() -> None:
         check(pod)
 
 
-def test_a_misspelt_field_is_noticed() -> None:
+def test_the_schemas_refuse_unknown_fields() -> None:
     """The schemas refuse what they do not know: otherwise they would prove nothing."""
     (job,) = named("RayJob")
     wrong = copy.deepcopy(job)
@@ -90,7 +90,7 @@ def test_a_misspelt_field_is_noticed() -> None:
         check(wrong)
 
 
-def test_the_job_is_gone_when_it_is_done_and_asks_for_tokens() -> None:
+def test_the_job_is_deleted_at_its_end_and_requires_a_token() -> None:
     (job,) = named("RayJob")
     spec, cluster = job["spec"], job["spec"]["rayClusterSpec"]
     assert spec["shutdownAfterJobFinishes"] and spec["ttlSecondsAfterFinished"] > 0
@@ -103,7 +103,7 @@ def test_the_job_is_gone_when_it_is_done_and_asks_for_tokens() -> None:
     SearchConfig.of(yaml.safe_load((KUBERAY / "job.yaml").read_text()))
 
 
-def test_no_secret_stands_in_a_file_and_every_image_is_pinned() -> None:
+def test_files_hold_no_secrets_and_pin_every_image() -> None:
     """Secrets are named, never written; kustomize makes them from files that git ignores."""
     assert not named("Secret")
     kustomization = yaml.safe_load((KUBERAY / "kustomization.yaml").read_text())
@@ -132,7 +132,7 @@ def test_no_secret_stands_in_a_file_and_every_image_is_pinned() -> None:
     }
 
 
-def test_ports_are_closed_to_strangers() -> None:
+def test_ports_are_closed_to_other_pods() -> None:
     policies = {p["metadata"]["name"]: p["spec"] for p in named("NetworkPolicy")}
     for name, template in pods():
         labels = template["metadata"]["labels"]
@@ -154,7 +154,7 @@ def test_ports_are_closed_to_strangers() -> None:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl, to run kustomize")
-def test_kustomize_puts_it_together(tmp_path: Path) -> None:
+def test_kustomize_builds_the_manifests(tmp_path: Path) -> None:
     place = shutil.copytree(KUBERAY, tmp_path / "kuberay")
     (place / "secrets").mkdir(exist_ok=True)
     for name in (
@@ -176,7 +176,7 @@ def test_kustomize_puts_it_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cloud", ["aws", "gcp"])
-def test_the_launchers_files(cloud: str) -> None:
+def test_the_launcher_accepts_its_files(cloud: str) -> None:
     """As Ray's launcher reads them: head without trials, spot workers, one image, a token, and
     nothing installed over the image.
     """
@@ -206,7 +206,7 @@ def tool(name: str) -> Path:
     return Path(sys.executable).parent / name
 
 
-def test_the_slurm_script_and_the_dockerfile() -> None:
+def test_linters_accept_the_slurm_script_and_the_dockerfile() -> None:
     for command in (
         [tool("shellcheck"), "--severity=style", CLUSTERS / "slurm.sh"],
         [tool("hadolint"), CLUSTERS / "Dockerfile"],

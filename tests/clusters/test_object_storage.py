@@ -76,7 +76,9 @@ def storage(
     write_through._stores.clear()
 
 
-def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_reach_object_storage_and_other_nodes(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Written through here, brought on another node (another cache): what never changes once, what
     others may have changed anew.
     """
@@ -99,7 +101,9 @@ def test_what_is_durable_is_there_too(storage: str, monkeypatch: pytest.MonkeyPa
     assert not ObjectStore(storage).list_files(there / "trials")
 
 
-def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_in_object_storage_has_one_driver(
+    storage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that is alive is respected; the claim of one that died is taken over."""
     monkeypatch.setattr("vitpareto.search.files.claims.RENEW_INTERVAL_S", 0.5)
     monkeypatch.setattr("vitpareto.search.files.claims.EXPIRES_S", 15.0)
@@ -122,7 +126,7 @@ def test_a_study_in_it_has_one_driver(storage: str, monkeypatch: pytest.MonkeyPa
         StudyFolder.find(storage, "t")
 
 
-def test_a_storage_that_is_away_is_waited_for(
+def test_writes_wait_for_unavailable_object_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A result waits for it, as for a full disk; what it refuses is said at once."""
@@ -169,7 +173,7 @@ def pictures(folder: Path) -> Path:
     return folder
 
 
-def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> None:
+def test_images_in_object_storage_equal_those_of_a_folder(storage: str, tmp_path: Path) -> None:
     """The same order and fingerprint; a node without them fetches and decodes for itself, and one
     whose images were changed is refused.
     """
@@ -198,9 +202,7 @@ def test_images_in_it_are_those_of_a_folder(storage: str, tmp_path: Path) -> Non
         open_data(f"{storage}/vla", preprocess, cache=tmp_path / "c1")
 
 
-def test_what_is_prepared_once_is_found_from_another_node(
-    storage: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_node_finds_a_preparation(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepared weights lie in the storage: the second node trains nothing."""
 
     def train(progress: Path, artifacts: WeightStore) -> SharedWeights:
@@ -218,7 +220,7 @@ def test_what_is_prepared_once_is_found_from_another_node(
     assert not write_through.refresh(found.folder / "progress" / "state.pt"), "gone there too"
 
 
-def test_what_fsspec_knows_is_a_store_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsspec_schemes_are_stores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheme that pyarrow does not have: fsspec's own for this machine's folders."""
     monkeypatch.setenv("VITPARETO_CACHE", str(tmp_path / "cache"))
     study = StudyFolder.open(f"local://{tmp_path}/far", "s")
@@ -234,13 +236,13 @@ def test_what_fsspec_knows_is_a_store_too(tmp_path: Path, monkeypatch: pytest.Mo
         write_through._stores.clear()
 
 
-def test_an_address_that_nobody_knows(tmp_path: Path) -> None:
+def test_an_unknown_scheme_is_refused(tmp_path: Path) -> None:
     with refused("unsupported", url="ftpx://a/b"):
         check_empty("ftpx://a/b")
 
 
 @pytest.mark.timeout(1200)
-def test_a_lost_head_costs_what_was_in_flight(
+def test_a_study_in_object_storage_survives_a_lost_head(
     server: dict[str, str], storage: str, tmp_path: Path
 ) -> None:
     """A cluster is killed with all of its nodes and disks; on another one the same command goes on

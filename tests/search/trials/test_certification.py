@@ -118,7 +118,7 @@ def certified_study(world: World) -> tuple[list[TrialResult], list[TrialResult]]
     return search, [r for r in attach(search, record, there, held_out[-1]) if r.certified]
 
 
-def test_certified_intervals_hold_at_once_where_those_of_the_search_do_not() -> None:
+def test_certified_intervals_hold_simultaneously() -> None:
     """Selection included: the front is chosen on the search images, as a search does.
 
     Each of the search's intervals holds for a recipe that was named before; of those that won they
@@ -153,7 +153,7 @@ def test_certified_intervals_hold_at_once_where_those_of_the_search_do_not() -> 
     assert at_least(shared, studies) > ERROR, shared
 
 
-def test_certificates_hold_at_once_for_accuracies_and_for_differences() -> None:
+def test_certified_accuracies_and_differences_hold_simultaneously() -> None:
     """The same through what a user reads, with the differences from the dense model."""
     world = World(np.random.default_rng(1), 20, 150, 250)
     studies, accuracies, differences, kept = 1500, 0, 0, 0
@@ -176,7 +176,7 @@ def test_certificates_hold_at_once_for_accuracies_and_for_differences() -> None:
     assert at_most(kept, studies) <= ERROR, kept
 
 
-def test_rounds_hold_together_whoever_goes_on_for_what_they_saw() -> None:
+def test_certified_rounds_hold_under_optional_continuation() -> None:
     """A user goes on until no certified accuracy is below what she had hoped for."""
     draw, studies, missed, went_on = np.random.default_rng(2), 3000, 0, 0
     truth, images = 0.8, 400
@@ -215,7 +215,7 @@ def certified(results: list[TrialResult], held: list[np.ndarray]) -> list[TrialR
     return attach(results, record, there, there[0])
 
 
-def test_a_certificate_says_what_was_counted() -> None:
+def test_a_certificate_records_its_counts() -> None:
     images = 80
     base = bits(images, [0, 1])
     pruned = bits(images, [1, 60, 61, 62, 63, 64, 65, 66, 67])  # gains 0, loses eight dogs
@@ -232,7 +232,7 @@ def test_a_certificate_says_what_was_counted() -> None:
     assert (unpack_bits(own.bits, 80) == pruned).all()
 
 
-def test_a_trial_measured_anew_under_an_old_number_is_not_certified() -> None:
+def test_a_trial_measured_again_is_not_certified() -> None:
     base = bits(40, [0])
     results = [trial(0, base, 4.0, "dense"), trial(1, base, 2.0)]
     record = Record("f", ("a",), np.zeros(40, dtype=np.int64), ((0, 1),))
@@ -241,7 +241,7 @@ def test_a_trial_measured_anew_under_an_old_number_is_not_certified() -> None:
     assert [r.certified is not None for r in found] == [True, False]
 
 
-def test_the_worst_class_is_the_largest_drop_and_says_when_it_may_be_noise() -> None:
+def test_the_worst_class_has_the_largest_drop() -> None:
     labels = np.repeat([0, 1, 2], [10, 20, 40])
     names = ("ant", "bee", "cat", "dog")  # no image of a dog
     dense = np.full(70, True)
@@ -257,7 +257,7 @@ def test_the_worst_class_is_the_largest_drop_and_says_when_it_may_be_noise() -> 
     assert worst_class(dense[:0], dense[:0], labels[:0], names) is None
 
 
-def test_a_worst_class_beyond_noise_is_rare_where_no_class_is_worse() -> None:
+def test_a_worst_class_beyond_noise_is_rare_if_none_is_worse() -> None:
     """Of 100 classes some always loses; that it is called damage is rare."""
     draw, studies, called = np.random.default_rng(3), 1000, 0
     labels = np.repeat(np.arange(100), 20)
@@ -269,7 +269,7 @@ def test_a_worst_class_beyond_noise_is_rare_where_no_class_is_worse() -> None:
     assert at_most(called, studies) <= ERROR, called
 
 
-def test_changes_of_order_are_named_with_what_is_more_than_noise() -> None:
+def test_changes_of_order_are_reported() -> None:
     images = 400
     right = {n: bits(images, range(0, wrong)) for n, wrong in ((0, 10), (1, 20), (2, 30), (3, 40))}
     results = [trial(n, r, 4.0 - n, "dense" if n == 0 else "tome") for n, r in right.items()]
@@ -295,7 +295,7 @@ def test_changes_of_order_are_named_with_what_is_more_than_noise() -> None:
     assert order_note(results) == "" and order_changes(results[:1]) == []
 
 
-def test_a_long_note_names_the_largest_changes() -> None:
+def test_a_long_note_lists_the_largest_changes() -> None:
     images, count = 1000, 12
     results = [trial(0, bits(images, []), 99.0, "dense")]
     results += [trial(n, bits(images, range(10 * n)), 50.0 - n) for n in range(1, count)]
@@ -304,7 +304,7 @@ def test_a_long_note_names_the_largest_changes() -> None:
     assert note.count("trial") == 2 * NAMED and note.endswith(f"; and {55 - NAMED} more")
 
 
-def test_order_beyond_noise_is_rare_where_members_are_equal() -> None:
+def test_order_beyond_noise_is_rare_if_members_are_equal() -> None:
     draw, studies, called = np.random.default_rng(4), 300, 0
     for _ in range(studies):
         hard = draw.normal(size=300) > 0.8
@@ -316,7 +316,7 @@ def test_order_beyond_noise_is_rare_where_members_are_equal() -> None:
     assert at_most(called, studies) <= ERROR, called
 
 
-def test_what_is_certified_is_the_front_the_dense_model_and_the_controls_front() -> None:
+def test_certified_trials_are_both_fronts_and_the_dense_model() -> None:
     def at(number: int, top1: int, gmacs: float, method: str) -> TrialResult:
         return trial(number, bits(100, range(100 - top1)), gmacs, method)
 
@@ -377,7 +377,7 @@ def real(
     yield Real(prepared, TrialResources.of(config, "cpu", capacity.cpus, capacity.gpus), [])
 
 
-def test_the_front_is_measured_on_the_held_out_images_image_by_image(real: Real) -> None:
+def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> None:
     """Second implementation: the model from timm, the recipe, the drawn images, one plain loop."""
     assert real.certify() == {}
     members = members_of(real.folder.results(), OBJECTIVES)
@@ -406,7 +406,7 @@ def test_the_front_is_measured_on_the_held_out_images_image_by_image(real: Real)
     assert worst is not None and worst.name in embedded_images.CLASSES
 
 
-def test_what_is_certified_is_not_measured_twice(real: Real) -> None:
+def test_a_certified_trial_is_not_measured_again(real: Real) -> None:
     real.certify()
     before, told = real.files(), len(real.said)
     assert real.certify() == {}
@@ -425,7 +425,7 @@ def test_what_is_certified_is_not_measured_twice(real: Real) -> None:
     assert len(real.folder.certification()["rounds"]) == 1, "the same round of the error"
 
 
-def test_a_member_that_is_added_later_has_a_round_of_its_own(real: Real) -> None:
+def test_a_later_member_gets_a_new_round(real: Real) -> None:
     real.certify()
     before = {r.trial: r.certified for r in measured(real.folder)}
     results = real.folder.results()
@@ -448,7 +448,7 @@ def test_a_member_that_is_added_later_has_a_round_of_its_own(real: Real) -> None
     assert (own.low, own.high) == pytest.approx(clopper_pearson(right, 400, 0.05 * 0.1 * 0.5))
 
 
-def test_other_held_out_images_are_not_mixed(real: Real) -> None:
+def test_other_held_out_images_are_refused(real: Real) -> None:
     real.certify()
     plain = real.folder.certification()
     before = real.files()
@@ -460,7 +460,7 @@ def test_other_held_out_images_are_not_mixed(real: Real) -> None:
         real.folder.write_certification(plain)
 
 
-def test_one_that_cannot_be_measured_holds_no_other_up(
+def test_a_failing_member_does_not_stop_the_others(
     real: Real,
 ) -> None:
     real.certify()
@@ -483,7 +483,7 @@ def test_one_that_cannot_be_measured_holds_no_other_up(
     assert real.certify() == {} and path.is_file(), "tried again by the next call"
 
 
-def test_the_recovered_front_is_certified_beside_the_studys_own(real: Real) -> None:
+def test_the_recovered_front_is_certified(real: Real) -> None:
     results = real.folder.results()
     one = next(r for r in front_of(results, AXES) if not r.is_reference)
     model = load_model("digits")
@@ -512,7 +512,7 @@ def test_the_recovered_front_is_certified_beside_the_studys_own(real: Real) -> N
     assert [r.trial for r in real.folder.recovered()] == [one.trial]
 
 
-def test_certify_module_is_not_needed_to_read() -> None:
+def test_reading_certificates_imports_neither_ray_nor_torch_workers() -> None:
     """`vitpareto front` waits neither for Ray nor for torch's workers."""
     import subprocess
     import sys
@@ -525,7 +525,7 @@ def test_certify_module_is_not_needed_to_read() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
 
 
-def test_labels_and_rounds_survive_the_disk() -> None:
+def test_labels_and_rounds_round_trip() -> None:
     labels = np.array([0, 999, 3, 65535 % 1000])
     record = Record("abc", tuple(map(str, range(1000))), labels, ((0, 3), (7,)))
     again = Record.of(json.loads(json.dumps(record.plain())))

@@ -48,7 +48,7 @@ def trainer(prepared: CheckedJob, several: DataParallel, store: Path) -> Candida
     return CandidateTrainer(training, worker.dense, prepared.folder.artifacts)
 
 
-def test_alone_nothing_is_shared() -> None:
+def test_a_single_process_shares_nothing() -> None:
     images, labels = torch.rand(4, 3, 2, 2), torch.arange(4)
     same, also, share = own_share(images, labels)
     assert ranks() == (0, 1) and same is images and also is labels and share == 1.0
@@ -59,9 +59,7 @@ def test_alone_nothing_is_shared() -> None:
 
 
 @pytest.mark.timeout(240)
-def test_two_processes_train_what_one_trains(
-    prepared: CheckedJob, capacity: Any, tmp_path: Path
-) -> None:
+def test_two_processes_train_like_one(prepared: CheckedJob, capacity: Any, tmp_path: Path) -> None:
     """A trial's own training, checkpoint included; the difference is rounding, which training
     multiplies: far below what one more step changes.
     """
@@ -91,7 +89,7 @@ def test_two_processes_train_what_one_trains(
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_prepare_what_one_prepares(
+def test_two_processes_prepare_like_one(
     prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
     """NViT's way down: the same candidates are cut, and kept where the next study finds them."""
@@ -106,7 +104,7 @@ def test_two_processes_prepare_what_one_prepares(
 
 
 @pytest.mark.timeout(300)
-def test_two_processes_prepare_the_heads_that_one_prepares(
+def test_two_processes_prepare_heads_like_one(
     prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
     """TNT's noise is drawn in the forward: each process draws for its own images."""
@@ -121,7 +119,7 @@ def test_two_processes_prepare_the_heads_that_one_prepares(
 
 
 @pytest.mark.timeout(120)
-def test_what_a_process_raises_is_raised_here(capacity: Any, tmp_path: Path) -> None:
+def test_an_error_in_a_process_is_raised_in_the_caller(capacity: Any, tmp_path: Path) -> None:
     def fails() -> None:
         raise FloatingPointError("the training loss became nan at epoch 0, step 3")
 
@@ -130,7 +128,7 @@ def test_what_a_process_raises_is_raised_here(capacity: Any, tmp_path: Path) -> 
     assert ray.is_initialized() and not list(tmp_path.glob("ray-*"))
 
 
-def test_a_trial_on_several_gpus_keeps_a_part_of_one() -> None:
+def test_a_trial_on_several_gpus_holds_a_fraction_of_one() -> None:
     config = SearchConfig.of({"gpus_per_trial": 4})
     resources = TrialResources.of(config, "cuda", 32, 8)
     assert resources.workers == 2 and resources.gpus == 0.1

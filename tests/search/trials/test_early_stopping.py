@@ -64,7 +64,7 @@ def early_stopping() -> EarlyStopping:
     return found
 
 
-def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
+def test_a_confidently_worse_trial_is_stopped() -> None:
     right = bits(0.4, 2)[:90]
     stopped = early_stopping().on_rung(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
     assert stopped is not None
@@ -76,17 +76,17 @@ def test_one_that_is_confidently_behind_is_stopped_and_says_for_whom() -> None:
     assert stopped.provenance == {"seed": 0, "loss": 1.0}
 
 
-def test_one_that_costs_less_than_all_others_climbs_on_whatever_it_shows() -> None:
+def test_the_cheapest_trial_is_never_stopped() -> None:
     assert early_stopping().on_rung(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
 
 
-def test_nobody_is_stopped_before_the_dense_model_is_known_nor_the_dense_model() -> None:
+def test_the_dense_model_is_never_stopped_and_must_be_known() -> None:
     early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {})
     assert early.on_rung(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
     assert early_stopping().on_rung(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
 
 
-def test_controls_race_among_themselves() -> None:
+def test_controls_are_compared_with_controls_only() -> None:
     """Their front says what pruning gains: no method may thin it out."""
     poor = rung(bits(0.4, 2)[:150], 1.2)
     found = early_stopping()
@@ -98,7 +98,7 @@ def test_controls_race_among_themselves() -> None:
     assert only_controls(RANDOM.to_dict()) and not only_controls(TOPK.to_dict())
 
 
-def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> None:
+def test_an_adaptive_cost_counts_with_its_lower_bound() -> None:
     """ATS: its first images cost 1.2 GMACs each, and the rest may be cheaper."""
     poor, costs = bits(0.4, 2)[:90], np.full(90, 1.2e9)
     adaptive = rung(poor, 1.2, macs_each=costs, bounds=(0.2e9, 2e9))
@@ -110,7 +110,7 @@ def test_a_cost_that_images_decide_counts_as_little_as_it_may_yet_come_to() -> N
     assert stopped is not None and stopped.values["gmacs"] == 1.2
 
 
-def test_all_objectives_have_to_be_no_higher() -> None:
+def test_a_trial_is_stopped_only_if_worse_in_all_objectives() -> None:
     axes = [*AXES, OBJECTIVES["params_m"]]
     found = EarlyStopping(Race(IMAGES, 0.05, 20), axes, {})
     found.on_result(result(0, Recipe(), bits(0.95), 2.0))
@@ -168,7 +168,7 @@ def stop_one(folder: StudyFolder, own: StudySession) -> int:
 @pytest.mark.parametrize(
     ("told", "state"), [("estimate", TrialState.COMPLETE), ("pruned", TrialState.PRUNED)]
 )
-def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
+def test_a_stopped_trial_is_durable_before_it_is_reported(
     tmp_path: Path, worker: Worker, told: str, state: TrialState
 ) -> None:
     folder, own = begun(tmp_path, worker, raced_out_as=told)
@@ -186,9 +186,7 @@ def test_a_stopped_trial_is_durable_before_anybody_hears_and_told_once(
     assert number not in own.progress.front
 
 
-def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
-    tmp_path: Path, worker: Worker
-) -> None:
+def test_a_restarted_driver_keeps_a_stopped_trial(tmp_path: Path, worker: Worker) -> None:
     folder, own = begun(tmp_path, worker)
     number = stop_one(folder, own)  # and here the driver dies
     before = folder.result(number)
@@ -200,7 +198,7 @@ def test_a_driver_killed_after_the_stop_finds_it_and_measures_nothing_again(
     assert folder.known(key) == before, "the same candidate is not raced a second time"
 
 
-def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, worker: Worker) -> None:
+def test_patience_ends_a_study_whose_front_does_not_improve(tmp_path: Path, worker: Worker) -> None:
     folder, own = begun(tmp_path, worker, trials=None, patience=3, early_stopping=None)
     for i in range(3):
         proposal = own.next(f"t{i}")
@@ -211,7 +209,7 @@ def test_one_trial_of_patience_ends_when_the_front_stands(tmp_path: Path, worker
     assert own.progress.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
 
 
-def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, worker: Worker) -> None:
+def test_no_trial_starts_after_the_time_limit(tmp_path: Path, worker: Worker) -> None:
     _, own = begun(tmp_path, worker, trials=None, seconds=3600.0)
     assert own.next("a") is not None
     own.start -= 3601
@@ -222,7 +220,7 @@ def test_no_trial_is_begun_when_the_time_is_up(tmp_path: Path, worker: Worker) -
 # --------------------------------------------------------------------------------- on a real Ray
 
 
-def test_a_raced_study_stops_those_that_are_behind_and_loses_nothing(
+def test_early_stopping_keeps_the_front(
     tmp_path: Path, cache: Path, capacity: ClusterCapacity, worker: Worker
 ) -> None:
     """Every stopped trial is measured here in full: the one it was stopped for is as good."""

@@ -48,7 +48,7 @@ TRIALS = 14
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_killed_drivers_study_goes_on_with_the_same_command(tmp_path: Path, cache: Path) -> None:
+def test_a_study_continues_after_its_driver_is_killed(tmp_path: Path, cache: Path) -> None:
     """Of two drivers one is refused; the other is killed, and a third takes over."""
     logs = [tmp_path / "log0", tmp_path / "log1"]
     both = [driver(tmp_path, cache, log, "--trials", TRIALS) for log in logs]
@@ -93,9 +93,7 @@ def two_nodes() -> Iterator[tuple[Cluster, Any]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
-def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_a_study_survives_a_killed_worker_and_a_killed_node(tmp_path: Path, cache: Path) -> None:
     config = SearchConfig.of({
         "name": NAME, "trials": 24, "store": str(tmp_path), "workers": 2, "images": 200,
         "cache": str(cache), "device": "cpu", "latency": "off", "certify": "off", "race": "off",
@@ -130,7 +128,7 @@ def test_a_worker_and_then_a_node_are_killed_and_nothing_is_lost(
 
 
 @pytest.mark.slow
-def test_the_same_seed_and_one_worker_give_the_same_trials(
+def test_one_worker_and_one_seed_are_reproducible(
     tmp_path: Path, cache: Path, capacity: Any
 ) -> None:
     found = []
@@ -158,7 +156,7 @@ def test_the_same_seed_and_one_worker_give_the_same_trials(
         (False, Recipe.of("topk", keep_rate=0.5, prune_layers=[40]), "BadInput: .*40"),
     ],
 )
-def test_nan_logits_and_a_recipe_that_raises_are_failed_trials_and_the_worker_goes_on(
+def test_a_failing_recipe_is_a_failed_trial_and_the_worker_continues(
     worker: Worker, broken: bool, recipe: Recipe, reason: str
 ) -> None:
     actor = TrialActor.__new__(TrialActor)
@@ -200,7 +198,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_full_disk_pauses_the_study_until_there_is_room(small_disk: Path, cache: Path) -> None:
+def test_a_full_disk_pauses_the_study(small_disk: Path, cache: Path) -> None:
     log = small_disk.parent / "log"
     begun = driver(small_disk, cache, log, "--trials", TRIALS, "--race", "off")
     try:
@@ -225,7 +223,7 @@ def test_a_full_disk_pauses_the_study_until_there_is_room(small_disk: Path, cach
 # -------------------------------------------------------------------------------------- the memory
 
 
-def test_where_memory_does_not_suffice_the_batch_is_halved() -> None:
+def test_the_batch_is_halved_when_memory_does_not_suffice() -> None:
     asked = []
 
     def attempt(batch: int) -> str:
@@ -277,9 +275,7 @@ for limit in (here + 60 * 2**20, resource.RLIM_INFINITY):
 
 
 @pytest.mark.slow
-def test_a_trial_that_runs_out_of_memory_is_measured_in_smaller_batches(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_a_trial_that_runs_out_of_memory_uses_smaller_batches(tmp_path: Path, cache: Path) -> None:
     """In a process that may take 60 MB more than it has, and gives back what it has freed."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, tmp_path, cache],
@@ -385,7 +381,9 @@ def worker(tmp_path: Path, cache: Path) -> Worker:
 
 
 @pytest.mark.slow
-def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, worker: Worker) -> None:
+def test_trials_are_stored_in_postgresql(
+    postgres: Postgres, tmp_path: Path, worker: Worker
+) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
     with proposing(folder, worker, postgres.url) as own:
@@ -412,7 +410,7 @@ def test_trials_are_kept_in_postgresql(postgres: Postgres, tmp_path: Path, worke
         open_storage(folder)
 
 
-def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, worker: Worker) -> None:
+def test_a_lost_optuna_storage_reuses_no_trial_number(tmp_path: Path, worker: Worker) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
     with proposing(folder, worker, None) as own:
@@ -436,7 +434,7 @@ def test_a_storage_that_was_lost_takes_no_number_twice(tmp_path: Path, worker: W
         "postgresql+psycopg://me@127.0.0.1:1/db",
     ],
 )
-def test_a_database_that_cannot_be_used_is_said(tmp_path: Path, url: str) -> None:
+def test_an_unusable_database_is_refused(tmp_path: Path, url: str) -> None:
     folder = StudyFolder(tmp_path / "s")
     folder.create()
     with pytest.raises(UserError) as caught:
@@ -445,7 +443,7 @@ def test_a_database_that_cannot_be_used_is_said(tmp_path: Path, url: str) -> Non
     assert folder.untouched, "nothing was begun"
 
 
-def test_optunas_journal_stays_whole_on_a_full_disk(small_disk: Path) -> None:
+def test_the_optuna_journal_survives_a_full_disk(small_disk: Path) -> None:
     folder = StudyFolder(small_disk / "s")
     folder.create()
     study = optuna.create_study(storage=open_storage(folder), study_name="s")

@@ -37,7 +37,7 @@ def at(worker: Worker, *rungs: int, **changed) -> Worker:
 
 
 @pytest.mark.parametrize("recipe", [TOPK, ATS], ids=str)
-def test_every_rung_is_a_prefix_of_the_whole(worker: Worker, recipe: Recipe) -> None:
+def test_each_rung_is_a_prefix_of_the_full_measurement(worker: Worker, recipe: Recipe) -> None:
     whole = measure_recipe(worker, 1, recipe)
     right = unpack_bits(whole.bits, whole.images)
     *reports, last = run_rungs(at(worker, 16, 40, 90), 1, recipe)
@@ -55,7 +55,7 @@ def test_every_rung_is_a_prefix_of_the_whole(worker: Worker, recipe: Recipe) -> 
     assert replace(same, values=whole.values) == whole
 
 
-def test_padding_is_that_of_whole_batches(worker: Worker) -> None:
+def test_rungs_of_adaptive_recipes_end_at_batches(worker: Worker) -> None:
     """ATS pads a batch to its longest image: a rung inside a batch would change its cost."""
     *reports, _ = run_rungs(at(worker, 10, 40), 1, ATS)
     assert [len(r.right) for r in reports if isinstance(r, RungReport)] == [16, 48]
@@ -83,7 +83,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, int]]
     yield seen
 
 
-def test_no_image_is_seen_twice_and_none_after_the_stop(
+def test_each_image_is_evaluated_once_and_none_after_a_stop(
     worker: Worker, evaluated: list[tuple[int, int]]
 ) -> None:
     steps = run_rungs(at(worker, 20, 50), 1, TOPK)
@@ -98,14 +98,14 @@ def test_no_image_is_seen_twice_and_none_after_the_stop(
     assert forwards[-1][1] == IMAGES and memory == (0, BATCH)
 
 
-def test_memory_comes_first_where_it_is_an_objective(worker: Worker) -> None:
+def test_peak_memory_is_measured_first_if_it_is_an_objective(worker: Worker) -> None:
     first = next(run_rungs(at(worker, 20, memory_first=True), 1, TOPK))
     assert isinstance(first, RungReport) and first.values["peak_mb"] > 0
     later = next(run_rungs(at(worker, 20), 1, TOPK))
     assert isinstance(later, RungReport) and "peak_mb" not in later.values
 
 
-def test_rungs_beyond_the_images_are_none(worker: Worker) -> None:
+def test_rungs_beyond_the_last_image_are_ignored(worker: Worker) -> None:
     (only,) = run_rungs(at(worker, IMAGES, 500), 1, TOPK)
     assert isinstance(only, TrialResult) and only.images == IMAGES
     assert np.isfinite(only.values["top1"])

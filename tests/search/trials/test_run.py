@@ -69,7 +69,7 @@ def test_every_trial_is_finished_and_on_disk(study: tuple[StudyFolder, Any, list
     assert tried == {n for n in methods.names() if methods.get(n).training != "required"}
 
 
-def test_results_say_what_made_them(study: tuple[StudyFolder, Any, list[Any]]) -> None:
+def test_results_record_their_provenance(study: tuple[StudyFolder, Any, list[Any]]) -> None:
     folder, _, _ = study
     for result in folder.results():
         assert result.images == IMAGES
@@ -83,7 +83,7 @@ def test_results_say_what_made_them(study: tuple[StudyFolder, Any, list[Any]]) -
         assert set(result.values) >= {"top1", "top5", "gmacs", "params_m", "peak_mb"}
 
 
-def test_a_trial_is_what_measuring_its_recipe_by_hand_gives(
+def test_a_trial_equals_a_measurement_without_search_code(
     study: tuple[StudyFolder, Any, list[Any]], cache: Path
 ) -> None:
     """Second implementation: timm model, prune, one plain loop; no search code in between."""
@@ -125,7 +125,7 @@ def test_the_front_has_latencies_on_a_named_target(
     assert all("latency_ms" in merged[t] for t in latencies)
 
 
-def test_the_same_command_again_measures_nothing_twice(
+def test_continuing_a_study_measures_nothing_twice(
     study: tuple[StudyFolder, Any, list[Any]], capacity: ClusterCapacity, cache: Path
 ) -> None:
     folder, _, _ = study
@@ -139,7 +139,7 @@ def test_the_same_command_again_measures_nothing_twice(
     assert len(keys) == len(set(keys))
 
 
-def test_another_model_data_or_dtype_is_refused(
+def test_a_study_refuses_other_settings(
     study: tuple[StudyFolder, Any, list[Any]], cache: Path, capacity: ClusterCapacity
 ) -> None:
     folder, _, _ = study
@@ -153,7 +153,7 @@ def test_another_model_data_or_dtype_is_refused(
     assert sorted(p.name for p in (folder.folder / "trials").iterdir()) == before
 
 
-def test_the_budget_window_holds_for_every_trial_but_dense(
+def test_all_trials_but_dense_are_inside_the_budget_window(
     tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     dense = methods.model_shape(load_model("digits"))
@@ -168,15 +168,13 @@ def test_the_budget_window_holds_for_every_trial_but_dense(
     assert not folder.latencies()
 
 
-def test_a_window_no_recipe_reaches_is_refused_before_anything_starts(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_an_unreachable_budget_window_is_refused(tmp_path: Path, cache: Path) -> None:
     with refused("empty", low=None, high=1e-6):
         check_job(job(tmp_path, cache, max_gmacs=1e-6))
     assert not (tmp_path / "s").exists()
 
 
-def test_a_study_that_measured_nothing_takes_other_settings(tmp_path: Path, cache: Path) -> None:
+def test_an_empty_study_accepts_other_settings(tmp_path: Path, cache: Path) -> None:
     """A refused start must not hold the name against the mended job."""
     first = check_job(job(tmp_path, cache, seed=1))
     first.folder.settle(first.identity)
@@ -195,7 +193,7 @@ def test_three_objectives(tmp_path: Path, cache: Path, capacity: ClusterCapacity
     assert tally.hypervolume > 0, "token methods keep the parameters: over three axes it were 0"
 
 
-def test_latency_as_an_objective_is_measured_alone(
+def test_latency_as_an_objective_uses_one_worker(
     tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
@@ -233,7 +231,7 @@ def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cac
     assert again.values == first.values and again.bits == first.bits
 
 
-def test_measure_needs_no_study(tmp_path: Path, cache: Path) -> None:
+def test_a_single_measurement_needs_no_study(tmp_path: Path, cache: Path) -> None:
     config = SearchConfig.of({"images": 30, "cache": str(cache), "store": str(tmp_path / "no")})
     recipe = Recipe.from_yaml("tokens: {method: rajni, gamma: 0.02, min_tokens: 8}")
     measured = measure_once(config, recipe)
@@ -265,7 +263,9 @@ def test_measure_refuses_a_recipe_before_any_image_is_read(
     assert "/nowhere" not in message and "\n" not in message
 
 
-def test_measure_takes_what_has_no_trained_part(tmp_path: Path, cache: Path) -> None:
+def test_a_single_measurement_accepts_a_recipe_without_trained_parts(
+    tmp_path: Path, cache: Path
+) -> None:
     """DynamicViT that drops nothing is the dense model, and needs no weights."""
     config = SearchConfig.of({"images": 20, "cache": str(cache), "store": str(tmp_path)})
     recipe = Recipe.from_yaml("tokens: {method: dynamicvit, prune_layers: [], keep_rates: []}")
@@ -275,7 +275,7 @@ def test_measure_takes_what_has_no_trained_part(tmp_path: Path, cache: Path) -> 
     assert result.values["gmacs"] == dense.values["gmacs"]
 
 
-def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:
+def test_a_missing_device_is_refused(tmp_path: Path, cache: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("needs a machine without CUDA")
     with refused("unavailable", key="device", got="cuda", devices=0):
@@ -289,7 +289,7 @@ def test_what_the_device_cannot_do_is_said(tmp_path: Path, cache: Path) -> None:
     )
 
 
-def test_job_and_identity_are_files_a_person_can_read(
+def test_job_and_identity_are_readable_files(
     study: tuple[StudyFolder, Any, list[Any]],
 ) -> None:
     folder, _, _ = study

@@ -120,7 +120,7 @@ def test_every_kind_of_candidate_is_measured(study: Study) -> None:
         assert Recipe.from_dict(result.recipe).weights is None, "as it was proposed"
 
 
-def test_what_can_be_shared_is_trained_once(study: Study) -> None:
+def test_shared_preparations_are_trained_once(study: Study) -> None:
     store = study.folder.folder.parent
     made = [json.loads(p.read_text()) for p in store.glob(".prepared/*/what.json")]
     on_dense = [w for w in made if w["model"] == w["teacher"]]
@@ -141,7 +141,7 @@ def test_what_can_be_shared_is_trained_once(study: Study) -> None:
     assert any(line.startswith("nvit ") and f"used by {used} trial" in line for line in lines)
 
 
-def test_another_study_of_the_store_finds_what_was_prepared(
+def test_another_study_of_the_store_reuses_preparations(
     study: Study, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     store = study.folder.folder.parent
@@ -163,7 +163,7 @@ def test_another_study_of_the_store_finds_what_was_prepared(
         assert other.folder.artifacts.has(digest), "a study stores what its recipes name"
 
 
-def test_costs_were_known_before_anything_ran(study: Study) -> None:
+def test_costs_are_known_before_trials_run(study: Study) -> None:
     dense = load_model("digits")
     (record,) = (r for r in recorded(study.folder) if r.method == "nvit")
     assert isinstance(record.outcome, TrajectorySnapshots)
@@ -180,7 +180,7 @@ def test_costs_were_known_before_anything_ran(study: Study) -> None:
         assert result.values["params_m"] < study.results[0].values["params_m"]
 
 
-def test_a_result_is_rebuilt_from_the_study_alone(study: Study, data: Path, cache: Path) -> None:
+def test_a_result_is_rebuilt_from_the_study(study: Study, data: Path, cache: Path) -> None:
     """Second implementation: weights by digest, `Recipe.build`, one plain evaluation."""
     prepared = check_job(job(study.folder.folder.parent, data, cache))
     dense, split = load_model("digits", study.folder.weights), prepared.data.split("search")
@@ -197,7 +197,7 @@ def test_a_result_is_rebuilt_from_the_study_alone(study: Study, data: Path, cach
         assert fvcore_macs(built, images) / 1e9 == pytest.approx(result.values["gmacs"], rel=1e-3)
 
 
-def test_a_trained_trial_keeps_no_checkpoint_and_says_how_it_was_trained(study: Study) -> None:
+def test_a_trained_trial_records_its_training_and_deletes_its_checkpoint(study: Study) -> None:
     assert not list((study.folder.folder / "training").glob("*"))
     trained = study.of("patchmerger")
     assert len(trained) >= 2
@@ -208,7 +208,7 @@ def test_a_trained_trial_keeps_no_checkpoint_and_says_how_it_was_trained(study: 
     assert len({Recipe.from_dict(r.resolved).weights for r in trained}) == len(trained)
 
 
-def test_the_same_command_again_trains_nothing(
+def test_continuing_a_study_trains_nothing_again(
     study: Study, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     again = search(job(study.folder.folder.parent, data, cache), capacity)
@@ -225,7 +225,7 @@ def test_the_same_command_again_trains_nothing(
         ({"train_batch": 5}, "train_batch was 10, now 5"),
     ],
 )
-def test_trainings_are_not_mixed(
+def test_a_study_refuses_other_training_settings(
     study: Study, data: Path, cache: Path, change: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -257,7 +257,7 @@ def test_a_recipe_of_two_parts_is_exported_and_verified(
     assert asked.trained is not None and asked.recipe.weights == said["recipe"]["weights"]
 
 
-def test_weights_that_are_gone_are_named(study: Study, cache: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_refused(study: Study, cache: Path, tmp_path: Path) -> None:
     copy = StudyFolder(tmp_path / "copy")
     shutil.copytree(study.folder.folder, copy.folder)
     shutil.rmtree(copy.folder / "weights")
@@ -300,7 +300,7 @@ class Killed(CandidateTrainer):
         )  # fmt: skip
 
 
-def test_a_killed_trial_goes_on_from_its_last_epoch(prepared: CheckedJob) -> None:
+def test_a_killed_trial_continues_from_its_last_epoch(prepared: CheckedJob) -> None:
     settings = Settings(epochs=3, lr=1e-3, batch=10)
     worker = worker_of(prepared, settings)
     training, study = worker.trainer.training, prepared.folder
@@ -318,7 +318,7 @@ def test_a_killed_trial_goes_on_from_its_last_epoch(prepared: CheckedJob) -> Non
     assert resumed.bits == straight.bits
 
 
-def test_a_loss_that_is_not_finite_fails_the_trial_with_its_reason(prepared: CheckedJob) -> None:
+def test_a_non_finite_loss_fails_the_trial(prepared: CheckedJob) -> None:
     worker = worker_of(prepared, Settings(epochs=1, lr=1e30, batch=10))
     with pytest.raises(FloatingPointError):
         measure_recipe(worker, 1, MERGE)
@@ -334,7 +334,7 @@ def test_a_study_in_bfloat16_trains_in_float32(prepared: CheckedJob) -> None:
     )
 
 
-def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
+def test_a_failed_preparation_stops_the_study(
     tmp_path: Path, data: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     config = job(tmp_path, data, cache, methods="nvit", lr=10.0, space={"nvit.cost": [0.2, 0.9]},
@@ -348,9 +348,7 @@ def test_a_preparation_that_fails_says_why_and_nothing_is_measured(
     assert prepared.folder.results() == []
 
 
-def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
-    tmp_path: Path, data: Path, cache: Path
-) -> None:
+def test_targets_are_fractions_of_a_latency_table(tmp_path: Path, data: Path, cache: Path) -> None:
     dense = load_model("digits")
     # a batch in which the work counts, not the call: a busy machine may make one call take any time
     table = measure_latency_table(
@@ -379,7 +377,7 @@ def test_targets_are_fractions_of_a_measured_latency_where_there_is_a_table(
 # --- without images to train on
 
 
-def test_without_a_train_split_they_are_left_out_or_refused(
+def test_methods_that_need_training_require_a_train_split(
     tmp_path: Path, data: Path, cache: Path
 ) -> None:
     only = tmp_path / "only"
@@ -393,9 +391,7 @@ def test_without_a_train_split_they_are_left_out_or_refused(
         check_job(job(tmp_path, only, cache, name="t", methods="topk,nvit", space={}))
 
 
-def test_a_latency_table_that_nobody_reads_is_refused(
-    tmp_path: Path, data: Path, cache: Path
-) -> None:
+def test_an_unused_latency_table_is_refused(tmp_path: Path, data: Path, cache: Path) -> None:
     given = {"methods": "topk", "space": {}, "profile": str(tmp_path / "p.json")}
     with refused("conflict", UserError, key="profile", accepted=["nvit"]):
         check_job(job(tmp_path, data, cache, **given))
@@ -425,7 +421,7 @@ def recovered(
     return folder, pairs
 
 
-def test_a_recovered_trial_stands_beside_what_it_was(
+def test_a_recovered_trial_keeps_its_number_and_the_first_result(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]], study: Study
 ) -> None:
     folder, pairs = recovered
@@ -443,7 +439,7 @@ def test_a_recovered_trial_stands_beside_what_it_was(
     assert not list((folder.folder / "recovered" / "training").glob("*"))
 
 
-def test_it_is_written_once_and_not_mixed(
+def test_a_recovery_is_written_once_with_one_set_of_settings(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
     cache: Path,
     capacity: ClusterCapacity,
@@ -462,7 +458,7 @@ def test_it_is_written_once_and_not_mixed(
         Recovery.of(folder, epochs=2, trials=[99], cache=str(cache))
 
 
-def test_an_interrupted_recovery_goes_on(
+def test_an_interrupted_recovery_continues(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
     tmp_path: Path,
     cache: Path,
@@ -490,7 +486,7 @@ def test_an_interrupted_recovery_goes_on(
     assert found.resolved == after.resolved and found.bits == after.bits
 
 
-def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
+def test_a_failed_recovery_names_its_trial_and_keeps_the_others(
     study: Study, tmp_path: Path, cache: Path, capacity: ClusterCapacity
 ) -> None:
     copy = StudyFolder(tmp_path / "s")
@@ -504,7 +500,7 @@ def test_what_cannot_be_recovered_is_named_and_the_others_are_kept(
     assert [r.trial for r in copy.recovered()] == [0]
 
 
-def test_the_recovered_front_is_told_apart_everywhere(
+def test_the_recovered_front_is_labelled_everywhere(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
 ) -> None:
     folder, _ = recovered
@@ -554,7 +550,7 @@ def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
         Recovery.of(prepared.folder, epochs=1, cache=str(cache))
 
 
-def test_a_target_outside_what_was_prepared_is_bad_input(prepared: CheckedJob) -> None:
+def test_an_unprepared_target_is_refused(prepared: CheckedJob) -> None:
     worker = worker_of(prepared, Settings(epochs=1))
     with refused("not-found", method="nvit"):
         worker.trainer.base(Recipe.of("nvit", target=0.5).structure)

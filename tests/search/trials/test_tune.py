@@ -61,9 +61,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
 
 
 @pytest.mark.timeout(240)
-def test_workers_that_take_longer_to_start_than_a_trial_are_all_busy(
-    tmp_path: Path, capacity: Any
-) -> None:
+def test_workers_that_start_slowly_all_get_trials(tmp_path: Path, capacity: Any) -> None:
     """Ray alone gives a free worker to the trial that waits for its own, and ends the one that is
     being started: of two workers one would do all trials.
     """
