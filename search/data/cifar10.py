@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-from vitpareto.methods import Code
 from vitpareto.search.data.numbered import NumberedImages, train_and_test
 from vitpareto.search.data.splits import ListedSplit
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.locks import locked
 
 logger = logging.getLogger(__name__)

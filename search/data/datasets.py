@@ -11,8 +11,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vitpareto.methods import Code
-from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.decoding import DecodeRequest, Progress, decode_split
 from vitpareto.search.data.folders import ImageFiles, list_folder
@@ -20,7 +18,7 @@ from vitpareto.search.data.imagenet import IMAGENET_CLASSES, imagenet_indices
 from vitpareto.search.data.named import NAMES, list_named
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION, ListedSplit
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError, nearest
 from vitpareto.search.files.filesystems import download_folder, is_remote
 
 
@@ -162,7 +160,7 @@ def check_head(num_classes: int, data: Data) -> tuple[int, ...] | None:
         return None
     if data.head_indices is not None and num_classes == IMAGENET_CLASSES:
         return data.head_indices
-    accepted = (len(data.classes),)
+    accepted: tuple[int, ...] = (len(data.classes),)
     if data.head_indices is not None:
         accepted += (IMAGENET_CLASSES,)
     raise UserError(

@@ -23,10 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vitpareto.methods import Code
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import Source
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 #: images per chunk, and between two reports; 10 MB at 224 px
 CHUNK = 64

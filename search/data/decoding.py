@@ -20,7 +20,6 @@ import PIL
 import timm
 import torchvision
 
-from vitpareto.methods import Code
 from vitpareto.search.data.decode_chunks import (
     CHUNK,
     ChunkDecoder,
@@ -32,7 +31,7 @@ from vitpareto.search.data.decode_chunks import (
 from vitpareto.search.data.decoded import Split, open_decoded
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import Source
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.locks import locked
 
 #: called with (images decoded, images in all)

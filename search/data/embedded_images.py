@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitpareto.methods import Code
-from vitpareto.methods.engine.errors import nearest
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError, nearest
 
 CLASSES = tuple("0123456789")
 #: source digits per split, in the order in which they are dealt

@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vitpareto.methods import Code
 from vitpareto.search.data.numbered import NumberedImages, train_and_test
 from vitpareto.search.data.splits import ListedSplit
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",

@@ -14,10 +14,9 @@ import numpy as np
 from PIL import Image
 from timm.utils.misc import natural_key
 
-from vitpareto.methods import Code
 from vitpareto.search.data.imagenet import imagenet_indices
 from vitpareto.search.data.splits import EVALUATION, ListedSplit, divide, stratified_order
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"))
 VALIDATION_FOLDERS = ("val", "validation")

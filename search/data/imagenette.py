@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitpareto.methods import Code
 from vitpareto.search.data.folders import list_folder
 from vitpareto.search.data.splits import ListedSplit
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 CLASSES = (
     "n01440764", "n02102040", "n02979186", "n03000684", "n03028079", "n03394916", "n03417042",

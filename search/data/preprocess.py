@@ -10,8 +10,7 @@ import timm.data
 import torch
 from PIL import Image
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 #: decisions are made on search and certified on held-out; methods may look at calibration
 EVALUATION = ("calibration", "search", "held-out")

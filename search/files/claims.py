@@ -16,8 +16,7 @@ import uuid
 from collections.abc import Iterator
 from typing import Protocol
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 #: seconds between two renewals, and seconds without one after which the holder is considered dead
 RENEW_INTERVAL_S, EXPIRES_S = 5.0, 20.0

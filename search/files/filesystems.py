@@ -16,8 +16,7 @@ from pathlib import Path, PurePosixPath
 import fsspec
 from pyarrow import fs
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.locks import locked
 
 #: files that are copied at a time

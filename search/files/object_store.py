@@ -24,8 +24,7 @@ from typing import TypeVar
 
 from pyarrow import fs
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files import claims
 from vitpareto.search.files.cache import default_cache
 from vitpareto.search.files.filesystems import (

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.models.nvit_layout import convert_nvit
 from vitpareto.search.models.weight_files import WeightsFile, some
 

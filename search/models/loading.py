@@ -12,10 +12,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods import Code, ModelShape, Recipe, check_supported, model_shape
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods import ModelShape, Recipe, check_supported, model_shape
 from vitpareto.search.data.embedded_images import CLASSES
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError, nearest
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.models.weight_files import first_line

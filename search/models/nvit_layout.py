@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.models.weight_files import WeightsFile
 
 #: NViT's attention divides by the root of DeiT's head width, however narrow q and k are

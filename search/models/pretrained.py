@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vitpareto.methods import BadInput, Recipe, Untrained
+from vitpareto.methods import Recipe, Untrained
 from vitpareto.methods.engine.weights import load_strictly
 from vitpareto.methods.slicing.sliced_model import Widths, sliced_model, widths_of
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import BadInput, UserError
 from vitpareto.search.models.checkpoint_layouts import convert
 from vitpareto.search.models.weight_files import read_weights_file
 

@@ -17,8 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from vitpareto.methods import Code
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 
 #: Under which key a training script stores the weights, first match first. timm's scripts report
 #: the accuracy of the averaged weights; DeiT's (and EViT's, DynamicViT's, TNT's and NViT's) that of

@@ -16,9 +16,8 @@ from pathlib import Path
 import safetensors.torch
 from torch import Tensor
 
-from vitpareto.methods import Code
 from vitpareto.methods.engine.weights import weights_digest
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.atomic import replacing, retry_while_disk_full, write_atomic
 from vitpareto.search.files.write_through import fetch_if_missing
 

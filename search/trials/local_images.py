@@ -30,9 +30,9 @@ def local_split(split: Split, data: Data) -> Split:
         files = f"; unreadable on this node: {', '.join(unreadable)}" if unreadable else ""
         host = socket.gethostname()
         raise UserError(
-            f"images of {data.spec} ({split.name}) on {host} must equal the driver's: {len(local)} "
-            f"images with fingerprint {local.fingerprint[:12]}, the driver has {len(split)} with "
-            f"{split.fingerprint[:12]}{files}",
+            f"images of {data.spec} ({split.name}) on {host} must equal the driver's, with "
+            f"fingerprint {split.fingerprint[:12]} (got {len(local)} images with fingerprint "
+            f"{local.fingerprint[:12]}){files}",
             Code.MISMATCH,
             data=data.spec,
             split=split.name,

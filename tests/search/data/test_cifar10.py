@@ -44,7 +44,7 @@ def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_cifar10_divides_the_test_images_and_trains_on_the_others(
+def test_cifar10_test_images_are_divided_and_the_training_images_are_train(
     cifar10: Path, cache: Path
 ) -> None:
     preprocess = replace(SMALL, input_size=(3, 32, 32), crop_pct=1.0)
@@ -68,7 +68,7 @@ def test_cifar10_divides_the_test_images_and_trains_on_the_others(
     assert inside.fingerprint == data.fingerprint
 
 
-def test_cifar10_that_cannot_be_downloaded_says_how_to_give_it(
+def test_cifar10_that_cannot_be_downloaded_is_unavailable(
     cifar10: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def offline(*_: object, **__: object) -> None:

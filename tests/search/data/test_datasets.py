@@ -31,7 +31,7 @@ def test_splits_are_disjoint_complete_and_stratified(folder: Path, cache: Path) 
     assert not cache.exists(), "nothing is decoded before it is asked for"
 
 
-def test_the_seed_decides_the_splits_and_the_place_does_not(folder: Path, cache: Path) -> None:
+def test_splits_depend_on_the_seed_and_not_on_the_path(folder: Path, cache: Path) -> None:
     one = open_data(str(folder), SMALL, cache=cache)
     moved = folder.rename(folder.with_name("moved"))
     again = open_data(str(moved), SMALL, cache=cache)
@@ -41,7 +41,7 @@ def test_the_seed_decides_the_splits_and_the_place_does_not(folder: Path, cache:
     assert set(members(other, "search")) != set(members(one, "search"))
 
 
-def test_images_is_a_prefix_of_the_search_split_alone(folder: Path, cache: Path) -> None:
+def test_images_limits_the_search_split_only(folder: Path, cache: Path) -> None:
     whole = open_data(str(folder), SMALL, cache=cache)
     part = open_data(str(folder), SMALL, cache=cache, images=10)
     assert part.sizes == {**whole.sizes, "search": 10}
@@ -50,7 +50,7 @@ def test_images_is_a_prefix_of_the_search_split_alone(folder: Path, cache: Path)
     np.testing.assert_array_equal(part.split("search").images, whole.split("search").images[:10])
 
 
-def test_digits_bring_their_own_splits(cache: Path) -> None:
+def test_digits_have_fixed_splits(cache: Path) -> None:
     preprocess = replace(
         SMALL, input_size=(3, embedded_images.SIZE, embedded_images.SIZE), crop_pct=1.0
     )

@@ -75,7 +75,7 @@ def test_data_pickles_without_its_callback(folder: Path, cache: Path) -> None:
     assert received.split("search").fingerprint == data.split("search").fingerprint
 
 
-def test_relative_paths_hold_where_a_worker_runs_elsewhere(
+def test_relative_paths_work_from_another_working_directory(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_what_decides_the_pixels_decides_the_cache(
     assert one.fingerprint != other.fingerprint
 
 
-def test_other_images_under_the_same_names_and_sizes_are_decoded_anew(
+def test_other_images_with_the_same_names_and_sizes_are_decoded(
     tmp_path: Path, cache: Path
 ) -> None:
     old = make_folder(tmp_path / "old", {"a": 5, "b": 5}, seed=0, suffix=".bmp")
@@ -114,7 +114,7 @@ def test_other_images_under_the_same_names_and_sizes_are_decoded_anew(
     assert not np.array_equal(first.images, second.images)
 
 
-def test_a_file_cut_short_is_decoded_again(
+def test_a_truncated_file_is_decoded_again(
     folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = open_data(str(folder), SMALL, cache=cache)
@@ -186,7 +186,7 @@ def test_a_second_process_waits_for_the_first_and_agrees(folder: Path, cache: Pa
     assert len(decoded_folders(cache)) == 1
 
 
-def test_a_corrupt_image_is_counted_named_and_left_out(
+def test_a_corrupt_image_is_reported_and_left_out(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for name in EVALUATION:
@@ -215,7 +215,7 @@ def test_a_corrupt_image_is_counted_named_and_left_out(
     assert "UnidentifiedImageError" in index["corrupt"][0]["reason"]
 
 
-def test_a_file_that_was_away_is_not_left_out_for_ever(
+def test_an_unreadable_file_is_decoded_once_it_is_readable(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in EVALUATION:
@@ -252,7 +252,7 @@ def test_a_cache_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
         data.split("search")
 
 
-def test_a_full_disk_is_noticed_before_decoding(
+def test_too_little_disk_space_is_refused_before_decoding(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type(shutil.disk_usage("/"))(10**9, 10**9, 100)

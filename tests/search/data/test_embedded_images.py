@@ -12,7 +12,7 @@ from vitpareto.methods import Code
 from vitpareto.search.data import embedded_images
 
 
-def test_no_source_digit_serves_two_splits() -> None:
+def test_no_source_digit_is_in_two_splits() -> None:
     digits = {
         split: set(embedded_images.source_digits(split).tolist())
         for split in embedded_images.SPLITS
@@ -23,7 +23,7 @@ def test_no_source_digit_serves_two_splits() -> None:
     assert set().union(*digits.values()) == set(range(1797))
 
 
-def test_drawings_repeat_and_differ_where_they_should() -> None:
+def test_drawings_repeat_and_differ_between_training_epochs() -> None:
     images, labels = embedded_images.draw("calibration")
     again, _ = embedded_images.draw("calibration")
     assert images.shape == (200, 64, 64, 3) and images.dtype == np.uint8
@@ -35,7 +35,7 @@ def test_drawings_repeat_and_differ_where_they_should() -> None:
     assert (same == labels_again).all()
 
 
-def test_drawings_do_not_move_between_versions() -> None:
+def test_drawings_are_the_same_in_every_version() -> None:
     # Means, not a hash: the last bit of a sine may differ between processors.
     for split, mean in {"calibration": 26.35172, "held-out": 25.77192}.items():
         assert embedded_images.draw(split)[0].mean() == pytest.approx(mean, abs=1e-3)
@@ -52,7 +52,7 @@ def test_every_prefix_is_nearly_balanced(split: str) -> None:
     assert not (np.diff(labels) >= 0).all()
 
 
-def test_errors_name_what_is_wrong() -> None:
+def test_bad_splits_and_epochs_are_refused() -> None:
     with refused(Code.UNKNOWN_NAME, name="heldout"):
         embedded_images.draw("heldout")
     with refused(Code.OUT_OF_RANGE, got=-1):

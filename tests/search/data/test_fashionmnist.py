@@ -55,9 +55,7 @@ def write_fashion(folder: Path, train: int = 20, test: int = 40, packed: bool = 
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["gz", "unpacked"])
-def test_fashionmnist_divides_the_test_images_and_shows_grey_in_three_channels(
-    tmp_path: Path, cache: Path, packed: bool
-) -> None:
+def test_fashionmnist_splits_and_channels(tmp_path: Path, cache: Path, packed: bool) -> None:
     folder = write_fashion(tmp_path / "files", packed=packed)
     data = open_data(f"fashionmnist:{folder}", EXACT, cache=cache)
     assert data.sizes == {"train": 20, "calibration": 8, "search": 8, "held-out": 24}
@@ -81,7 +79,7 @@ def test_fashionmnist_divides_the_test_images_and_shows_grey_in_three_channels(
     assert np.array_equal(shown[..., 0], shown[..., 2])
 
 
-def test_fashionmnist_is_resized_as_any_image_is(tmp_path: Path, cache: Path) -> None:
+def test_fashionmnist_is_resized_by_timms_transform(tmp_path: Path, cache: Path) -> None:
     """To the model's input, by timm's own evaluation transform."""
     folder = write_fashion(tmp_path / "files")
     preprocess = replace(EXACT, input_size=(3, 64, 48), crop_pct=0.9)
@@ -94,7 +92,7 @@ def test_fashionmnist_is_resized_as_any_image_is(tmp_path: Path, cache: Path) ->
         np.testing.assert_allclose(ours.numpy(), expected.numpy(), rtol=0, atol=1e-6)
 
 
-def test_fashionmnist_is_looked_for_where_torchvision_puts_it(tmp_path: Path, cache: Path) -> None:
+def test_fashionmnist_is_found_in_torchvisions_folders(tmp_path: Path, cache: Path) -> None:
     raw = write_fashion(tmp_path / "root/FashionMNIST/raw")
     by_root = open_data(f"fashionmnist:{tmp_path / 'root'}", EXACT, cache=cache)
     in_cache = write_fashion(cache / "datasets/FashionMNIST/raw")
@@ -103,7 +101,7 @@ def test_fashionmnist_is_looked_for_where_torchvision_puts_it(tmp_path: Path, ca
     assert raw.parent != in_cache.parent
 
 
-def test_the_fingerprint_of_fashionmnist_is_its_content(tmp_path: Path, cache: Path) -> None:
+def test_fashionmnists_fingerprint_depends_on_its_content(tmp_path: Path, cache: Path) -> None:
     one = write_fashion(tmp_path / "one")
     other = write_fashion(tmp_path / "other")
     assert fashion(one, cache).fingerprint == fashion(other, cache).fingerprint
@@ -119,9 +117,7 @@ def fashion(folder: Path, cache: Path, seed: int = 0) -> Data:
     return open_data(f"fashionmnist:{folder}", EXACT, cache=cache, seed=seed)
 
 
-def test_missing_files_of_fashionmnist_are_named_with_their_source_and_place(
-    tmp_path: Path, cache: Path
-) -> None:
+def test_missing_files_of_fashionmnist_are_listed(tmp_path: Path, cache: Path) -> None:
     target = cache / "datasets/FashionMNIST/raw"
     with refused(Code.NOT_FOUND, missing=FILES, target=str(target)) as caught:
         open_data("fashionmnist", EXACT, cache=cache)
@@ -154,7 +150,7 @@ IMAGES = np.zeros((40, 28, 28), np.uint8)
     ],
     ids=["truncated", "web page", "labels for images", "empty", "short", "other count", "label"],
 )  # fmt: skip
-def test_damaged_files_of_fashionmnist_are_named(
+def test_damaged_files_of_fashionmnist_are_refused(
     tmp_path: Path, cache: Path, name: str, content: bytes, code: Code, details: dict[str, object]
 ) -> None:
     folder = write_fashion(tmp_path / "files")

@@ -29,7 +29,7 @@ from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
 
 
-def test_val_is_found_and_train_beside_it_is_listed(tmp_path: Path, cache: Path) -> None:
+def test_val_is_divided_and_train_beside_it_is_listed(tmp_path: Path, cache: Path) -> None:
     make_folder(tmp_path / "set/val", {"a": 6, "b": 6})
     make_folder(tmp_path / "set/train", {"a": 3, "b": 4, "c": 1})
     data = open_data(str(tmp_path / "set"), SMALL, cache=cache)
@@ -95,7 +95,7 @@ def test_wordnet_folders_restrict_the_labels(tmp_path: Path, cache: Path) -> Non
         check_head(21843, data)
 
 
-def test_a_stranger_among_wordnet_folders_lifts_the_restriction(
+def test_one_class_outside_imagenet_needs_a_head_of_the_datas_classes(
     tmp_path: Path, cache: Path
 ) -> None:
     make_folder(tmp_path / "set", {"n01440764": 4, "n99999999": 4})
@@ -105,7 +105,7 @@ def test_a_stranger_among_wordnet_folders_lifts_the_restriction(
         check_head(1000, data)
 
 
-def test_numbered_classes_warn_that_timm_orders_them_otherwise(
+def test_numbered_classes_warn_about_timms_order(
     tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     make_folder(tmp_path / "set", {"1": 3, "2": 3, "10": 3})
@@ -115,7 +115,7 @@ def test_numbered_classes_warn_that_timm_orders_them_otherwise(
     assert "timm's reader has the order 1, 2, 10" in caplog.text
 
 
-def test_bad_folders_are_told_apart(tmp_path: Path, cache: Path) -> None:
+def test_bad_folders_are_refused(tmp_path: Path, cache: Path) -> None:
     def refuse(spec: Path | str, code: Code, **details: Any) -> None:
         with refused(code, UserError, **details):
             open_data(str(spec), SMALL, cache=cache)
@@ -147,7 +147,7 @@ def test_bad_folders_are_told_apart(tmp_path: Path, cache: Path) -> None:
     refuse(tmp_path / "learn", Code.MISSING, missing=("val/",))
 
 
-def test_one_folder_under_two_split_names_is_refused(tmp_path: Path, cache: Path) -> None:
+def test_split_folders_must_be_different_folders(tmp_path: Path, cache: Path) -> None:
     make_folder(tmp_path / "set/search", {"a": 5, "b": 5})
     make_folder(tmp_path / "set/calibration", {"a": 5, "b": 5})
     (tmp_path / "set/held-out").symlink_to(tmp_path / "set/search")

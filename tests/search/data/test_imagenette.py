@@ -50,7 +50,7 @@ def test_imagenettes_classes_are_ten_logits_of_an_imagenet_head(
     assert sorted(set(data.split("train").labels)) == list(range(10))
 
 
-def test_imagenette_is_found_below_a_folder_the_largest_first(tmp_path: Path, cache: Path) -> None:
+def test_imagenettes_largest_folder_is_used(tmp_path: Path, cache: Path) -> None:
     write_imagenette(cache / "datasets/imagenette2-160")
     small = open_data("imagenette", EXACT, cache=cache)
     full = write_imagenette(cache / "datasets/imagenette2")
@@ -62,7 +62,7 @@ def test_imagenette_is_found_below_a_folder_the_largest_first(tmp_path: Path, ca
     assert open_data(f"imagenette:{full}", EXACT, cache=cache).fingerprint == both.fingerprint
 
 
-def test_missing_or_other_folders_are_no_imagenette(tmp_path: Path, cache: Path) -> None:
+def test_missing_or_other_folders_are_refused(tmp_path: Path, cache: Path) -> None:
     with refused(Code.NOT_FOUND, path=str(cache / "datasets")) as caught:
         open_data("imagenette", EXACT, cache=cache)
     assert URL in str(caught.value)

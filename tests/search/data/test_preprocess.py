@@ -30,7 +30,7 @@ from vitpareto.search.data.preprocess import Preprocess
     ("size", "crop_pct", "interpolation"),
     [((32, 32), 0.875, "bicubic"), ((24, 40), 1.0, "bilinear")],
 )
-def test_decoded_and_normalised_is_timms_own_evaluation_input(
+def test_decoded_and_normalised_images_equal_timms_evaluation_input(
     tmp_path: Path, cache: Path, crop_mode: str, size: tuple[int, int], crop_pct: float,
     interpolation: str,
 ) -> None:  # fmt: skip
@@ -69,7 +69,7 @@ def test_normalise_casts_only_at_the_end_and_checks_its_input() -> None:
         SMALL.normalise(images.movedim(3, 1))
 
 
-def test_preprocess_of_a_model_is_at_the_size_it_was_built_for() -> None:
+def test_preprocess_has_the_size_that_the_model_was_built_for() -> None:
     model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), patch_size=4, depth=1)
     preprocess = Preprocess.of(model)
     assert preprocess.input_size == (3, 32, 48)
@@ -84,7 +84,7 @@ def test_preprocess_of_a_model_is_at_the_size_it_was_built_for() -> None:
     ("name", "size"),
     [("vit_tiny_r_s16_p8_224", 224), ("vit_small_resnet26d_224", 64), ("vitamin_small_224", 224)],
 )
-def test_a_convolutional_stem_is_asked_what_it_is_shown(name: str, size: int) -> None:
+def test_channels_are_those_of_a_convolutional_stem(name: str, size: int) -> None:
     """Its last layer takes the features of the stem (64, 2048), or is none."""
     with torch.device("meta"):
         model = timm.create_model(name, img_size=size)

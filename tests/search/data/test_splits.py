@@ -25,7 +25,7 @@ def test_stratified_order_keeps_every_prefix_balanced() -> None:
     assert not np.array_equal(order, stratified_order(list(map(str, range(750))), labels, 4))
 
 
-def test_stratified_order_is_this_order_with_every_library_version() -> None:
+def test_stratified_order_does_not_depend_on_library_versions() -> None:
     order = stratified_order(list("abcdefgh"), np.array([0, 0, 0, 0, 1, 1, 2, 2]), seed=0)
     assert order.tolist() == GOLDEN_ORDER
 
@@ -37,7 +37,7 @@ GOLDEN_ORDER = [2, 4, 7, 3, 6, 0, 5, 1]  # by BLAKE2b; a change here reshuffles 
     ("total", "sizes"),
     [(5, (1, 1, 3)), (4999, (999, 999, 3001)), (5000, (1024, 1000, 2976))],
 )
-def test_one_set_is_divided_as_designed(total: int, sizes: tuple[int, int, int]) -> None:
+def test_sizes_of_the_three_splits(total: int, sizes: tuple[int, int, int]) -> None:
     labels = np.arange(total) % 5
     splits = divide([f"{i}" for i in range(total)], labels, seed=0)
     assert tuple(splits) == EVALUATION

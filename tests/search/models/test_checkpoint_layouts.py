@@ -1,112 +1,39 @@
-"""Published checkpoints, as synthetic files in their key layouts: our own models renamed, and the
-logits before and after. What NViT's names mean is computed here a second time.
-"""
+"""Published checkpoints, as synthetic files in their layouts: logits before and after."""
 
 from __future__ import annotations
 
-import argparse
-import copy
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
-import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import SwiGLU
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tests.refusals import refused
+from tests.search.models.checkpoints import (
+    DYNAMICVIT,
+    EVIT,
+    TNT,
+    built,
+    dynamicvit_state,
+    logits,
+    renamed,
+    tnt_state,
+    training_file,
+)
 from vitpareto import methods
 from vitpareto.methods import Code, Recipe
 from vitpareto.methods.engine.weights import weights_digest
-from vitpareto.methods.slicing.sliced_model import (
-    BlockWidths,
-    Widths,
-    model_widths,
-    sliced_model,
-    widths_of,
-)
 from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.trials.single_measurement import measure_once
-
-TNT = Recipe.of("tnt", prune_layers=[2, 4], keep_rates=[0.7, 0.7], similarity_prune=6)
-DYNAMICVIT = Recipe.of("dynamicvit", prune_layers=[3, 6, 9], keep_rates=[0.7, 0.49, 0.343])
-EVIT = Recipe.of("evit", keep_rate=0.7, prune_layers=[3, 6, 9])
-
-
-@pytest.fixture(scope="module")
-def digits() -> nn.Module:
-    return embedded_model.build()
-
-
-@pytest.fixture(scope="module")
-def images() -> Tensor:
-    return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture(scope="module")
-def wide_images() -> Tensor:
-    return torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(images)
-
-
-def built(dense: nn.Module, recipe: Recipe, seed: int = 3) -> nn.Module:
-    """The recipe with parts that are noise, so that a part left fresh would be seen."""
-    torch.manual_seed(seed)
-    with pytest.warns(methods.Untrained):
-        model = recipe.build(dense)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.startswith("reduction."):
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model.eval()
-
-
-def renamed(model: nn.Module, names: dict[str, str]) -> dict[str, Tensor]:
-    """The state dict with the beginnings of its names exchanged."""
-    state = {}
-    for key, value in model.state_dict().items():
-        start = next((old for old in names if key.startswith(old)), "")
-        state[names.get(start, "") + key[len(start) :]] = value.clone()
-    return state
-
-
-def training_file(path: Path, state: dict[str, Tensor], **beside: Any) -> Path:
-    """As DeiT's script and its heirs write one: everything that training goes on from."""
-    arguments = argparse.Namespace(model="deit", lr=5e-4, output_dir="logs", dist_eval=True)
-    scaled = {key: value * 0.5 for key, value in state.items()}
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], lr=1e-3)
-    torch.save(
-        {"model": OrderedDict(state), "optimizer": optimizer.state_dict(), "epoch": 29,
-         "lr_scheduler": {"base_values": [1e-3], "noise_pct": 0.67}, "scaler": {"scale": 65536.0},
-         "model_ema": OrderedDict(scaled), "args": arguments, **beside},
-        path,
-    )  # fmt: skip
-    return path
-
-
-def tnt_state(model: nn.Module) -> dict[str, Tensor]:
-    dim = model.state_dict()["norm.weight"].shape[0]
-    norm = {f"alpha_norm.{end}": torch.randn(dim) for end in ("weight", "bias")}
-    return {**renamed(model, {"reduction.heads.": "alpha_heads."}), **norm}
-
-
-def dynamicvit_state(model: nn.Module) -> dict[str, Tensor]:
-    return renamed(model, {"reduction.predictors.": "score_predictor."})
-
 
 # --- token methods
 
@@ -119,7 +46,7 @@ def dynamicvit_state(model: nn.Module) -> dict[str, Tensor]:
     ],
     ids=["tnt", "dynamicvit"],
 )
-def test_a_trained_methods_file_gives_the_model_and_with_the_recipe_its_parts(
+def test_a_trained_methods_checkpoint_has_the_model_and_its_parts(
     tmp_path: Path, digits: nn.Module, images: Tensor, recipe: Recipe, layout: str,
     rename: Callable[[nn.Module], dict[str, Tensor]], mark: str,
 ) -> None:  # fmt: skip
@@ -144,7 +71,7 @@ def test_a_trained_methods_file_gives_the_model_and_with_the_recipe_its_parts(
         assert found.weights_for(other, dense) is None
 
 
-def test_the_parts_go_with_another_setting_and_a_structural_step(
+def test_parts_load_with_another_setting_and_a_structural_step(
     tmp_path: Path, digits: nn.Module, images: Tensor
 ) -> None:
     """One training of TNT serves every setting, at every size."""
@@ -161,7 +88,7 @@ def test_the_parts_go_with_another_setting_and_a_structural_step(
     assert logits(model, images).isfinite().all()
 
 
-def test_measure_takes_model_and_parts_from_one_file(
+def test_measuring_uses_model_and_parts_of_one_file(
     tmp_path: Path, digits: nn.Module, cache: Path
 ) -> None:
     """Fresh parts would warn, and a warning fails here."""
@@ -178,7 +105,7 @@ def test_measure_takes_model_and_parts_from_one_file(
     assert result.resolved == topk.to_dict(), "the model alone"
 
 
-def test_another_methods_parts_are_not_taken_and_a_setting_that_does_not_fit_is_told(
+def test_other_methods_parts_are_ignored_and_a_mismatch_is_refused(
     tmp_path: Path, digits: nn.Module
 ) -> None:
     path = training_file(tmp_path / "d.pth", dynamicvit_state(built(digits, DYNAMICVIT)))
@@ -191,7 +118,7 @@ def test_another_methods_parts_are_not_taken_and_a_setting_that_does_not_fit_is_
     assert "dynamicvit prune_layers=[3,6]" in str(caught.value), "the recipe"
 
 
-def test_evits_file_is_timms(tmp_path: Path, images: Tensor) -> None:
+def test_evits_checkpoint_has_timms_layout(tmp_path: Path, images: Tensor) -> None:
     """It trains no part of its own: model and method are two questions."""
     torch.manual_seed(4)
     model = embedded_model.build(pretrained=False).eval()
@@ -203,7 +130,7 @@ def test_evits_file_is_timms(tmp_path: Path, images: Tensor) -> None:
     assert found.weights_for(EVIT, dense) is None
 
 
-def test_what_this_project_wrote_is_read_back(
+def test_a_trained_recipes_state_dict_is_read_back(
     tmp_path: Path, digits: nn.Module, images: Tensor
 ) -> None:
     """A trained recipe's complete state dict: the keys do not name the method, and need not."""
@@ -223,7 +150,7 @@ def test_what_this_project_wrote_is_read_back(
     assert found.weights_for(TNT, dense) is None
 
 
-def test_every_part_that_timm_has_is_timms(tmp_path: Path) -> None:
+def test_all_of_timms_parts_are_recognised(tmp_path: Path) -> None:
     model = VisionTransformer(
         img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, init_values=1e-5,
         reg_tokens=2, qk_norm=True, scale_attn_norm=True, scale_mlp_norm=True, pre_norm=True,
@@ -236,184 +163,6 @@ def test_every_part_that_timm_has_is_timms(tmp_path: Path) -> None:
         assert any(part in name for name in parts), part
     torch.save(own, tmp_path / "w.pth")
     assert read_pretrained(tmp_path / "w.pth").model.keys() == own.keys()
-
-
-# --- NViT
-
-WIDTHS = Widths(
-    96,
-    tuple(
-        BlockWidths(heads=1 + i % 3, qk=24 + 8 * (i % 2), v=40 - 8 * (i % 3), mlp=160 + 16 * i)
-        for i in range(12)
-    ),
-)
-NAME = "deit_tiny_distilled_patch16_224"
-
-
-@pytest.fixture(scope="module")
-def cut() -> nn.Module:
-    """A distilled DeiT-T, sliced to `WIDTHS` and filled with noise."""
-    draw = torch.Generator().manual_seed(8)
-    model = sliced_model(timm.create_model(NAME, num_classes=7), WIDTHS)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=draw)
-            p.copy_((1 if "norm" in name and name.endswith("weight") else 0) + 0.2 * noise)
-            if p.dim() > 1 and "token" not in name and name != "pos_embed":
-                p.copy_(noise / p[0].numel() ** 0.5)
-    return model.eval()
-
-
-def nvit_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights, dim) in NViT's layout."""
-    widths, state = model_widths(model), OrderedDict()
-    own = {k: v.clone() for k, v in model.state_dict().items()}
-    for index, block in enumerate(widths.blocks):
-        at = f"blocks.{index}.attn."
-        rows = [block.heads * block.qk] * 2 + [block.heads * block.v]
-        del own[f"{at}widths"]
-        state[f"{at}qkv.token_mask"] = torch.ones(198, 1)
-        for end in ("weight", "bias"):
-            for x, part in zip("QKV", own.pop(f"{at}qkv.{end}").split(rows), strict=True):
-                factor = 64**0.5 / block.qk**0.5 if x == "Q" else 1.0
-                state[f"{at}qkv.{x}.{end}"] = part * factor
-            state[f"{at}proj.proj.{end}"] = own.pop(f"{at}proj.{end}")
-    stem = own.pop("patch_embed.proj.weight").permute(0, 2, 3, 1)
-    state["patch_embed.proj.weight"] = stem.reshape(len(stem), -1, 1, 1)
-    parts = {"head": "heads", "QK": "qk", "V": "v", "MLP": "mlp"}
-    dim = {key: [getattr(b, part) for b in widths.blocks] for key, part in parts.items()}
-    return {**own, **state}, {"EMB": widths.embedding, **dim}
-
-
-def nvit_logits(state: dict[str, Tensor], dim: dict[str, Any], images: Tensor) -> Tensor:
-    """What NViT's published evaluation computes from its weights, from their names alone."""
-
-    def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def norm(x: Tensor, name: str) -> Tensor:
-        weight = state[f"{name}.weight"]
-        return F.layer_norm(x, weight.shape, weight, state[f"{name}.bias"], eps=1e-6)
-
-    batch = len(images)
-    # every patch as one vector: pixels row by row, the three channels of each side by side
-    tiles = images.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 4, 5, 1)
-    stem = state["patch_embed.proj.weight"].flatten(1)
-    x = F.linear(tiles.reshape(batch, 196, 768), stem, state["patch_embed.proj.bias"])
-    tokens = [state[name].expand(batch, -1, -1) for name in ("cls_token", "dist_token")]
-    x = torch.cat([*tokens, x], dim=1) + state["pos_embed"]
-    for block, heads in enumerate(dim["head"]):
-        at = f"blocks.{block}."
-        y = norm(x, f"{at}norm1")
-        q, k, v = (
-            (linear(y, f"{at}attn.qkv.{name}") * state[f"{at}attn.qkv.token_mask"])
-            .reshape(batch, 198, heads, -1)
-            .transpose(1, 2)
-            for name in "QKV"
-        )
-        mixed = (q @ k.transpose(-1, -2) * 64**-0.5).softmax(dim=-1) @ v
-        x = x + linear(mixed.transpose(1, 2).flatten(2), f"{at}attn.proj.proj")
-        hidden = F.gelu(linear(norm(x, f"{at}norm2"), f"{at}mlp.fc1"))
-        x = x + linear(hidden, f"{at}mlp.fc2")
-    x = norm(x, "norm")
-    return (linear(x[:, 0], "head") + linear(x[:, 1], "head_dist")) / 2
-
-
-def test_nvits_file_makes_the_sliced_model(
-    tmp_path: Path, cut: nn.Module, wide_images: Tensor
-) -> None:
-    state, dim = nvit_state(cut)
-    path = training_file(tmp_path / "ft_checkpoint.pth", state, dim=dim)
-    model = load_model(NAME, path)
-    assert model_widths(model) == WIDTHS and isinstance(model, VisionTransformer)
-    found, expected = logits(model, wide_images), logits(cut, wide_images)
-    # folding the scale into q and out of it again rounds twice
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6 * expected.std().item())
-    double = {key: value.double() for key, value in state.items()}
-    again = logits(copy.deepcopy(model).double(), wide_images.double())
-    wanted = nvit_logits(double, dim, wide_images.double())
-    # the model's own weights are float32's: the folded ones among them are rounded once
-    torch.testing.assert_close(again, wanted, rtol=0, atol=2e-6 * wanted.std().item())
-    assert wanted.std() > 0.3, "logits that differ, not all alike"
-
-
-def test_nvits_model_is_pruned_further_and_kept_like_any(
-    tmp_path: Path, cut: nn.Module, wide_images: Tensor
-) -> None:
-    state, dim = nvit_state(cut)
-    model = load_model(NAME, training_file(tmp_path / "nvit.pth", state, dim=dim))
-    pruned = methods.prune(model, "topk", keep_rate=0.7, prune_layers=[3, 6, 9])
-    assert logits(pruned, wide_images).isfinite().all()
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "kept.safetensors")
-    kept = load_model(NAME, tmp_path / "kept.safetensors")
-    assert torch.equal(logits(kept, wide_images), logits(model, wide_images))
-    assert widths_of(kept.state_dict()) == WIDTHS
-    with pytest.raises(UserError, match="12 blocks.* 14") as caught:
-        load_model("vit_wee_patch16_reg1_gap_256", tmp_path / "nvit.pth")
-    assert caught.value.details["path"] == str(tmp_path / "nvit.pth")
-
-
-def drop(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
-    del state[key]
-
-
-def three_dimensional(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
-    state[key] = state[key][:, :, None]
-
-
-def weigh_a_token(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
-    state[key][17] = 0.75
-
-
-def drop_heads(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
-    del dim["head"]
-
-
-def more_heads(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
-    dim["head"][4] = 5
-
-
-def a_stem_of_timm(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> None:
-    state[key] = state[key].reshape(-1, 3, 16, 16)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "key", "code", "details"),
-    [
-        (drop, "blocks.4.attn.qkv.K.bias", Code.MISSING, {"keys": ("blocks.4.attn.qkv.K.bias",)}),
-        (drop, "blocks.4.attn.proj.proj.weight", Code.MISSING,
-         {"keys": ("blocks.4.attn.proj.proj.weight",)}),
-        (drop, "patch_embed.proj.weight", Code.MISSING, {"keys": ("patch_embed.proj.weight",)}),
-        (drop, "blocks.4.mlp.fc1.bias", None, {}),
-        (three_dimensional, "blocks.4.attn.qkv.Q.weight", Code.MISMATCH, {"unsliced": True}),
-        (weigh_a_token, "blocks.4.attn.qkv.token_mask", Code.UNSUPPORTED,
-         {"key": "blocks.4.attn.qkv.token_mask"}),
-        (drop_heads, "", Code.WRONG_TYPE, {"key": "dim.head", "got": None}),
-        (more_heads, "", Code.MISMATCH, {"rows": 120, "unsliced": False}),
-        (a_stem_of_timm, "patch_embed.proj.weight", Code.MISMATCH,
-         {"key": "patch_embed.proj.weight"}),
-    ],
-)  # fmt: skip
-def test_a_file_of_nvits_that_is_not_whole(
-    tmp_path: Path, cut: nn.Module, spoil: Callable[..., None], key: str, code: Code | None,
-    details: dict[str, Any],
-) -> None:  # fmt: skip
-    state, dim = nvit_state(cut)
-    spoil(state, dim, key)
-    path = training_file(tmp_path / "nvit.pth", state, dim=dim)
-    with pytest.raises(UserError) as caught:
-        load_model(NAME, path)
-    error = caught.value
-    assert code is None or error.code == code, error
-    assert details | {"path": str(path)} == {k: error.details.get(k) for k in (*details, "path")}
-    assert key in str(error), "the message names the key"
-
-
-def test_nvits_weights_alone_do_not_say_their_heads(tmp_path: Path, cut: nn.Module) -> None:
-    state, _ = nvit_state(cut)
-    safetensors.torch.save_file(state, tmp_path / "nvit.safetensors")
-    with refused(Code.MISSING, UserError, key="dim.head"):
-        load_model(NAME, tmp_path / "nvit.safetensors")
 
 
 # --- wrapped, prefixed, and what is none of them
@@ -436,7 +185,7 @@ def test_nvits_weights_alone_do_not_say_their_heads(tmp_path: Path, cut: nn.Modu
     ],
     ids=["bare", "state_dict", "model", "ema", "module", "compiled", "student", "teacher"],
 )
-def test_wrapped_prefixed_and_with_a_teacher(
+def test_wrappers_prefixes_and_teachers_are_removed(
     tmp_path: Path, digits: nn.Module, images: Tensor, wrap: Callable[[Any], Any]
 ) -> None:
     model = built(digits, DYNAMICVIT)
@@ -459,7 +208,7 @@ def refused_keys(tmp_path: Path, state: dict[str, Tensor], code: Code) -> tuple[
     return keys
 
 
-def test_an_unknown_layout_is_told_with_its_first_keys_and_those_known(
+def test_an_unknown_layout_is_refused_with_its_first_keys(
     tmp_path: Path, digits: nn.Module
 ) -> None:
     names = {"blocks.": "encoder.layer.", "pos_embed": "embeddings.position_embeddings"}
@@ -478,7 +227,7 @@ def test_an_unknown_layout_is_told_with_its_first_keys_and_those_known(
     assert keys[0] == "score_predictor.0.in_conv.0.weight"
 
 
-def test_a_known_layout_that_lacks_keys_is_told_which(tmp_path: Path, digits: nn.Module) -> None:
+def test_missing_keys_of_a_known_layout_are_listed(tmp_path: Path, digits: nn.Module) -> None:
     state = tnt_state(built(digits, TNT))
     del state["alpha_heads.7.bias"], state["alpha_heads.9.weight"]
     keys = refused_keys(tmp_path, state, Code.MISSING)
@@ -489,9 +238,7 @@ def test_a_known_layout_that_lacks_keys_is_told_which(tmp_path: Path, digits: nn
     assert len(keys) == 6 and keys[0] == "score_predictor.1.out_conv.0.weight"
 
 
-def test_settings_beside_the_weights_are_read_and_other_objects_are_not(
-    tmp_path: Path, digits: nn.Module
-) -> None:
+def test_settings_are_read_and_other_objects_are_refused(tmp_path: Path, digits: nn.Module) -> None:
     """Every script that came from DeiT's keeps its argparse.Namespace in the file."""
     path = training_file(tmp_path / "w.pth", dict(digits.state_dict()))
     with pytest.raises(Exception, match="Weights only load failed"):

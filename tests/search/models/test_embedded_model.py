@@ -35,7 +35,7 @@ def model() -> nn.Module:
     return embedded_model.build()
 
 
-def test_the_weights_are_small_and_the_model_is_described(model: nn.Module) -> None:
+def test_the_weights_are_small_and_the_data_configuration_is_complete(model: nn.Module) -> None:
     stored = (
         files("vitpareto.search.models").joinpath("weights", "digits_vit.safetensors").read_bytes()
     )
@@ -51,16 +51,16 @@ def test_the_weights_are_small_and_the_model_is_described(model: nn.Module) -> N
     torch.testing.assert_close(from_pil, embedded_images.normalise(images), atol=1e-6, rtol=1e-6)
 
 
-def test_the_dense_model_reads_held_out_digits(model: nn.Module) -> None:
+def test_accuracy_of_the_dense_model(model: nn.Module) -> None:
     assert top1(model, "held-out") >= 95
 
 
-def test_merging_half_away_costs_little(model: nn.Module) -> None:
+def test_merging_half_of_the_tokens_costs_little_accuracy(model: nn.Module) -> None:
     merged = top1(methods.prune(model, "tome", r=6), "search")
     assert merged >= top1(model, "search") - 2
 
 
-def test_choosing_patches_beats_dropping_them_at_random(model: nn.Module) -> None:
+def test_topk_is_better_than_random_dropping(model: nn.Module) -> None:
     best = methods.prune(model, "topk", **TOPK)
     controls = [methods.prune(model, "random", **setting) for setting in RANDOM]
     half = macs(methods.prune(model, "dense")) / 2

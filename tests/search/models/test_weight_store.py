@@ -21,7 +21,7 @@ def state() -> dict[str, Tensor]:
     return {k: v.clone() for k, v in vit().state_dict().items()}
 
 
-def test_what_is_saved_is_read_back_to_the_bit(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_weights_are_read_back_bit_for_bit(tmp_path: Path, state: dict[str, Tensor]) -> None:
     store = WeightStore(tmp_path / "weights")
     digest = store.save(state)
     assert digest == weights_digest(state) and store.has(digest)
@@ -42,14 +42,14 @@ def test_the_same_weights_are_written_once(tmp_path: Path, state: dict[str, Tens
     assert store.save(state) != path.stem and len(list(path.parent.iterdir())) == 2
 
 
-def test_views_and_shared_memory_are_saved_as_they_look(tmp_path: Path) -> None:
+def test_views_and_shared_memory_are_saved_as_separate_tensors(tmp_path: Path) -> None:
     store, whole = WeightStore(tmp_path), torch.arange(12.0).view(3, 4)
     state = {"a": whole, "b": whole, "row": whole[1], "across": whole.T}
     read = store.load(store.save(state))
     assert all(torch.equal(read[k], v) for k, v in state.items())
 
 
-def test_another_folder_adopts_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
+def test_another_store_adopts_the_file(tmp_path: Path, state: dict[str, Tensor]) -> None:
     one, other = WeightStore(tmp_path / "a"), WeightStore(tmp_path / "b" / "weights")
     digest = one.save(state)
     other.adopt(digest, one)
