@@ -62,10 +62,10 @@ def finetune_command(
     """
     from vitpareto.methods import Recipe
     from vitpareto.search.measure.device import resolve_device
-    from vitpareto.search.training.finetune import Job, finetune
-    from vitpareto.search.training.settings import Settings
+    from vitpareto.search.training.finetune import FinetuneJob, finetune
+    from vitpareto.search.training.settings import TrainingSettings
 
-    settings = Settings(
+    settings = TrainingSettings(
         epochs=epochs,
         lr=lr if lr is not None else (1e-3 if from_scratch else 1e-4),
         batch=batch,
@@ -75,9 +75,9 @@ def finetune_command(
         seed=seed or 0,
         distill=distill,
         # from scratch no part of the model is newer than the rest
-        parts_scale=1.0 if from_scratch else Settings.parts_scale,
+        parts_scale=1.0 if from_scratch else TrainingSettings.parts_scale,
     )
-    job = Job(
+    job = FinetuneJob(
         model or "digits",
         data or "digits",
         out,

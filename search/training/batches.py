@@ -1,7 +1,7 @@
-"""Training images, epoch by epoch: their order, augmentation and mixup.
+"""Training batches of every epoch: order, augmentation and mixup.
 
-All of it follows from (seed, epoch, image), so that an interrupted training sees what it would have
-seen, on any device. Images come decoded, at the model's own size, from `search.data.decoding`.
+They follow from (seed, epoch, image) alone, so that an interrupted training continues with the same
+batches on any device. Images are decoded already, at the model's size (`search.data.decoding`).
 """
 
 from __future__ import annotations
@@ -17,32 +17,36 @@ from timm.data import Mixup
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitpareto.methods import Code
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 
-#: How an image may be changed: shifted by up to an eighth of its side (black comes in), or cut to a
-#: part of its area that is scaled up again; and mirrored.
+#: shift: by up to an eighth of the side, filled with black; crop: a part of the area, scaled to the
+#: whole; flip: mirrored.
 AUGMENTATIONS = ("none", "shift", "shift-flip", "crop", "crop-flip")
-#: up to this side, in pixels, "auto" shifts, as for CIFAR; above it crops, as for ImageNet
+#: "auto" shifts images of up to this side in pixels, as for CIFAR, and crops larger ones, as for
+#: ImageNet.
 SMALL_SIDE = 96
-#: Part of the area and aspect ratio that a crop keeps. timm's least area is 0.08 of the whole
-#: photograph; here the border is gone already, and the model has been trained before.
+#: Range of a crop's area and aspect ratio. timm's smallest area is 0.08 of the whole photograph;
+#: here the border is cut off already, and the model has been trained before.
 CROP_AREA, CROP_RATIO = (0.25, 1.0), (3 / 4, 4 / 3)
 SHIFT = 1 / 8
 
 
-def choose_augmentation(asked: str, preprocess: Preprocess, data: str) -> str:
-    """ "auto" made definite: by the image's size, and never mirrored where it shows digits.
+def choose_augmentation(name: str, preprocess: Preprocess, data: str) -> str:
+    """The augmentation for "auto": by the image's size, and none for the embedded digits.
 
-    Raises UserError for an unknown name.
+    Any other name is returned. Raises UserError for an unknown one.
     """
-    if asked != "auto":
-        if asked not in AUGMENTATIONS:
-            known = nearest(asked, ("auto", *AUGMENTATIONS))
-            raise UserError(f"unknown augmentation {asked!r}{known}")
-        return asked
+    if name != "auto":
+        if name not in AUGMENTATIONS:
+            hint = nearest(name, ("auto", *AUGMENTATIONS))
+            raise UserError(
+                f"unknown augmentation {name!r}{hint}", Code.UNKNOWN_NAME, name="augment", got=name
+            )
+        return name
     if data == "digits":
         return "none"
     return "shift-flip" if max(preprocess.input_size[1:]) <= SMALL_SIDE else "crop-flip"
@@ -52,10 +56,14 @@ def choose_augmentation(asked: str, preprocess: Preprocess, data: str) -> str:
 class TrainImages:
     """The batches of every epoch, for `search.training.loop.fit`: call it with the epoch.
 
-    `classes`: logits of the model; `head_indices`: those that the
-    data's labels stand for, in order (None: the labels themselves). mixup: timm's alpha; the labels
-    are then soft [B, classes], smoothed by `smoothing`, and 0 leaves them whole [B]. The last batch
-    of an epoch is left out where it is smaller than the others.
+    The last batch of an epoch is left out if it is smaller than the others.
+
+    Attributes:
+        classes: number of the model's logits.
+        mixup: timm's alpha. Labels are then soft [B, classes], smoothed by `smoothing`; with 0 they
+            are [B].
+        head_indices: the logits that the data's labels stand for, in order (None: the labels
+            themselves).
     """
 
     split: Split
@@ -72,13 +80,26 @@ class TrainImages:
     def __post_init__(self) -> None:
         if self.batch < 1 or not len(self.split):
             raise UserError(
-                f"training needs images and a batch of at least one: there are {len(self.split)} "
-                f"images, the batch is {self.batch}"
+                f"training needs at least one image and a batch of at least 1 (got "
+                f"{len(self.split)} images, batch {self.batch})",
+                Code.OUT_OF_RANGE,
+                images=len(self.split),
+                batch=self.batch,
             )
         if self.mixup < 0:
-            raise UserError(f"mixup is {self.mixup:g}: accepted is 0 (none) or above")
+            raise UserError(
+                f"mixup must be 0 or above (got {self.mixup:g})",
+                Code.OUT_OF_RANGE,
+                name="mixup",
+                got=self.mixup,
+            )
         if self.mixup > 0 and self.size % 2:
-            raise UserError(f"mixup pairs the images of a batch: {self.size} of them is odd")
+            raise UserError(
+                f"the batch must be even with mixup, which pairs its images (got {self.size})",
+                Code.OUT_OF_RANGE,
+                name="batch",
+                got=self.size,
+            )
 
     @property
     def size(self) -> int:
@@ -104,7 +125,7 @@ class EpochBatches:
         pixels, labels = of.split.images, of.split.labels
         draw = torch.Generator().manual_seed(_number(of.seed, self.epoch))
         order = torch.randperm(len(labels), generator=draw)
-        # a row an image, whatever its place in the epoch
+        # one row per image, wherever it stands in the epoch
         chance = torch.rand(len(labels), 5, generator=draw)
         head = None if of.head_indices is None else torch.tensor(of.head_indices)
         for step in range(len(self)):
@@ -122,7 +143,7 @@ class EpochBatches:
     def _mixed(self, images: Tensor, target: Tensor, step: int) -> tuple[Tensor, Tensor]:
         of = self.of
         mix = Mixup(mixup_alpha=of.mixup, label_smoothing=of.smoothing, num_classes=of.classes)
-        # timm draws from numpy's global generator: lent to it, and put back
+        # timm draws from numpy's global generator, which is restored
         before = np.random.get_state()
         np.random.seed(_number(of.seed, self.epoch, step) % 2**32)
         try:
@@ -133,14 +154,14 @@ class EpochBatches:
 
 
 def _number(*parts: int) -> int:
-    """A seed of 63 bits from several numbers: no two epochs share draws, whatever the seed."""
+    """A seed of 63 bits from several numbers, so that no two epochs share draws."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def augment(images: Tensor, chance: Tensor, how: str) -> Tensor:
-    """Images uint8 [B, H, W, 3] changed as `how` (of AUGMENTATIONS) says, by chance [B, 5]: in
-    [0, 1), two for the place, two for a crop's area and ratio, one for the mirror.
+    """Augment images uint8 [B, H, W, 3]. how: of AUGMENTATIONS. chance [B, 5], in [0, 1): two for
+    the place, two for a crop's area and ratio, one for mirroring.
     """
     chance = chance.to(images.device)
     if how.startswith("shift"):
@@ -153,7 +174,7 @@ def augment(images: Tensor, chance: Tensor, how: str) -> Tensor:
 
 
 def shifted(images: Tensor, chance: Tensor) -> Tensor:
-    """Moved by whole pixels, up to an eighth of each side either way; chance [B, 2] in [0, 1)."""
+    """Shift by whole pixels, up to an eighth of each side; chance [B, 2] in [0, 1)."""
     count, height, width, _ = images.shape
     most = torch.tensor([max(1, round(SHIFT * s)) for s in (height, width)], device=images.device)
     corner = (chance * (2 * most + 1)).long()
@@ -166,7 +187,7 @@ def shifted(images: Tensor, chance: Tensor) -> Tensor:
 
 
 def cropped(images: Tensor, chance: Tensor) -> Tensor:
-    """A random part of each image, scaled to the whole (bilinear); chance [B, 4] in [0, 1)."""
+    """Crop a random part of each image and scale it to the whole (bilinear); chance [B, 4]."""
     low, high = CROP_AREA
     area = low + (high - low) * chance[:, 2]
     narrow, broad = (math.log(r) for r in CROP_RATIO)

@@ -1,7 +1,8 @@
-"""How processes that train together share a batch: by images, and gradients averaged by how many.
+"""How processes that train together share a batch: each takes a part of the images, and gradients
+are averaged by how many.
 
-Each draws the whole batch, whose shuffle and augmentation depend on the seed alone, and takes its
-part. In a process by itself all of this does nothing.
+Every process draws the whole batch, whose shuffle and augmentation depend on the seed alone, and
+takes its part. In a single process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -11,28 +12,34 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def ranks() -> tuple[int, int]:
-    """This process's number among those of its training, and how many there are: (0, 1) alone."""
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank, and how many processes train together: (0, 1) in a single process."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def own_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
-    """This process's part of a batch, and what part of the batch that is. ValueError where there
-    are fewer images than processes.
+def local_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
+    """This process's images and labels, and the fraction of the batch that they are.
+
+    Raises ValueError if the batch has fewer images than there are processes.
     """
-    rank, world = ranks()
-    if world == 1:
+    rank, size = rank_and_size()
+    if size == 1:
         return images, labels, 1.0
-    if len(images) < world:
-        raise ValueError(f"a batch of {len(images)} images cannot be shared by {world} processes")
-    return images[rank::world], labels[rank::world], len(images[rank::world]) / len(images)
+    if len(images) < size:
+        raise ValueError(
+            f"a batch must have at least {size} images, one per process (got {len(images)})"
+        )
+    return images[rank::size], labels[rank::size], len(images[rank::size]) / len(images)
 
 
-def whole_batch(model: nn.Module, loss: float, share: float) -> float:
-    """The gradients of the whole batch in place of this share's, and the whole batch's loss."""
-    if ranks()[1] == 1:
+def average_gradients(model: nn.Module, loss: float, share: float) -> float:
+    """Replace the gradients by those of the whole batch; returns the whole batch's loss.
+
+    loss, share: of this process's part.
+    """
+    if rank_and_size()[1] == 1:
         return loss
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     device = gradients[0].device if gradients else torch.device("cpu")

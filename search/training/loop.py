@@ -1,8 +1,7 @@
-"""Gradient training of a model: what training from scratch, fine-tuning and recovery share.
+"""The training loop that training from scratch, fine-tuning and recovery share.
 
-One loop over timm's optimisers and schedules. What is optimised is an *objective*, a function of
-model, images and labels, so that distillation or token dropping needs no second loop. Nothing
-here reads or writes files, and the caller seeds torch.
+What is minimised is an objective, a function of model, images and labels, so that distillation or
+token dropping needs no other loop. Nothing here reads or writes files, and the caller seeds torch.
 """
 
 from __future__ import annotations
@@ -14,13 +13,19 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
-from vitpareto.search.training.data_parallel import own_share, whole_batch
+from vitpareto.methods import BadInput, Code
+from vitpareto.search.training.data_parallel import average_gradients, local_share
+from vitpareto.search.training.optimizers import (
+    CosineSchedule,
+    current_rate,
+    make_average,
+    make_optimizer,
+)
 
 
 class Batches(Protocol):
@@ -37,7 +42,7 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training came to: its index, mean objective and last learning rate."""
+    """A finished epoch: its index, the mean objective, and the last learning rate."""
 
     index: int
     loss: float
@@ -48,12 +53,13 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class State:
-    """Training as it stands after whole epochs: all that the next one depends on.
+class TrainingState:
+    """Everything that the next epoch depends on. The schedule's position is `len(history)`.
 
-    model, optimizer and average (of the weights; None without one) are state dicts, shared with
-    the training that goes on: keep a copy. random: the generators' states by device. The
-    schedule's position is `len(history)`, the epochs done.
+    Attributes:
+        model, optimizer, average: state dicts (average: of the weights' moving average, None
+            without one). They are shared with the running training: copy them to keep them.
+        random: states of torch's generators, by device.
     """
 
     model: dict[str, Tensor]
@@ -63,10 +69,24 @@ class State:
     history: tuple[Epoch, ...]
 
 
+class LossNotFinite(FloatingPointError):
+    """The training loss became infinite or not a number."""
+
+    def __init__(self, loss: float, epoch: int, step: int, lr: float) -> None:
+        super().__init__(
+            f"the training loss became {loss} at epoch {epoch}, step {step}: "
+            f"try a learning rate below {lr:g}"
+        )
+        self.loss, self.epoch, self.step, self.lr = loss, epoch, step, lr
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.loss, self.epoch, self.step, self.lr)
+
+
 def cross_entropy(smoothing: float = 0.0) -> Objective:
     """The objective of plain supervised training: cross-entropy with label smoothing in [0, 1)."""
     if not 0 <= smoothing < 1:
-        raise ValueError(f"label smoothing must be in [0, 1) but got {smoothing}")
+        raise _out_of_range("smoothing", "in [0, 1)", smoothing)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
@@ -89,95 +109,51 @@ def fit(
     parts_scale: float = 1.0,
     average: float | None = None,
     autocast: torch.dtype | None = None,
-    state: State | None = None,
-    keep: Callable[[State], None] | None = None,
+    state: TrainingState | None = None,
+    on_state: Callable[[TrainingState], None] | None = None,
     progress: Callable[[Epoch], None] | None = None,
 ) -> list[Epoch]:
-    """Train `model` in place and return one `Epoch` per epoch; the model is left in eval mode.
+    """Train `model` in place; returns one `Epoch` per epoch. The model is left in eval mode.
 
-    `batches(epoch)` gives an epoch's batches, on the model's device. `objective(model, images,
-    labels)` gives the scalar to minimise (default: `cross_entropy()`), under autocast to the dtype
-    `autocast` where that is given. The learning rate rises linearly over `warmup_epochs` to `lr`,
-    then falls to 0 along a cosine; weight decay spares biases and norms (timm's rule); block by
-    block towards the input the rate is multiplied by `layer_decay`, and that of what a method adds
-    (`reduction.*`, fresh beside a trained model) by `parts_scale`; gradients are clipped to
-    `clip_norm`. With `average` the model ends with the moving average of its weights at that decay
-    a step (warmed up as timm does). `progress` hears of every epoch when it ends.
+    Args:
+        batches: called with the epoch; returns its batches, on the model's device.
+        lr: the highest learning rate. It rises linearly over `warmup_epochs`, then falls to 0 along
+            a cosine.
+        objective: called with model, images and labels; returns the scalar to minimise. Default:
+            `cross_entropy()`.
+        weight_decay: not applied to biases and norms (timm's rule).
+        clip_norm: largest norm of the gradients; None: not clipped.
+        layer_decay: factor of the rate from block to block towards the input.
+        parts_scale: factor of the rate of what a method adds (`reduction.*`), which is fresh beside
+            a trained model.
+        average: decay per step of a moving average of the weights, which the model ends with
+            (warmed up as timm does). None: no average.
+        autocast: dtype of the forward.
+        state: state of an earlier training with the same settings to continue from. On a CPU the
+            weights are the same as without the interruption, bit for bit.
+        on_state: called with the state after every epoch, before `progress`.
+        progress: called with every finished epoch.
 
-    `keep` is given the state after every epoch, before `progress` hears. `state`: one of those,
-    from a training with the same settings, to go on from; on a CPU the weights come out as they
-    would have without the interruption, to the bit.
-
-    Raises ValueError for settings out of range or an epoch without batches, and
-    FloatingPointError, naming epoch and step, when the objective is not finite.
+    Raises BadInput for settings out of range or an epoch without batches, LossNotFinite if the
+    objective is not finite.
     """
-    if epochs < 1:
-        raise ValueError(f"training needs at least 1 epoch but got {epochs}")
-    if not lr > 0:
-        raise ValueError(f"the learning rate must be positive but got {lr}")
-    if not 0 <= warmup_epochs < epochs:
-        raise ValueError(f"warm-up must be in [0, {epochs}) epochs but got {warmup_epochs}")
-    if layer_decay is not None and not 0 < layer_decay <= 1:
-        raise ValueError(f"the layer decay must be in (0, 1] but got {layer_decay}")
-    if not parts_scale > 0:
-        raise ValueError(f"the scale of the parts' rate must be positive but got {parts_scale}")
-    if average is not None and not 0 < average < 1:
-        raise ValueError(f"the average's decay must be in (0, 1) but got {average}")
-    if state is not None and len(state.history) > epochs:
-        raise ValueError(f"{len(state.history)} epochs are done already: {epochs} are fewer")
-    minimise = objective if objective is not None else cross_entropy()
-    updates = create_optimizer_v2(
-        model,
-        opt=optimizer,
-        lr=lr,
-        weight_decay=weight_decay,
-        layer_decay=layer_decay,
-        param_group_fn=_apart(weight_decay, layer_decay, parts_scale) if parts_scale != 1 else None,
-    )
-    # timm's scheduler takes fractions, so epochs may differ in their steps; halves of an epoch are
-    # its unit here, since it warns of a period of 1.
-    warmup: Any = 2 * warmup_epochs  # annotated int there, but any number works
-    schedule = CosineLRScheduler(updates, t_initial=2 * epochs, warmup_t=warmup)
-    ema = None if average is None else ModelEmaV3(model, decay=average, use_warmup=True)
+    _check_settings(epochs, lr, warmup_epochs, layer_decay, parts_scale, average)
+    updates = make_optimizer(model, optimizer, lr, weight_decay, layer_decay, parts_scale)
+    schedule = CosineSchedule(updates, epochs, warmup_epochs)
+    ema = make_average(model, average)
     history: list[Epoch] = []
     if state is not None:
-        _go_on(state, model, updates, ema)
+        if len(state.history) > epochs:
+            raise _out_of_range("epochs", f"at least the {len(state.history)} finished", epochs)
+        _restore(state, model, updates, ema)
         history += state.history
-    device = next(model.parameters()).device.type
+    loop = _Loop(
+        model, updates, schedule, ema, objective or cross_entropy(), clip_norm, autocast, lr
+    )
     for epoch in range(len(history), epochs):
-        model.train()
-        steps = batches(epoch)
-        if len(steps) == 0:
-            raise ValueError(f"epoch {epoch} has no batches")
-        total = 0.0
-        for step, (images, labels) in enumerate(steps):
-            images, labels, share = own_share(images, labels)
-            # Half a step ahead: the first step's rate is not 0, the last one's neither.
-            schedule.step(2 * (epoch + (step + 0.5) / len(steps)))  # type: ignore[arg-type]
-            with _casting(device, autocast):
-                loss = minimise(model, images, labels)
-            updates.zero_grad()
-            loss.backward()
-            value = whole_batch(model, loss.item(), share)
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the training loss became {value} at epoch {epoch}, step {step}: "
-                    f"try a learning rate below {lr:g}"
-                )
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-            updates.step()
-            if ema is not None:
-                ema.update(model, step=epoch * len(steps) + step + 2)
-            total += value
-        group = updates.param_groups[0]
-        rate = group["lr"] / group.get("lr_scale", 1.0)
-        history.append(Epoch(epoch, total / len(steps), rate))
-        if keep is not None:
-            smooth = None if ema is None else ema.module.state_dict()
-            keep(State(
-                model.state_dict(), updates.state_dict(), smooth, _random_states(), tuple(history)
-            ))  # fmt: skip
+        history.append(loop.run_epoch(epoch, batches(epoch)))
+        if on_state is not None:
+            on_state(_state(model, updates, ema, history))
         if progress is not None:
             progress(history[-1])
     if ema is not None:
@@ -186,49 +162,97 @@ def fit(
     return history
 
 
-def _apart(
-    weight_decay: float, layer_decay: float | None, scale: float
-) -> Callable[[nn.Module], list[dict[str, Any]]]:
-    """timm's parameter groups, those of `reduction.*` in groups of their own at `scale`."""
+@dataclass(frozen=True)
+class _Loop:
+    """The parts of a running training."""
 
-    def groups(model: nn.Module) -> list[dict[str, Any]]:
-        named: set[str] = getattr(model, "no_weight_decay", set)()
-        if layer_decay is None:
-            found = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=named)
-        else:
-            found = param_groups_layer_decay(
-                model, weight_decay, no_weight_decay_list=named, layer_decay=layer_decay
-            )
-        parts = {id(p) for n, p in model.named_parameters() if n.startswith("reduction.")}
-        out = []
-        for group in found:
-            own = [p for p in group["params"] if id(p) in parts]
-            rest = [p for p in group["params"] if id(p) not in parts]
-            part = {**group, "params": own, "lr_scale": group.get("lr_scale", 1.0) * scale}
-            out += [g for g in ({**group, "params": rest}, part) if g["params"]]
-        return out
+    model: nn.Module
+    updates: Optimizer
+    schedule: CosineSchedule
+    ema: ModelEmaV3 | None
+    objective: Objective
+    clip_norm: float | None
+    autocast: torch.dtype | None
+    lr: float
 
-    return groups
+    def run_epoch(self, epoch: int, batches: Batches) -> Epoch:
+        steps = len(batches)
+        if steps == 0:
+            raise BadInput(f"epoch {epoch} has no batches", Code.EMPTY, epoch=epoch)
+        self.model.train()
+        total = 0.0
+        for step, (images, labels) in enumerate(batches):
+            self.schedule.set_rate(epoch, step, steps)
+            total += self._step(epoch, step, images, labels)
+            if self.ema is not None:
+                self.ema.update(self.model, step=epoch * steps + step + 2)
+        return Epoch(epoch, total / steps, current_rate(self.updates))
+
+    def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> float:
+        """One update; returns the loss of the whole batch."""
+        images, labels, share = local_share(images, labels)
+        with _casting(next(self.model.parameters()).device.type, self.autocast):
+            loss = self.objective(self.model, images, labels)
+        self.updates.zero_grad()
+        loss.backward()
+        value = average_gradients(self.model, loss.item(), share)
+        if not math.isfinite(value):
+            raise LossNotFinite(value, epoch, step, self.lr)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.updates.step()
+        return value
+
+
+def _check_settings(
+    epochs: int,
+    lr: float,
+    warmup_epochs: float,
+    layer_decay: float | None,
+    parts_scale: float,
+    average: float | None,
+) -> None:
+    for name, valid, rule, got in (
+        ("epochs", epochs >= 1, "at least 1", epochs),
+        ("lr", lr > 0, "above 0", lr),
+        ("warmup_epochs", 0 <= warmup_epochs < epochs, f"in [0, {epochs})", warmup_epochs),
+        ("layer_decay", layer_decay is None or 0 < layer_decay <= 1, "in (0, 1]", layer_decay),
+        ("parts_scale", parts_scale > 0, "above 0", parts_scale),
+        ("average", average is None or 0 < average < 1, "in (0, 1)", average),
+    ):
+        if not valid:
+            raise _out_of_range(name, rule, got)
+
+
+def _out_of_range(name: str, rule: str, got: Any) -> BadInput:
+    return BadInput(f"{name} must be {rule} (got {got})", Code.OUT_OF_RANGE, name=name, got=got)
 
 
 def _casting(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if dtype is None else torch.autocast(device, dtype)
 
 
-def _random_states() -> dict[str, Tensor]:
-    """torch's generators, which dropout, drop path, noise and masks draw from."""
-    states = {"cpu": torch.get_rng_state()}
+def _state(
+    model: nn.Module, updates: Optimizer, ema: ModelEmaV3 | None, history: list[Epoch]
+) -> TrainingState:
+    average = None if ema is None else ema.module.state_dict()
+    # dropout, drop path, noise and masks draw from torch's generators
+    random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
+        random["cuda"] = torch.cuda.get_rng_state()
+    return TrainingState(model.state_dict(), updates.state_dict(), average, random, tuple(history))
 
 
-def _go_on(
-    state: State, model: nn.Module, updates: torch.optim.Optimizer, ema: ModelEmaV3 | None
+def _restore(
+    state: TrainingState, model: nn.Module, updates: Optimizer, ema: ModelEmaV3 | None
 ) -> None:
-    """Put model, optimiser, average and generators where `state` says."""
+    """Set model, optimizer, average and generators to the state."""
     if (ema is None) != (state.average is None):
-        raise ValueError("the state to go on from is of another training: one averages the weights")
+        raise BadInput(
+            "the state must be of the same training: only one of them averages the weights",
+            Code.MISMATCH,
+            name="average",
+        )
     model.load_state_dict(state.model)
     updates.load_state_dict(state.optimizer)
     if ema is not None and state.average is not None:

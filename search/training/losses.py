@@ -1,8 +1,8 @@
-"""What training minimises: labels, a teacher's answers, and what a reduction adds of its own.
+"""Losses of training: from labels, from a teacher, and from the reduction itself.
 
-Objectives are functions of model, images and labels, for `search.training.loop.fit`. A reduction's
-own part comes back with the tokens of its forward (`Reduction.penalty`, `Tokens.kept`): nothing is
-read off modules.
+An objective is a function of model, images and labels, for `search.training.loop.fit`. What a
+reduction adds comes with the tokens of its forward (`Reduction.penalty`, `Tokens.kept`), not from
+attributes of modules.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitpareto.methods import Code
 from vitpareto.methods.engine.forward import (
     ReducedVisionTransformer,
     ReducedVisionTransformerDistilled,
@@ -33,7 +34,7 @@ LOGITS_WEIGHT, TOKENS_WEIGHT = 0.5, 0.5
 
 @dataclass(frozen=True)
 class Distillation:
-    """How a teacher is followed (Touvron et al., "Training data-efficient image transformers &
+    """The loss from a teacher (Touvron et al., "Training data-efficient image transformers &
     distillation through attention", ICML 2021, eq. 2 and 3).
 
     soft: `(1 - w) CE(labels) + w t^2 KL(teacher / t || student / t)`, logits divided by the
@@ -47,19 +48,24 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"distillation is {self.kind!r}: accepted is {' or '.join(KINDS)}")
+            raise UserError(
+                f"distill must be {' or '.join(KINDS)} (got {self.kind!r})",
+                Code.UNKNOWN_NAME,
+                name="distill",
+                got=self.kind,
+            )
         if self.weight is not None and not 0 <= self.weight <= 1:
-            raise UserError(f"the distillation's weight is {self.weight}: accepted is 0 to 1")
+            raise _out_of_range("weight", "in [0, 1]", self.weight)
         if not self.temperature > 0:
-            raise UserError(f"the temperature is {self.temperature}: accepted is above 0")
+            raise _out_of_range("temperature", "above 0", self.temperature)
 
     @property
     def share(self) -> float:
-        """The weight, the paper's where none was given."""
+        """The weight; the paper's if none was given."""
         return (0.1 if self.kind == "soft" else 0.5) if self.weight is None else self.weight
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The teacher's part, unweighted, of logits [B, classes]: a scalar."""
+        """The teacher's loss, unweighted, of logits [B, classes]: a scalar."""
         if self.kind == "hard":
             return F.cross_entropy(student, teacher.argmax(dim=1))
         return self.temperature**2 * divergence(student, teacher, self.temperature)
@@ -67,14 +73,14 @@ class Distillation:
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of logits [B, classes] at a temperature: the mean over images."""
-    ours = F.log_softmax(student / temperature, dim=1)
-    theirs = F.log_softmax(teacher / temperature, dim=1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+    log_student = F.log_softmax(student / temperature, dim=1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
 
 
 def label_loss(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of logits [B, classes] with labels [B], smoothed, or with soft targets
-    [B, classes] as they are (mixup has smoothed them).
+    [B, classes], which mixup has smoothed already.
     """
     return F.cross_entropy(logits, labels, label_smoothing=smoothing if labels.dim() == 1 else 0.0)
 
@@ -86,36 +92,37 @@ def supervised(
 ) -> Objective:
     """The objective for a dense or reduced model, with or without a teacher.
 
-    Labels are [B], or soft targets [B, classes]. A model that answers with two heads in training
-    (`two_heads`) shows the class head the labels and the other one the teacher. A reduction's
-    penalty is added; where it marks who is kept (DynamicViT), the teacher is followed as its paper
-    does: cross-entropy, 0.5 KL on logits, and 0.5 times the mean squared distance of the final
-    tokens kept from the teacher's, where those are as many and as wide.
+    Labels are [B], or soft targets [B, classes]. If the model returns the logits of two heads in
+    training (`two_heads`), the class head learns from the labels and the other one from the
+    teacher. A reduction's penalty is added. If the reduction marks the tokens that are kept
+    (DynamicViT), the loss is that of its paper: cross-entropy, 0.5 KL on logits, and 0.5 times the
+    mean squared distance of the kept final tokens from the teacher's, if those have the same shape.
 
     The teacher is put in eval mode. Raises UserError for smoothing out of range, and for a teacher
     whose classes differ from the model's.
     """
     if not 0 <= smoothing < 1:
-        raise UserError(f"label smoothing is {smoothing}: accepted is from 0 to below 1")
-    follow = distillation if distillation is not None else Distillation()
+        raise _out_of_range("smoothing", "in [0, 1)", smoothing)
+    distillation = distillation if distillation is not None else Distillation()
     if teacher is not None:
         teacher.eval()
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        logits, tokens = answers(model, images)
-        of_labels, of_teacher = logits if isinstance(logits, tuple) else (logits, logits)
-        loss = label_loss(of_labels, labels, smoothing)
+        logits, tokens = logits_and_tokens(model, images)
+        label_logits, teacher_logits = logits if isinstance(logits, tuple) else (logits, logits)
+        loss = label_loss(label_logits, labels, smoothing)
         if teacher is not None:
-            said, features = _taught(teacher, images, tokens)
-            if said.shape != of_teacher.shape:
-                raise _other_classes(said.shape[1], of_teacher.shape[1])
+            targets, features = _teacher_outputs(teacher, images, tokens)
+            if targets.shape != teacher_logits.shape:
+                raise _other_classes(targets.shape[1], teacher_logits.shape[1])
             if tokens is not None and tokens.kept is not None:
-                loss = loss + LOGITS_WEIGHT * divergence(of_teacher, said)
+                loss = loss + LOGITS_WEIGHT * divergence(teacher_logits, targets)
                 loss = loss + TOKENS_WEIGHT * token_distance(model, tokens, features)
             else:
-                loss = (1 - follow.share) * loss + follow.share * follow.loss(of_teacher, said)
-        elif of_teacher is not of_labels:
-            loss = (loss + label_loss(of_teacher, labels, smoothing)) / 2
+                share = distillation.share
+                loss = (1 - share) * loss + share * distillation.loss(teacher_logits, targets)
+        elif teacher_logits is not label_logits:
+            loss = (loss + label_loss(teacher_logits, labels, smoothing)) / 2
         if tokens is not None:
             penalty = cast(ReducedVisionTransformer, model).reduction.penalty(tokens)
             loss = loss if penalty is None else loss + penalty
@@ -124,18 +131,18 @@ def supervised(
     return objective
 
 
-def answers(model: nn.Module, images: Tensor) -> tuple[Any, Tokens | None]:
-    """(logits [B, classes] or a pair of them, final tokens): a model not reduced has no tokens."""
+def logits_and_tokens(model: nn.Module, images: Tensor) -> tuple[Any, Tokens | None]:
+    """Logits [B, classes] or a pair of them, and the final tokens; None if the model is dense."""
     if isinstance(model, (ReducedVisionTransformer, ReducedVisionTransformerDistilled)):
         tokens, _ = model.run(images)
         return model.classify(tokens), tokens
     return model(images), None
 
 
-def _taught(
+def _teacher_outputs(
     teacher: nn.Module, images: Tensor, tokens: Tokens | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(the teacher's logits, and its normalised final tokens where the student marks its own)."""
+    """The teacher's logits, and its normalised final tokens if the student marks those kept."""
     with torch.no_grad():
         if tokens is None or tokens.kept is None or not isinstance(teacher, VisionTransformer):
             return teacher(images), None
@@ -144,38 +151,45 @@ def _taught(
 
 
 def token_distance(model: nn.Module, tokens: Tokens, features: Tensor | None) -> Tensor:
-    """Mean squared distance of the kept patches' normalised tokens from the teacher's [B, N, C]; 0
-    where the teacher's are not comparable (DynamicViT's L_distill; a mean over channels too).
+    """Mean squared distance of the kept patches' normalised tokens from the teacher's [B, N, C],
+    also over channels (DynamicViT's L_distill). 0 if the teacher's tokens have another shape.
     """
-    own = cast(VisionTransformer, model).norm(tokens.x)
+    normed = cast(VisionTransformer, model).norm(tokens.x)
     kept = tokens.kept
-    if features is None or kept is None or features.shape != own.shape:
-        return own.new_zeros(())
+    if features is None or kept is None or features.shape != normed.shape:
+        return normed.new_zeros(())
     kept = kept.detach()
-    off = (own - features)[:, tokens.prefix :].square().mean(dim=2)
-    return (off * kept).sum() / kept.sum().clamp_min(1)
+    distance = (normed - features)[:, tokens.prefix :].square().mean(dim=2)
+    return (distance * kept).sum() / kept.sum().clamp_min(1)
 
 
 def check_teacher(teacher: nn.Module, model: nn.Module) -> None:
-    """UserError, with both numbers, unless teacher and model tell as many classes apart."""
-    ours, theirs = num_classes(model), num_classes(teacher)
-    if ours != theirs:
-        raise _other_classes(theirs, ours)
+    """UserError if the teacher and the model have different numbers of classes."""
+    student_classes, teacher_classes = num_classes(model), num_classes(teacher)
+    if student_classes != teacher_classes:
+        raise _other_classes(teacher_classes, student_classes)
 
 
-def _other_classes(theirs: int, ours: int) -> UserError:
+def _other_classes(teacher_classes: int, student_classes: int) -> UserError:
     return UserError(
-        f"the teacher has {theirs} classes and the model {ours}: a teacher of the same classes "
-        "is needed"
+        f"the teacher must have the model's {student_classes} classes (got {teacher_classes})",
+        Code.MISMATCH,
+        name="teacher",
+        got=teacher_classes,
+        expected=student_classes,
     )
 
 
+def _out_of_range(name: str, rule: str, got: float) -> UserError:
+    return UserError(f"{name} must be {rule} (got {got})", Code.OUT_OF_RANGE, name=name, got=got)
+
+
 @contextlib.contextmanager
-def two_heads(model: nn.Module, apart: bool) -> Iterator[None]:
-    """A distilled model's heads answer apart in training while this is open, where `apart`; any
-    other model is left alone.
+def two_heads(model: nn.Module, separate: bool) -> Iterator[None]:
+    """In this context a distilled model returns the logits of both heads in training, if
+    `separate`. Any other model is left alone.
     """
-    if not apart or not hasattr(model, "set_distilled_training"):
+    if not separate or not hasattr(model, "set_distilled_training"):
         yield
         return
     distilled = cast(ReducedVisionTransformerDistilled, model)

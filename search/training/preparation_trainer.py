@@ -31,7 +31,7 @@ from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.batches import EpochBatches, TrainImages, choose_augmentation
 from vitpareto.search.training.loop import fit
 from vitpareto.search.training.losses import Distillation, supervised
-from vitpareto.search.training.settings import Settings, seeded, train
+from vitpareto.search.training.settings import TrainingSettings, seeded, train
 
 #: The state of a training by epochs, and the last progress that the method saved.
 TRAINING_STATE, PROGRESS = "state.pt", "round.json"
@@ -54,7 +54,7 @@ class TrainingImages:
     data: str
     head_indices: tuple[int, ...] | None
 
-    def augmentation(self, settings: Settings) -> str:
+    def augmentation(self, settings: TrainingSettings) -> str:
         return choose_augmentation(settings.augment, self.preprocess, self.data)
 
     def calibration_batches(self, batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,7 +85,7 @@ class CachedTrainer:
     model: nn.Module
     teacher: nn.Module
     images: TrainingImages
-    settings: Settings
+    settings: TrainingSettings
     progress: Path
     weights: WeightStore
     cost: WidthsCost | None = None
@@ -187,7 +187,7 @@ class CachedTrainer:
         self.log(message)
 
 
-def built_fresh(recipe: Recipe, model: nn.Module, settings: Settings) -> nn.Module:
+def built_fresh(recipe: Recipe, model: nn.Module, settings: TrainingSettings) -> nn.Module:
     """The recipe built on `model`; new parts are the same for the same seed."""
     device = str(next(model.parameters()).device)
     with seeded(settings.seed, device), warnings.catch_warnings():

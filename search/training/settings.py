@@ -1,7 +1,7 @@
-"""Train a built candidate on a study's images: the settings there are, and one call.
+"""The settings of a training, and one call that trains a built candidate with them.
 
-Fine-tuning, training from scratch, a trial's own training and recovery differ in what they build
-and in what they keep; this is what they share.
+Fine-tuning, training from scratch, a trial's own training and recovery share this module. They
+differ in what they build and what they store.
 """
 
 from __future__ import annotations
@@ -16,24 +16,31 @@ from typing import Any
 import torch
 from torch import nn
 
+from vitpareto.methods import Code
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.models.loading import num_classes
 from vitpareto.search.training.batches import TrainImages, choose_augmentation
-from vitpareto.search.training.checkpoints import Checkpoint
+from vitpareto.search.training.checkpoints import TrainingCheckpoint
 from vitpareto.search.training.loop import Epoch, fit
 from vitpareto.search.training.losses import Distillation, check_teacher, supervised, two_heads
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a candidate is trained. All of it decides the weights: it goes into every record.
+class TrainingSettings:
+    """How a candidate is trained. All settings decide the weights, and are part of every record.
 
-    epochs; lr: the highest learning rate; batch: images a step; smoothing: of labels; mixup: timm's
-    alpha (0: none); augment: "auto" or one of `batches.AUGMENTATIONS`; seed: of order, augmentation
-    and every draw in training; distill: "soft" or "hard", where there is a teacher; warmup: part of
-    the epochs over which the rate rises; layer_decay, parts_scale, average: `fit`'s.
+    Attributes:
+        lr: the highest learning rate.
+        batch: images per step.
+        smoothing: of labels, in [0, 1).
+        mixup: timm's alpha; 0: none.
+        augment: "auto" or one of `batches.AUGMENTATIONS`.
+        seed: of order, augmentation and all random draws in training.
+        distill: "soft" or "hard", used if there is a teacher.
+        warmup: fraction of the epochs over which the rate rises.
+        layer_decay, parts_scale, average: as in `loop.fit`.
     """
 
     epochs: int = 5
@@ -52,29 +59,31 @@ class Settings:
     average: float | None = None
 
     def __post_init__(self) -> None:
-        for name, good, accepted in (
-            ("epochs", self.epochs >= 1, "1 or more"),
+        for name, valid, rule in (
+            ("epochs", self.epochs >= 1, "at least 1"),
             ("lr", 0 < self.lr < float("inf"), "above 0"),
-            ("batch", self.batch >= 1, "1 or more"),
-            ("smoothing", 0 <= self.smoothing < 1, "from 0 to below 1"),
-            ("mixup", 0 <= self.mixup < float("inf"), "0 (none) or above"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("smoothing", 0 <= self.smoothing < 1, "in [0, 1)"),
+            ("mixup", 0 <= self.mixup < float("inf"), "0 or above"),
             ("weight_decay", 0 <= self.weight_decay < float("inf"), "0 or above"),
-            ("warmup", 0 <= self.warmup < 1, "from 0 to below 1"),
+            ("warmup", 0 <= self.warmup < 1, "in [0, 1)"),
             ("parts_scale", 0 < self.parts_scale < float("inf"), "above 0"),
         ):
-            if not good:
-                raise UserError(f"{name} is {getattr(self, name)}: accepted is {accepted}")
-        Distillation(self.distill)  # refuses an unknown kind
+            if not valid:
+                got = getattr(self, name)
+                raise UserError(
+                    f"{name} must be {rule} (got {got})", Code.OUT_OF_RANGE, name=name, got=got
+                )
+        Distillation(self.distill)  # raises for an unknown kind
 
-    def plain(self) -> dict[str, Any]:
-        """In JSON's types."""
+    def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
-    """torch's generators begin at `seed` in here, and are afterwards as they were. Build fresh
-    parts in it, so that they are the same every time.
+    """torch's generators start at `seed` in this context, and are restored afterwards. Fresh parts
+    that are built in it are the same every time.
     """
     with torch.random.fork_rng([torch.device(device)] if device.startswith("cuda") else []):
         torch.manual_seed(seed)
@@ -85,7 +94,7 @@ def train(
     model: nn.Module,
     split: Split,
     preprocess: Preprocess,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     data: str = "",
     head_indices: tuple[int, ...] | None = None,
@@ -96,15 +105,18 @@ def train(
 ) -> list[Epoch]:
     """Train `model` (dense or reduced, float32) in place on a decoded split; left in eval mode.
 
-    data: the images' name, as `open_data` takes it. head_indices: as `search.measure.accuracy`
-    takes them. teacher: a model of the same classes and input to follow; on the model's device.
-    checkpoint: a file that keeps the state after every epoch; where it is there already, training
-    goes on from it, and where it is of another training it is refused. about: what else that
-    training depends on (JSON's types): model, data, recipe. On a GPU the forward is bfloat16 by
-    autocast.
+    On a GPU the forward runs in bfloat16 by autocast.
 
-    Raises UserError for settings, teacher or checkpoint that do not fit, FloatingPointError for a
-    loss that is not finite.
+    Args:
+        data: the data set's name, as `open_data` takes it.
+        head_indices: as `search.measure.accuracy` takes them.
+        teacher: a model with the same classes and input, on the model's device.
+        checkpoint: file with the state after every epoch. If it exists, training continues from
+            it.
+        about: what else the training depends on (JSON values): model, data, recipe.
+
+    Raises UserError if settings, teacher or checkpoint do not fit, FloatingPointError for a loss
+    that is not finite.
     """
     device = next(model.parameters()).device
     if teacher is not None:
@@ -123,11 +135,12 @@ def train(
         device=str(device),
     )
     objective = supervised(teacher, Distillation(settings.distill), settings.smoothing)
-    kept = state = None
+    stored = state = None
     if checkpoint is not None:
-        decides = {**settings.plain(), "augment": augmentation, "images": split.fingerprint}
-        kept = Checkpoint(checkpoint, {**decides, "teacher": teacher is not None, **(about or {})})
-        state = kept.load(model)
+        inputs = {**settings.to_json(), "augment": augmentation, "images": split.fingerprint}
+        inputs |= {"teacher": teacher is not None, **(about or {})}
+        stored = TrainingCheckpoint(checkpoint, inputs)
+        state = stored.load(model)
     with seeded(settings.seed, str(device)), two_heads(model, teacher is not None):
         return fit(
             model,
@@ -143,6 +156,6 @@ def train(
             average=settings.average,
             autocast=torch.bfloat16 if device.type == "cuda" else None,
             state=state,
-            keep=None if kept is None else kept.save,
+            on_state=None if stored is None else stored.save,
             progress=progress,
         )

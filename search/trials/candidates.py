@@ -39,7 +39,7 @@ from vitpareto.search.training.preparation_trainer import (
     TrainingImages,
     built_fresh,
 )
-from vitpareto.search.training.settings import Settings, train
+from vitpareto.search.training.settings import TrainingSettings, train
 from vitpareto.search.trials.distributed import DataParallel
 
 
@@ -63,8 +63,8 @@ class StudyTraining:
     data: str
     head_indices: tuple[int, ...] | None
     store: Path
-    trial: Settings | None
-    prepare: Settings | None
+    trial: TrainingSettings | None
+    prepare: TrainingSettings | None
     searched: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     records: Mapping[str, PreparationRecord] = field(default_factory=dict)
     profile: LatencyTable | None = None
@@ -76,7 +76,7 @@ class StudyTraining:
             self.split, self.calibration, self.preprocess, self.data, self.head_indices
         )
 
-    def settings(self, method: str) -> Settings | None:
+    def settings(self, method: str) -> TrainingSettings | None:
         """The settings of a method's training; None if it needs none or the job gives no epochs."""
         key = epochs_key(method)
         if key is None:
@@ -209,7 +209,7 @@ class CandidateTrainer:
         history = self.fit(model, settings, recipe, checkpoint(key))
         digest = self.artifacts.save(model.state_dict())
         training = {
-            **settings.plain(),
+            **settings.to_json(),
             "loss": history[-1].loss,
             "seconds": round(time.monotonic() - begin, 3),
         }
@@ -217,7 +217,7 @@ class CandidateTrainer:
         return TrainedRecipe(replace(recipe, weights=digest), record)
 
     def fit(
-        self, model: nn.Module, settings: Settings, recipe: Recipe, checkpoint: Path
+        self, model: nn.Module, settings: TrainingSettings, recipe: Recipe, checkpoint: Path
     ) -> list[Epoch]:
         """Train a built candidate in place, with the dense model as its teacher."""
         training, log = self.training, self.log
@@ -273,7 +273,7 @@ class CandidateTrainer:
 
         return prepare_once(training.store, method, inputs, train_together)
 
-    def _inputs(self, base: nn.Module, settings: Settings) -> dict[str, Any]:
+    def _inputs(self, base: nn.Module, settings: TrainingSettings) -> dict[str, Any]:
         """What every preparation depends on, as JSON values."""
         training = self.training
         head = training.head_indices
@@ -283,7 +283,7 @@ class CandidateTrainer:
             "images": training.split.fingerprint,
             "preprocess": training.preprocess.describe(),
             "head_indices": None if head is None else list(head),
-            "settings": {**settings.plain(), "augment": training.images.augmentation(settings)},
+            "settings": {**settings.to_json(), "augment": training.images.augmentation(settings)},
             "versions": {"torch": torch.__version__.partition("+")[0], "timm": timm.__version__},
         }
 
@@ -295,7 +295,7 @@ class _PreparationJob:
     method: str
     plan: dict[str, Any]
     training: StudyTraining
-    settings: Settings
+    settings: TrainingSettings
     log: Callable[[str], None]
 
     def run(

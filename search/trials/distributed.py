@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from vitpareto.search.files.atomic import disable_writes
 from vitpareto.search.files.object_store import ObjectStore
 from vitpareto.search.files.write_through import object_store_of
-from vitpareto.search.training.data_parallel import ranks
+from vitpareto.search.training.data_parallel import rank_and_size
 
 T = TypeVar("T")
 #: fractions of a GPU: what a trial holds of its first one to measure on, and of each to train on
@@ -120,7 +120,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     """In each process."""
     import ray
 
-    rank, _ = ranks()
+    rank, _ = rank_and_size()
     if rank:
         disable_writes()
     (call,) = ray.get(config["call"])

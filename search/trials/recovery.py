@@ -24,7 +24,7 @@ from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.training.settings import Settings
+from vitpareto.search.training.settings import TrainingSettings
 from vitpareto.search.trials.certification import certify_front
 from vitpareto.search.trials.job_check import CheckedJob, DecodeProgress, check_job
 from vitpareto.search.trials.measurement import measure_model
@@ -57,7 +57,7 @@ class Recovery:
 
     folder: StudyFolder
     job: CheckedJob
-    settings: Settings
+    settings: TrainingSettings
     pending: tuple[TrialResult, ...]
 
     @classmethod
@@ -89,7 +89,7 @@ class Recovery:
         config = SearchConfig.of(stored if workers is None else {**stored, "workers": workers})
         selected = select_trials(folder, config.objectives, trials)
         started = folder.recovery() or {}
-        settings = Settings(
+        settings = TrainingSettings(
             epochs=epochs,
             lr=started.get("lr", config.lr) if lr is None else lr,
             batch=started.get("batch", config.train_batch) if batch is None else batch,
@@ -97,7 +97,7 @@ class Recovery:
         )
         job = check_job(config, decode, nodes=nodes)
         folder.settle_recovery(
-            {**settings.plain(), "train_fingerprint": job.data.split("train").fingerprint}
+            {**settings.to_json(), "train_fingerprint": job.data.split("train").fingerprint}
         )
         recovered = {r.trial for r in folder.recovered()}
         pending = tuple(r for r in selected if r.trial not in recovered)
@@ -203,7 +203,7 @@ def _recover(task: TrialTask, before: TrialResult) -> TrialResult:
     digest = study.artifacts.save(model.state_dict())
     record: dict[str, Any] = {
         "recovery": {
-            **settings.plain(),
+            **settings.to_json(),
             "from_trial": before.trial,
             "from_top1": before.values["top1"],
             "loss": history[-1].loss,

@@ -9,7 +9,7 @@ from vitpareto.search.code_identity import code_fingerprint
 from vitpareto.search.files.filesystems import is_remote
 from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.space import Space
-from vitpareto.search.training.settings import Settings
+from vitpareto.search.training.settings import TrainingSettings
 from vitpareto.search.trials.candidates import StudyTraining
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.job_check import CheckedJob
@@ -54,7 +54,7 @@ def study_task(job: CheckedJob, *, epoch: str = "", threads: int | None = None) 
 
 
 def training_for(
-    job: CheckedJob, trial: Settings | None, prepare: Settings | None = None
+    job: CheckedJob, trial: TrainingSettings | None, prepare: TrainingSettings | None = None
 ) -> StudyTraining:
     """What training with these settings needs.
 
@@ -80,10 +80,12 @@ def _study_training(job: CheckedJob) -> StudyTraining | None:
     """What the study's training needs; None if none of its methods is trained."""
     config = job.config
 
-    def settings(epochs: int) -> Settings | None:
+    def settings(epochs: int) -> TrainingSettings | None:
         if not epochs:
             return None
-        return Settings(epochs=epochs, lr=config.lr, batch=config.train_batch, seed=config.seed)
+        return TrainingSettings(
+            epochs=epochs, lr=config.lr, batch=config.train_batch, seed=config.seed
+        )
 
     if not job.trained:
         return None

@@ -29,7 +29,7 @@ from vitpareto.search.measure import macs
 from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.training.preparation_trainer import CachedTrainer, TrainingImages
-from vitpareto.search.training.settings import Settings
+from vitpareto.search.training.settings import TrainingSettings
 
 TARGETS = (0.85, 0.95)
 PLAN = {"targets": list(TARGETS), "eta": 0.01, "share": 0.02}
@@ -64,7 +64,7 @@ def trainer(split: Split, folder: Path, after: int | None = None, epochs: int = 
     (folder / "progress").mkdir(parents=True, exist_ok=True)
     images = TrainingImages(split, split, PREPROCESS, "digits", None)
     made = Interrupted(
-        "nvit", vit(), vit(), images, Settings(epochs=epochs, lr=1e-3, batch=8),
+        "nvit", vit(), vit(), images, TrainingSettings(epochs=epochs, lr=1e-3, batch=8),
         folder / "progress", WeightStore(folder / "weights"),
     )  # fmt: skip
     object.__setattr__(made, "interrupted_at", after)

@@ -14,9 +14,9 @@ from vitpareto.methods import Recipe
 from vitpareto.methods.engine.preparation import SharedWeights
 from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.training.data_parallel import own_share, ranks, whole_batch
+from vitpareto.search.training.data_parallel import average_gradients, local_share, rank_and_size
 from vitpareto.search.training.preparation_trainer import built_fresh
-from vitpareto.search.training.settings import Settings
+from vitpareto.search.training.settings import TrainingSettings
 from vitpareto.search.trials.candidates import CandidateTrainer
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.job_check import CheckedJob, check_job
@@ -27,7 +27,7 @@ from vitpareto.search.trials.worker import Worker
 pytestmark = pytest.mark.slow
 
 TWO = DataParallel(2, cuda=False)
-SETTINGS = Settings(epochs=1, lr=3e-4, batch=25)  # odd: the two shares differ
+SETTINGS = TrainingSettings(epochs=1, lr=3e-4, batch=25)  # odd: the two shares differ
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +50,12 @@ def trainer(prepared: CheckedJob, several: DataParallel, store: Path) -> Candida
 
 def test_a_single_process_shares_nothing() -> None:
     images, labels = torch.rand(4, 3, 2, 2), torch.arange(4)
-    same, also, share = own_share(images, labels)
-    assert ranks() == (0, 1) and same is images and also is labels and share == 1.0
+    same, also, share = local_share(images, labels)
+    assert rank_and_size() == (0, 1) and same is images and also is labels and share == 1.0
     model = torch.nn.Linear(2, 2)
     model(torch.ones(2)).sum().backward()
     before = model.weight.grad.clone()  # type: ignore[union-attr]
-    assert whole_batch(model, 1.5, 0.3) == 1.5 and torch.equal(before, model.weight.grad)  # type: ignore[arg-type]
+    assert average_gradients(model, 1.5, 0.3) == 1.5 and torch.equal(before, model.weight.grad)  # type: ignore[arg-type]
 
 
 @pytest.mark.timeout(240)

@@ -39,7 +39,7 @@ from vitpareto.search.study.results import TrialResult, unpack_bits
 from vitpareto.search.tracking.run_contents import trial_runs
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.preparation_cache import epochs_key
-from vitpareto.search.training.settings import Settings, train
+from vitpareto.search.training.settings import TrainingSettings, train
 from vitpareto.search.trials.candidates import CandidateTrainer
 from vitpareto.search.trials.job_check import CheckedJob, check_job
 from vitpareto.search.trials.measurement import measure_recipe
@@ -275,7 +275,7 @@ def prepared(tmp_path: Path, data: Path, cache: Path) -> CheckedJob:
     return check_job(job(tmp_path, data, cache, methods="patchmerger,tnt", space={}))
 
 
-def worker_of(prepared: CheckedJob, trial: Settings, dtype: str = "float32") -> Worker:
+def worker_of(prepared: CheckedJob, trial: TrainingSettings, dtype: str = "float32") -> Worker:
     task = study_task(prepared, threads=None)
     execution = replace(task.execution, dtype=dtype)
     training = training_for(prepared, trial)
@@ -301,7 +301,7 @@ class Killed(CandidateTrainer):
 
 
 def test_a_killed_trial_continues_from_its_last_epoch(prepared: CheckedJob) -> None:
-    settings = Settings(epochs=3, lr=1e-3, batch=10)
+    settings = TrainingSettings(epochs=3, lr=1e-3, batch=10)
     worker = worker_of(prepared, settings)
     training, study = worker.trainer.training, prepared.folder
     folder = study.training(MERGE.key(worker.shape))
@@ -319,13 +319,13 @@ def test_a_killed_trial_continues_from_its_last_epoch(prepared: CheckedJob) -> N
 
 
 def test_a_non_finite_loss_fails_the_trial(prepared: CheckedJob) -> None:
-    worker = worker_of(prepared, Settings(epochs=1, lr=1e30, batch=10))
+    worker = worker_of(prepared, TrainingSettings(epochs=1, lr=1e30, batch=10))
     with pytest.raises(FloatingPointError):
         measure_recipe(worker, 1, MERGE)
 
 
 def test_a_study_in_bfloat16_trains_in_float32(prepared: CheckedJob) -> None:
-    worker = worker_of(prepared, Settings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
+    worker = worker_of(prepared, TrainingSettings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
     result = measure_recipe(worker, 1, MERGE)
     state = prepared.folder.artifacts.load(str(Recipe.from_dict(result.resolved).weights))
     assert {v.dtype for v in state.values()} == {torch.float32}
@@ -551,6 +551,6 @@ def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
 
 
 def test_an_unprepared_target_is_refused(prepared: CheckedJob) -> None:
-    worker = worker_of(prepared, Settings(epochs=1))
+    worker = worker_of(prepared, TrainingSettings(epochs=1))
     with refused("not-found", method="nvit"):
         worker.trainer.base(Recipe.of("nvit", target=0.5).structure)
