@@ -10,9 +10,9 @@ from vitpareto.search.files.filesystems import is_remote
 from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.space import Space
 from vitpareto.search.training.settings import TrainingSettings
-from vitpareto.search.trials.candidates import StudyTraining
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.job_check import CheckedJob
+from vitpareto.search.trials.study_training import StudyTraining
 from vitpareto.search.trials.task import (
     Execution,
     LatencySettings,

@@ -21,8 +21,8 @@ from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.trials.candidates import StudyTraining
 from vitpareto.search.trials.local_images import local_split
+from vitpareto.search.trials.study_training import StudyTraining
 
 
 class LatencyTimer(Protocol):
