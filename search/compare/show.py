@@ -19,7 +19,7 @@ from vitpareto import methods
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.compare.token_trace import TokenTrace, trace_tokens
 from vitpareto.search.data.datasets import Data, check_head, open_data
-from vitpareto.search.data.decode_chunks import UNREADABLE
+from vitpareto.search.data.decode_chunks import IMAGE_ERRORS
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of
@@ -145,7 +145,7 @@ def read_image(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except UNREADABLE as error:
+    except IMAGE_ERRORS as error:
         raise UserError(f"image {file} cannot be read: {type(error).__name__}: {error}") from error
 
 

@@ -34,7 +34,7 @@ POOL_PAYS_AFTER_S = 30.0
 MOST_WORKERS = 16
 
 #: what PIL's plugins raise on files that are corrupt, truncated, much too large or not images
-UNREADABLE = (
+IMAGE_ERRORS = (
     *(OSError, EOFError, SyntaxError, ValueError, TypeError, LookupError, OverflowError),
     *(AttributeError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError),
 )
@@ -88,7 +88,7 @@ class ChunkDecoder:
                     # PIL warns about palettes and large images; timm's readers ignore that too
                     warnings.simplefilter("ignore")
                     image = self.source.load(index)
-            except UNREADABLE as error:
+            except IMAGE_ERRORS as error:
                 reason = f"{type(error).__name__}: {error}"
                 transient = isinstance(error, OSError) and error.errno is not None
                 failures.append(DecodeFailure(index, self.source.name(index), reason, transient))
