@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vitpareto.methods import BadInput, Code
+
 
 def rank_and_size() -> tuple[int, int]:
     """This process's rank, and how many processes train together: (0, 1) in a single process."""
@@ -22,14 +24,17 @@ def rank_and_size() -> tuple[int, int]:
 def local_share(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, float]:
     """This process's images and labels, and the fraction of the batch that they are.
 
-    Raises ValueError if the batch has fewer images than there are processes.
+    Raises BadInput if the batch has fewer images than there are processes.
     """
     rank, size = rank_and_size()
     if size == 1:
         return images, labels, 1.0
     if len(images) < size:
-        raise ValueError(
-            f"a batch must have at least {size} images, one per process (got {len(images)})"
+        raise BadInput(
+            f"batch must be at least {size}, one image per process (got {len(images)})",
+            Code.OUT_OF_RANGE,
+            name="batch",
+            got=len(images),
         )
     return images[rank::size], labels[rank::size], len(images[rank::size]) / len(images)
 

@@ -178,8 +178,8 @@ class CandidateTrainer:
             return call(model, teacher=self.dense)
         device = next(model.parameters()).device
         # every process has its own device: models are sent on the CPU
-        on_cpu = copies_on_cpu(model, self.dense)
-        sent = functools.partial(_train_in_process, call, *on_cpu, device.type)
+        student, teacher = copies_on_cpu(model, self.dense)
+        sent = functools.partial(_train_in_process, call, student, teacher, device.type)
         history, state = training.data_parallel.run(sent, checkpoint.parent)
         model.load_state_dict(state)
         model.eval()
@@ -207,10 +207,8 @@ class CandidateTrainer:
         device = next(base.parameters()).device.type
 
         def train_together(progress: Path, weights: WeightStore) -> PreparationOutcome:
-            on_cpu = copies_on_cpu(base, self.dense)
-            call = functools.partial(
-                job.run, *on_cpu, progress=progress, weights=weights, device=device
-            )
+            model, teacher = copies_on_cpu(base, self.dense)
+            call = functools.partial(job.run, model, teacher, progress, weights, device)
             return training.data_parallel.run(call, progress)
 
         return prepare_once(training.store, method, inputs, train_together)
@@ -266,9 +264,10 @@ class _PreparationJob:
         return declared.prepare(self.plan, trainer)
 
 
-def copies_on_cpu(*models: nn.Module) -> tuple[nn.Module, ...]:
-    """Copies on the CPU; the same model given twice stays one."""
-    return tuple(model.to("cpu") for model in copy.deepcopy(models))
+def copies_on_cpu(model: nn.Module, teacher: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Copies on the CPU; if both are the same model, so are the copies."""
+    copied, copied_teacher = copy.deepcopy((model, teacher))
+    return copied.to("cpu"), copied_teacher.to("cpu")
 
 
 def _train_in_process(

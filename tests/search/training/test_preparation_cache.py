@@ -23,7 +23,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 class Work:
-    """Something to prepare, in steps that are kept; killed before a step where asked to be."""
+    """A preparation in steps that are stored; interrupted before the step `killed_at`."""
 
     def __init__(self, steps: int = 3, killed_at: int | None = None, seconds: float = 0.0):
         self.steps, self.killed_at, self.seconds = steps, killed_at, seconds
@@ -42,7 +42,7 @@ class Work:
         return SharedWeights(artifacts.save(weights(0)), 0.5)
 
 
-def test_the_second_to_ask_finds_it(tmp_path: Path) -> None:
+def test_a_finished_preparation_is_found(tmp_path: Path) -> None:
     first, second = Work(), Work()
     made = prepare_once(tmp_path, "tnt", WHAT, first)
     assert made.fresh and first.done == [0, 1, 2]
@@ -56,7 +56,7 @@ def test_the_second_to_ask_finds_it(tmp_path: Path) -> None:
     assert json.loads((made.folder / "what.json").read_text())["settings"] == WHAT["settings"]
 
 
-def test_anything_that_it_depends_on_makes_another(tmp_path: Path) -> None:
+def test_other_inputs_have_another_key(tmp_path: Path) -> None:
     keys = {key_of(w) for w in (
         WHAT, {**WHAT, "model": "n"}, {**WHAT, "settings": {"epochs": 3, "lr": 0.1}}, {},
     )}  # fmt: skip
@@ -66,7 +66,7 @@ def test_anything_that_it_depends_on_makes_another(tmp_path: Path) -> None:
     assert all(m.fresh for m in made) and made[0].key != made[1].key
 
 
-def test_a_killed_one_goes_on(tmp_path: Path) -> None:
+def test_an_interrupted_preparation_continues(tmp_path: Path) -> None:
     first, second = Work(killed_at=2), Work()
     with pytest.raises(KeyboardInterrupt):
         prepare_once(tmp_path, "tnt", WHAT, first)
@@ -76,26 +76,28 @@ def test_a_killed_one_goes_on(tmp_path: Path) -> None:
     assert not (made.folder / "progress").exists()
 
 
-def _ask(store: Path, out: Path) -> None:
+def _prepare_in_process(store: Path, out: Path) -> None:
     work = Work(seconds=0.2)
     made = prepare_once(store, "tnt", WHAT, work)
     out.write_text(json.dumps([made.fresh, made.outcome.weights, work.done]))
 
 
-def test_two_processes_never_make_the_same(tmp_path: Path) -> None:
-    """Both ask at once: one works, the other waits for it and finds it."""
+def test_one_of_two_processes_prepares_and_the_other_waits(tmp_path: Path) -> None:
+    """Both start at once: one trains, the other waits for it and finds the outcome."""
     spawn = multiprocessing.get_context("spawn")
     outs = [tmp_path / f"{i}.json" for i in range(2)]
-    asking = [spawn.Process(target=_ask, args=(tmp_path / "store", out)) for out in outs]
-    for process in asking:
+    processes = [
+        spawn.Process(target=_prepare_in_process, args=(tmp_path / "store", out)) for out in outs
+    ]
+    for process in processes:
         process.start()
-    for process in asking:
-        process.join(60)
+    for process in processes:
+        process.join(240)
         assert process.exitcode == 0
-    said = sorted(json.loads(out.read_text()) for out in outs)
-    assert [fresh for fresh, _, _ in said] == [False, True]
-    assert said[0][1] == said[1][1]
-    assert [done for _, _, done in said] == [[], [0, 1, 2]]
+    results = sorted(json.loads(out.read_text()) for out in outs)
+    assert [fresh for fresh, _, _ in results] == [False, True]
+    assert results[0][1] == results[1][1]
+    assert [done for _, _, done in results] == [[], [0, 1, 2]]
 
 
 def test_the_key_that_gives_a_method_epochs() -> None:
