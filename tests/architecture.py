@@ -33,8 +33,8 @@ ALLOWED: dict[str, str] = {
     "search.runtimes": "search",
     "search.measure": "search search.files search.data search.models search.runtimes",
     "search.training": "search search.stats search.files search.data search.models search.measure",
-    "search.study": "search search.stats search.files search.data search.models search.runtimes "
-    "search.measure search.training",
+    "search.study": "search search.stats search.files search.data search.models search.measure "
+    "search.training",
     "search.export": "search search.stats search.files search.data search.models search.runtimes "
     "search.measure search.study",
     "search.tracking": "search search.stats search.files search.study search.export",
@@ -44,7 +44,8 @@ ALLOWED: dict[str, str] = {
     "search.commands": "search search.*",
     "clusters": "search search.*",
     "dashboards": "search search.*",
-    "vitpareto": "methods search search.* clusters dashboards",
+    "dashboards.commands": "search search.* dashboards",
+    "vitpareto": "methods search search.* clusters dashboards dashboards.commands",
 }
 #: rooms that any room outside methods may import
 METHODS = ("methods", "methods.engine", "methods.slicing")

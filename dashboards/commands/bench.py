@@ -1,4 +1,4 @@
-"""`bench_bundle`: time a bundle's programs."""
+"""`bench`: time the programs of a bundle beside the dense model's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ui`: serve MLflow on a store."""
+"""`ui`: serve MLflow on a store of studies, on loopback."""
 
 from __future__ import annotations
 

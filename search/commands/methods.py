@@ -1,4 +1,4 @@
-"""`methods`: list the pruning methods."""
+"""`methods`: list the pruning methods with their parameters, presets and papers."""
 
 from __future__ import annotations
 
