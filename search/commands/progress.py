@@ -104,7 +104,7 @@ class SearchProgress:
         """Results per minute."""
         return 60 * self.results / max(self.seconds, 1e-9)
 
-    def on_result(self, result: TrialResult | None, tally: StudyProgress) -> None:
+    def on_result(self, result: TrialResult | None, state: StudyProgress) -> None:
         """A result was stored, or (None) a trial was handed out or the search ended."""
         if self._begin is None:
             self._begin = time.monotonic()
@@ -112,23 +112,23 @@ class SearchProgress:
             self.results += 1
             self.seconds = time.monotonic() - self._begin
             self._first = self._first or self.seconds
-        ended = bool(tally.ended) and result is None
-        self._display.show("search", self.text(tally), tally.done, tally.requested, due=ended)
+        ended = bool(state.ended) and result is None
+        self._display.show("search", self.text(state), state.done, state.requested, due=ended)
 
-    def text(self, tally: StudyProgress) -> str:
+    def text(self, state: StudyProgress) -> str:
         """How the search stands, in one line."""
-        total = "" if tally.requested is None else f"/{tally.requested}"
+        total = "" if state.requested is None else f"/{state.requested}"
         text = (
-            f"{tally.done}{total} done, {tally.raced_out} of them stopped early, "
-            f"{tally.running} running, {tally.failed} failed; "
-            f"front {len(tally.front)} trials, hypervolume {tally.hypervolume:.4g}"
+            f"{state.done}{total} done, {state.raced_out} of them stopped early, "
+            f"{state.running} running, {state.failed} failed; "
+            f"front {len(state.front)} trials, hypervolume {state.hypervolume:.4g}"
         )
-        left = self._seconds_left(tally)
+        left = self._seconds_left(state)
         return text if left is None else f"{text}; about {left // 60} min {left % 60} s left"
 
-    def _seconds_left(self, tally: StudyProgress) -> int | None:
+    def _seconds_left(self, state: StudyProgress) -> int | None:
         # from the second result on: the first waits for workers to start
-        if self.results < 2 or tally.requested is None or tally.done >= tally.requested:
+        if self.results < 2 or state.requested is None or state.done >= state.requested:
             return None
         each = (self.seconds - self._first) / (self.results - 1)
-        return round((tally.requested - tally.done) * each)
+        return round((state.requested - state.done) * each)

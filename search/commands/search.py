@@ -128,14 +128,14 @@ class SearchRunner:
                 prepared, cpus=capacity.cpus, gpus=capacity.gpus,
                 hooks=[progress.on_result, *hooks], report=log,
             )  # fmt: skip
-            folder, tally = outcome.folder, outcome.progress
+            folder, state = outcome.folder, outcome.progress
             display.close()
             page = self._presenter.page(folder, config.cache)
-            _log_end(prepared, folder, tally, progress, time.monotonic() - begin)
+            _log_end(prepared, folder, state, progress, time.monotonic() - begin)
             self._presenter.show(folder, page)
-            finish(page, tally)
+            finish(page, state)
             folder.publish()
-        if not tally.ended:
+        if not state.ended:
             raise typer.Exit(130)  # interrupted: scripts can tell
 
     def _config(self, given: Mapping[str, Any], package: Path | None) -> SearchConfig:
@@ -175,9 +175,9 @@ def _hooks(
     pending = (lambda: tracker.pending) if tracker is not None else (lambda: 0)
     hooks.append(Metrics(config.name, resources.workers, pending).on_result)
 
-    def finish(page: StudyPage, tally: StudyProgress) -> None:
+    def finish(page: StudyPage, state: StudyProgress) -> None:
         if tracker is not None:
-            tracker.finish(page, ended=tally.ended)
+            tracker.finish(page, ended=state.ended)
 
     return hooks, finish
 
@@ -197,7 +197,7 @@ def _log_prepared(prepared: CheckedJob) -> None:
 def _log_end(
     prepared: CheckedJob,
     folder: StudyFolder,
-    tally: StudyProgress,
+    state: StudyProgress,
     progress: SearchProgress,
     seconds: float,
 ) -> None:
@@ -217,9 +217,9 @@ def _log_end(
             f"study {folder.name} measured nothing: {reason}", Code.EMPTY, study=folder.name
         )
     log(
-        f"{tally.ended or 'interrupted; the same command continues'}; "
-        f"{tally.failed} failed, {tally.duplicates} duplicate proposals, "
-        f"{tally.outside} outside the window; {seconds:.0f} s, "
+        f"{state.ended or 'interrupted; the same command continues'}; "
+        f"{state.failed} failed, {state.duplicates} duplicate proposals, "
+        f"{state.outside} outside the window; {seconds:.0f} s, "
         f"{progress.per_minute:.0f} trials per minute"
     )
     for line in preparation_summary(folder, results):
