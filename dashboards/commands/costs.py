@@ -48,7 +48,7 @@ def table_command(
     vitpareto table --models deit_small_patch16_224 --rates 0.7 --rounds 0
     """
     from vitpareto import methods as registry
-    from vitpareto.dashboards.comparisons import cost_notes, cost_records, cost_tables
+    from vitpareto.dashboards.cost_tables import cost_notes, cost_records, cost_tables
     from vitpareto.search.compare.cost_table import CostSettings, cost_rows
     from vitpareto.search.measure.device import resolve_device
 
@@ -86,7 +86,7 @@ def reproduce_command(
     vitpareto reproduce
     vitpareto reproduce --data /imagenet/val --models vit_small_patch16_224
     """
-    from vitpareto.dashboards import comparisons
+    from vitpareto.dashboards import published_tables
     from vitpareto.search.compare import published
     from vitpareto.search.compare.reproduction import EvaluationSetup, reproduce, select
     from vitpareto.search.measure.device import resolve_device
@@ -108,10 +108,10 @@ def reproduce_command(
                 log(f"{row.row.timm_tag} {row.row.label}: {row.accuracy.top1:.3f} %")
     found.sort(key=lambda row: rows.index(row.row))
     if as_csv or as_json:
-        _print_records(comparisons.figure_records(found), as_csv)
+        _print_records(published_tables.figure_records(found), as_csv)
     else:
-        tables = [comparisons.figures_table(found), comparisons.accuracy_table(found)]
-        print_tables(tables, comparisons.figure_notes(found))
+        tables = [published_tables.figures_table(found), published_tables.accuracy_table(found)]
+        print_tables(tables, published_tables.figure_notes(found))
 
 
 def _print_records(records: Any, as_csv: bool) -> None:

@@ -57,7 +57,8 @@ def show_command(
     vitpareto show --study deit-s --trial 12 --out patches.png
     """
     from vitpareto.dashboards.csv_json import json_lines
-    from vitpareto.dashboards.token_picture import check_path, draw_patches, patch_rows, summary
+    from vitpareto.dashboards.token_picture import check_path, draw_patches
+    from vitpareto.dashboards.token_rows import patch_rows, summary
     from vitpareto.search.compare.show import TraceRequest, trace_images
 
     check_path(out)

@@ -1,4 +1,4 @@
-"""Costs and published figures as tables: nothing cut, nothing shown that was not measured."""
+"""Tables of costs and of published figures show what was measured, and cut no number."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from vitpareto.dashboards.comparisons import (
+from vitpareto.dashboards.cost_tables import cost_notes, cost_records, cost_tables
+from vitpareto.dashboards.csv_json import csv_text, json_lines
+from vitpareto.dashboards.published_tables import (
     accuracy_table,
-    cost_notes,
-    cost_records,
-    cost_tables,
     figure_notes,
     figure_records,
     figures_table,
 )
-from vitpareto.dashboards.csv_json import csv_text, json_lines
 from vitpareto.search.compare import published
 from vitpareto.search.compare.cost_table import CostRow, CostSettings, PublishedFigure, cost_rows
 from vitpareto.search.compare.reproduction import ReproducedAccuracy, ReproducedRow, reproduce
@@ -58,9 +56,9 @@ MEASURED = CostRow(
 )  # fmt: skip
 
 
-def test_one_table_a_model(costs: list[CostRow]) -> None:
+def test_there_is_one_table_per_model(costs: list[CostRow]) -> None:
     small, base = cost_tables(costs)
-    assert str(small.title).startswith("vit_small_patch16_224, fresh weights")
+    assert str(small.title).startswith("vit_small_patch16_224, random weights")
     assert cells(small, "GMACs") == ["4.608", "3.202", "3.337", "<= 3.208", "3.139"]
     assert cells(base, "of dense")[:2] == ["100.0%", "69.7%"]
     assert cells(small, "published GFLOPs")[:2] == [
@@ -71,7 +69,7 @@ def test_one_table_a_model(costs: list[CostRow]) -> None:
     assert cells(small, "recipe")[3].endswith("; images decide")
 
 
-def test_a_measured_row_shows_all(costs: list[CostRow]) -> None:
+def test_a_measured_row_has_all_columns(costs: list[CostRow]) -> None:
     (table,) = cost_tables([MEASURED])
     shown = text_of(table)
     for part in (
@@ -88,7 +86,7 @@ def test_a_measured_row_shows_all(costs: list[CostRow]) -> None:
     assert cells(table, "fvcore") == ["2.282"]
 
 
-def test_what_a_rate_meant_is_told(costs: list[CostRow]) -> None:
+def test_notes_explain_how_settings_were_found(costs: list[CostRow]) -> None:
     notes = cost_notes(costs)
     assert [note.split(" (")[0] for note in notes[:4]] == [
         "keep rate", "MACs nearest TopK's", "at most: nearest TopK's", "TopK's counts",
@@ -98,7 +96,7 @@ def test_what_a_rate_meant_is_told(costs: list[CostRow]) -> None:
     assert cost_notes([MEASURED])[0].startswith("keep rate (topk)")
 
 
-def test_a_figure_of_another_model_is_shown_with_its_difference() -> None:
+def test_figures_of_another_model_name_the_difference() -> None:
     models = ["vit_small_patch16_224", "vit_base_patch16_224"]
     rows = list(cost_rows(models, ["topk", "patchmerger"], [0.75], CostSettings(rounds=0)))
     said = ", both of a model with class_token=False, global_pool=avg"
@@ -111,12 +109,12 @@ def test_a_figure_of_another_model_is_shown_with_its_difference() -> None:
         True,
     ] * 2
     (note,) = [note for note in cost_notes(rows) if "another model" in note]
-    assert note.startswith(f"published of another model (patchmerger on {', '.join(models)}): the")
+    assert note.startswith(f"published for another model (patchmerger on {', '.join(models)}): the")
     assert note.endswith("0.7 to 1.1 % more")
     assert not [note for note in cost_notes(rows[:2]) if "another model" in note]
 
 
-def test_costs_as_plain_rows(costs: list[CostRow]) -> None:
+def test_records_of_costs(costs: list[CostRow]) -> None:
     plain = [json.loads(line) for line in json_lines(cost_records([*costs, MEASURED])).splitlines()]
     assert plain[1]["published"] == "2.9973 thop (ours 2.99682)"
     assert plain[3]["gmacs"] is None and plain[3]["gmacs_high"] == pytest.approx(3.208, abs=1e-3)
@@ -126,7 +124,7 @@ def test_costs_as_plain_rows(costs: list[CostRow]) -> None:
 # --- published figures
 
 
-def test_published_costs_beside_ours(unmeasured: list[ReproducedRow]) -> None:
+def test_published_costs_and_ours(unmeasured: list[ReproducedRow]) -> None:
     table = figures_table(unmeasured)
     assert len(cells(table, "theirs")) == sum(r.gflops is not None for r in published.rows())
     by = dict(zip(cells(table, "theirs"), zip(cells(table, "ours"), cells(table, "difference"),
@@ -134,7 +132,7 @@ def test_published_costs_beside_ours(unmeasured: list[ReproducedRow]) -> None:
     assert by["16.8808"] == ("16.8804", "-0.00%") and by["6.8"] == ("—", "—")
 
 
-def test_without_data_every_accuracy_reads_not_run(unmeasured: list[ReproducedRow]) -> None:
+def test_without_data_no_accuracy_is_measured(unmeasured: list[ReproducedRow]) -> None:
     table = accuracy_table(unmeasured)
     ours = cells(table, "ours and its interval")
     assert len(ours) == 9 and set(ours) == {"not run: no data"}
@@ -164,12 +162,12 @@ def test_notes_explain_each_difference_once(unmeasured: list[ReproducedRow]) -> 
     assert len(set(notes)) == len(notes)
     said = "\n".join(notes)
     assert "counter torchprofile: " in said and "counter closed form" not in said
-    assert "nvit on deit_base_distilled_patch16_224: no cost of ours: dimensions" in said
+    assert "nvit on deit_base_distilled_patch16_224: cost not recomputed: dimensions" in said
     assert "patchmerger on vit_base_patch16_224, vit_small_patch16_224: the source's" in said
 
 
 def test_no_number_is_cut(costs: list[CostRow], unmeasured: list[ReproducedRow]) -> None:
-    """At the width that a pipe gets, every cell of a column of numbers is there in one piece."""
+    """At the width of a pipe every number is printed in full."""
     for table in (*cost_tables([*costs, MEASURED]), figures_table(unmeasured),
                   accuracy_table(unmeasured)):  # fmt: skip
         shown = text_of(table)

@@ -17,7 +17,7 @@ def test_table_times_methods_side_by_side(command: Run) -> None:
         "table", "--methods", "topk,ats", "--rates", "0.5", "--batch", 2, "--rounds", 2
     )
     assert result.code == 0, result.err
-    assert "digits, fresh weights" in result.out and "batch 2" in result.out
+    assert "digits, random weights" in result.out and "batch 2" in result.out
     assert "topk keep_rate=0.5 prune_layers=[3,6,9]" in result.out
     assert "images decide" in result.out
 

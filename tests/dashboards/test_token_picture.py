@@ -19,18 +19,14 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from vitpareto.dashboards.token_picture import (
-    COLUMNS,
-    draw_patches,
-    patch_rows,
-    patches_figure,
-    summary,
-)
-from vitpareto.dashboards.token_pixels import FUSED, OUTLINES, group_colours, outlines, painted
+from tests.refusals import refused
+from vitpareto.dashboards.token_picture import COLUMNS, draw_patches, patches_figure
+from vitpareto.dashboards.token_pixels import FUSED, OUTLINES, group_colours, outlines, pixels_after
+from vitpareto.dashboards.token_rows import patch_rows, summary
 from vitpareto.methods import Recipe, Untrained
 from vitpareto.search.compare.token_trace import ImageTrace, Prediction, TokenTrace, trace_tokens
 from vitpareto.search.data import embedded_images
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.models import embedded_model
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -98,7 +94,7 @@ def keys(figure: Figure) -> list[str]:
 def test_kept_patches_are_untouched_dropped_ones_pale_and_merged_ones_their_mean() -> None:
     it = by_hand([[0, 1, 1, -1, 2, -1]])
     image = it.images[0]
-    out = painted(image, 0, it).reshape(2, 4, 3, 2, 3)
+    out = pixels_after(image, 0, it).reshape(2, 4, 3, 2, 3)
     plain = (image.pixels / 255).reshape(2, 4, 3, 2, 3)
     for row, column in ((0, 0), (1, 1)):
         assert np.array_equal(out[row, :, column], plain[row, :, column])
@@ -111,7 +107,7 @@ def test_kept_patches_are_untouched_dropped_ones_pale_and_merged_ones_their_mean
 
 def test_fused_patches_are_tinted_in_one_colour() -> None:
     it = by_hand([[0, 1, 2, 3, 3, 3]], "fused", (3,))
-    out = painted(it.images[0], 0, it)
+    out = pixels_after(it.images[0], 0, it)
     plain = it.images[0].pixels / 255
     assert np.array_equal(out[:4], plain[:4])
     assert (np.abs(out[4:] - FUSED) < 0.35 * np.abs(plain[4:] - FUSED) + 1e-9).all()
@@ -124,7 +120,7 @@ def test_a_patch_fused_alone_is_tinted_outlined_and_told_also_after_its_block() 
     assert image.patches == (6, 6, 6) and image.stages() == [0, 2]
     plain = image.pixels / 255
     for block, patches in ((0, {5}), (1, {5}), (2, {2, 5})):
-        out = painted(image, block, it).reshape(2, 4, 3, 2, 3)
+        out = pixels_after(image, block, it).reshape(2, 4, 3, 2, 3)
         changed = (out != plain.reshape(2, 4, 3, 2, 3)).any(axis=(1, 3, 4)).ravel()
         assert set(np.flatnonzero(changed)) == patches
         colours = group_colours(image, "fused")[block]
@@ -137,7 +133,7 @@ def test_a_patch_fused_alone_is_tinted_outlined_and_told_also_after_its_block() 
     ]  # fmt: skip
     assert [b.figures["fused"] for b in row.blocks] == [1, 0, 1]
     (key,) = keys(patches_figure(it))
-    assert key.startswith("fused: dropped patches that live on")
+    assert key.startswith("fused: dropped patches that are summed")
 
 
 def test_once_mixed_every_patch_is_of_a_group() -> None:
@@ -152,7 +148,7 @@ def test_pixels_beyond_the_last_whole_patch_are_left_out() -> None:
     it = by_hand([[0, 1, 2, 3, 4, 5]])
     wider = np.pad(it.images[0].pixels, ((0, 1), (0, 1), (0, 0)))
     image = replace(it.images[0], pixels=wider)
-    assert np.array_equal(painted(image, 0, it), it.images[0].pixels / 255)
+    assert np.array_equal(pixels_after(image, 0, it), it.images[0].pixels / 255)
 
 
 # --------------------------------------------------------------------------------- the outlines
@@ -270,11 +266,11 @@ def test_a_resized_image_is_drawn_resized() -> None:
 def test_the_legend_holds_what_is_drawn() -> None:
     assert keys(patches_figure(followed("ppt")))[1] == "dropped"
     (fused,) = keys(patches_figure(followed("evit")))
-    assert fused.startswith("fused: dropped patches that live on")
+    assert fused.startswith("fused: dropped patches that are summed")
     (mixed,) = keys(patches_figure(followed("patchmerger")))
     assert mixed.startswith("mixed: each token is a mixture of all patches")
     figure = patches_figure(followed("dense"))
-    assert keys(figure) == [] and "Every patch is kept in every block." in texts(figure)
+    assert keys(figure) == [] and "All patches are kept in all blocks." in texts(figure)
     assert "block 11: 64 of 64 (100 %)" in texts(figure)
 
 
@@ -347,9 +343,16 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert pixels.shape[1] > 2000 and pixels[..., :3].std() > 0.1
 
 
-@pytest.mark.parametrize("name", ["show.svg", "show", "nowhere/show.png"])
-def test_other_files_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="accepted is FILE.png|there is no folder"):
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("show.svg", Code.OUT_OF_RANGE),
+        ("show", Code.OUT_OF_RANGE),
+        ("nowhere/show.png", Code.NOT_FOUND),
+    ],
+)
+def test_other_files_are_refused(name: str, code: Code, tmp_path: Path) -> None:
+    with refused(code, UserError):
         draw_patches(followed("topk"), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
