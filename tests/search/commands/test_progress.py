@@ -43,7 +43,7 @@ def test_a_terminal_gets_a_bar(
 
 def test_a_search_shows_how_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
     state: Any = SimpleNamespace(
-        done=3, wanted=10, raced_out=1, running=2, failed=0, front=[0, 1], hypervolume=0.51239,
+        done=3, requested=10, raced_out=1, running=2, failed=0, front=[0, 1], hypervolume=0.51239,
         ended="",
     )  # fmt: skip
     with ProgressDisplay(terminal=False) as display:
