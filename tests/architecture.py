@@ -37,7 +37,7 @@ ALLOWED: dict[str, str] = {
     "search.training",
     "search.export": "search search.stats search.files search.data search.models search.runtimes "
     "search.measure search.study",
-    "search.tracking": "search search.stats search.files search.study search.export",
+    "search.tracking": "search search.stats search.files search.runtimes search.study search.export",
     "search.compare": "search search.stats search.data search.models search.measure search.study",
     "search.trials": "search search.stats search.files search.data search.models search.runtimes "
     "search.measure search.training search.study",

@@ -64,6 +64,11 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     onnx.checker.check_model(str(path))
 
 
+def load_onnx(path: Path) -> onnx.ModelProto:
+    """The ONNX model in a file."""
+    return onnx.load(path)
+
+
 def write_programs(deployed: ClassifierGraph, images: Tensor, bundle: Path) -> dict[str, float]:
     """model.pt2 and model.onnx for any batch size; images: some [M >= 1, 3, H, W] to trace with.
 

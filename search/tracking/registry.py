@@ -22,6 +22,7 @@ import numpy as np
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import Code, UserError, nearest
 from vitpareto.search.export.verification import ReferenceOutputs, check_files, normalised
+from vitpareto.search.runtimes.exported_program import load_onnx
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of
@@ -182,8 +183,6 @@ def _create_version(
 
 def save_model(bundle: Path, folder: Path) -> None:
     """Write the bundle as an MLflow model (ONNX flavour) with signature and input example."""
-    import onnx
-
     preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
     reference = ReferenceOutputs.load(bundle / "verify.npz")
     image = normalised(reference.images[:1], preprocess).numpy()
@@ -201,7 +200,7 @@ def save_model(bundle: Path, folder: Path) -> None:
         from mlflow.models import infer_signature
 
         mlflow.onnx.save_model(
-            onnx.load(bundle / "model.onnx"),
+            load_onnx(bundle / "model.onnx"),
             str(folder),
             signature=infer_signature({"images": image}, outputs),
             input_example={"images": image},
