@@ -1,4 +1,4 @@
-"""What is in the picture of the front, and that nothing in it is clipped or lies on another."""
+"""The picture of the front: marks, lines, caption and legend; no text is clipped or overlaps."""
 
 from __future__ import annotations
 
@@ -114,12 +114,12 @@ def assert_tidy(figure: Figure) -> None:
 # -------------------------------------------------------------------------- what is in the figure
 
 
-def test_every_trial_measured_is_a_mark_and_the_rest_are_counted():
+def test_measured_trials_have_a_mark_and_others_are_counted():
     results = study(60)
     figure = draw(results)
     states = Counter(r.state for r in results)
     assert min(states.values()) > 0 and len(states) == 4
-    assert drawn(figure, "finished:") == states["finished"] - 1  # the dense one is the star
+    assert drawn(figure, "finished:") == states["finished"] - 1  # the dense model is a star
     assert drawn(figure, "raced_out:") == states["raced_out"]
     assert len(marks(figure, "dense")) == 3  # the star and two guides
     assert caption(figure) == (
@@ -166,7 +166,7 @@ def test_two_members_have_no_knee():
     assert marks(figure, "front") and not marks(figure, "knee")
 
 
-def test_controls_are_hollow_and_grey_and_have_a_front_of_their_own():
+def test_controls_are_hollow_and_grey_with_a_separate_front():
     figure = draw(study(60))
     for artist in marks(figure, "finished:"):
         method = artist.get_gid().split(":")[-1]
@@ -181,7 +181,7 @@ def test_controls_are_hollow_and_grey_and_have_a_front_of_their_own():
     assert texts[-2:] == ["random", "resize"]
 
 
-def test_recovered_trials_have_a_front_of_their_own_and_a_line_from_where_they_were():
+def test_recovered_trials_have_a_front_and_lines_from_their_origin():
     results = study(60)
     members = front_of(results, objectives_named(("top1", "gmacs")))
     healed = [
@@ -265,7 +265,7 @@ def test_ruined_trials_are_arrows_on_the_lower_edge_and_counted():
     assert_tidy(figure)
 
 
-def test_where_most_trials_are_ruined_they_are_the_picture():
+def test_if_most_trials_are_ruined_none_is_an_arrow():
     results = [trial(0, "dense", 80.0, 4.6), *(trial(i, "tome", 10.0 + i, i) for i in range(1, 4))]
     figure = draw(results)
     assert not marks(figure, "finished:below") and figure.axes[0].get_ylim()[0] < 11
@@ -359,7 +359,7 @@ def test_identical_points_are_counted():
     assert_tidy(figure)
 
 
-def test_titles_and_names_are_text_whatever_they_contain():
+def test_titles_and_names_are_not_parsed_as_formulas():
     figure = front_figure(
         study(30, ("$a_b$", "_hidden", "a" * 80)), title=("$x$ is no formula " * 8).strip()
     )

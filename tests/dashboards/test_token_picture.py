@@ -1,4 +1,4 @@
-"""What the picture of the patches holds, and that nothing in it is clipped or lies on another."""
+"""The token picture: pixels, outlines, texts and legend, without clipped or overlapping text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @cache
 def followed(name: str, images: int = 3) -> TokenTrace:
-    """The recipe of that name on the embedded model and its first images. Shared: no changes."""
+    """The trace of a recipe on the embedded model and its first images. Shared by tests."""
     dense = embedded_model.build()
     batch = embedded_images.normalise(embedded_images.draw("search")[0][:images])
     with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def keys(figure: Figure) -> list[str]:
 # ----------------------------------------------------------------------------------- the pixels
 
 
-def test_kept_patches_are_untouched_dropped_ones_pale_and_merged_ones_their_mean() -> None:
+def test_pixels_of_kept_dropped_and_merged_patches() -> None:
     it = by_hand([[0, 1, 1, -1, 2, -1]])
     image = it.images[0]
     out = pixels_after(image, 0, it).reshape(2, 4, 3, 2, 3)
@@ -113,7 +113,7 @@ def test_fused_patches_are_tinted_in_one_colour() -> None:
     assert (np.abs(out[4:] - FUSED) < 0.35 * np.abs(plain[4:] - FUSED) + 1e-9).all()
 
 
-def test_a_patch_fused_alone_is_tinted_outlined_and_told_also_after_its_block() -> None:
+def test_a_single_fused_patch_stays_tinted_and_counted() -> None:
     """The last patch, whose group does not tell; then another, and the first stays in its token."""
     it = by_hand([[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0, 1, 5, 2, 3, 4]], "fused", (1, 0, 1))
     (image,) = it.images
@@ -136,7 +136,7 @@ def test_a_patch_fused_alone_is_tinted_outlined_and_told_also_after_its_block() 
     assert key.startswith("fused: dropped patches that are summed")
 
 
-def test_once_mixed_every_patch_is_of_a_group() -> None:
+def test_mixed_patches_are_all_in_groups() -> None:
     image = by_hand([[0, 1, 2, 3, 4, 5], [0, 1, 1, 2, 3, 3], [-1] * 6]).images[0]
     assert image.joined("mixed").tolist() == [[False] * 6, [True] * 6, [False] * 6]
     assert image.joined("merged").tolist() == [
@@ -160,7 +160,7 @@ def outlined(it: TokenTrace) -> tuple[np.ndarray, np.ndarray]:
     return outlines(image, 0, group_colours(image, it.together)[0], it, inset=0.5)
 
 
-def test_an_outline_runs_once_around_a_group_inside_its_patches() -> None:
+def test_outlines_surround_a_group_inside_its_patches() -> None:
     # an L of three patches; the others are alone
     segments, colours = outlined(by_hand([[0, 1, 1, 2, 3, 1]]))
     assert len(np.unique(colours, axis=0)) == 1
@@ -173,7 +173,7 @@ def test_an_outline_runs_once_around_a_group_inside_its_patches() -> None:
     assert sorted(down) == [2.5, 4.5, 5.5, 5.5]
 
 
-def test_groups_have_colours_of_their_own_also_where_their_patches_are_apart() -> None:
+def test_groups_of_separated_patches_have_one_colour() -> None:
     segments, colours = outlined(by_hand([[0, 1, 0, 1, 2, 2]]))
     assert len(np.unique(colours, axis=0)) == 3
     upper = segments[:, :, 1].max(axis=1) <= 4
@@ -183,7 +183,7 @@ def test_groups_have_colours_of_their_own_also_where_their_patches_are_apart() -
     )
 
 
-def test_a_group_keeps_its_colour_while_it_grows_and_leaves_it_when_it_is_gone() -> None:
+def test_a_group_keeps_its_colour_until_it_is_dropped() -> None:
     rows = [[0, 0, 1, 1, 2, 3], [0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0],
             [-1, -1, 0, 0, -1, -1]]  # fmt: skip
     first, second, third, fourth, last = group_colours(by_hand(rows).images[0], "merged")
@@ -196,7 +196,7 @@ def test_a_group_keeps_its_colour_while_it_grows_and_leaves_it_when_it_is_gone()
     assert np.array_equal(fused[3], np.tile(FUSED, (6, 1)))
 
 
-def test_colours_are_far_apart_and_shared_evenly_where_they_do_not_suffice() -> None:
+def test_colours_differ_and_are_shared_evenly() -> None:
     n = len(OUTLINES)
     apart = np.abs(OUTLINES[:, None] - OUTLINES[None, :]).sum(axis=2) + 9 * np.eye(n)
     assert apart.min() > 0.25
@@ -212,7 +212,7 @@ def test_colours_are_far_apart_and_shared_evenly_where_they_do_not_suffice() -> 
 # ---------------------------------------------------------------------------------- the figure
 
 
-def test_a_column_for_the_input_and_each_stage() -> None:
+def test_there_is_a_column_for_the_input_and_each_stage() -> None:
     figure = patches_figure(followed("topk"))
     assert len(figure.axes) == 3 * 4
     titles = ["input", *(f"block {b}: {n} of 64 ({p} %)"
@@ -226,7 +226,7 @@ def test_a_column_for_the_input_and_each_stage() -> None:
         assert np.array_equal(array, pixels / 255)
 
 
-def test_of_many_stages_some_are_drawn_evenly_with_the_last() -> None:
+def test_of_many_stages_evenly_spaced_ones_are_drawn() -> None:
     figure = patches_figure(followed("tome"))
     assert len(figure.axes) == 3 * (COLUMNS + 1)
     titles = [t for t in texts(figure) if t.startswith("block ")]
@@ -238,7 +238,7 @@ def test_of_many_stages_some_are_drawn_evenly_with_the_last() -> None:
     assert keys(figure) == ["merged: each group is filled with its mean and outlined in one colour"]
 
 
-def test_images_that_decide_have_titles_and_figures_of_their_own() -> None:
+def test_adaptive_recipes_have_titles_and_figures_per_image() -> None:
     it = followed("rajni")
     figure = patches_figure(it)
     block = it.stages()[-1]
@@ -250,7 +250,7 @@ def test_images_that_decide_have_titles_and_figures_of_their_own() -> None:
     assert texts(figure).count("input") == 3
 
 
-def test_a_figure_that_is_no_number_is_left_out() -> None:
+def test_figures_that_are_not_finite_are_left_out() -> None:
     it = by_hand([[0, 1, 1, -1, 2, 3]])
     figures = ({"rho": float("nan"), "eta": 0.25, "keep_ratio": float("nan")},)
     figure = patches_figure(replace(it, images=(replace(it.images[0], figures=figures),)))
@@ -263,7 +263,7 @@ def test_a_resized_image_is_drawn_resized() -> None:
     assert "block 11: 12 of 36 (33 %)" in texts(figure)
 
 
-def test_the_legend_holds_what_is_drawn() -> None:
+def test_the_legend_explains_what_is_drawn() -> None:
     assert keys(patches_figure(followed("ppt")))[1] == "dropped"
     (fused,) = keys(patches_figure(followed("evit")))
     assert fused.startswith("fused: dropped patches that are summed")
@@ -323,7 +323,7 @@ def assert_tidy(figure: Figure) -> None:
 # --------------------------------------------------------------------------- rows and the file
 
 
-def test_a_row_says_what_became_of_every_patch() -> None:
+def test_rows_count_dropped_and_merged_patches() -> None:
     it = by_hand([[0, 1, 1, -1, 2, 3], [0, 0, 0, -1, -1, 1]], truth="cat")
     nan = replace(it.images[0], figures=({"variance": float("nan")}, {"pooled": 1.0}))
     row = patch_rows(replace(it, images=(nan,)))[0].to_json()
