@@ -51,7 +51,7 @@ BAD: dict[str, tuple[tuple[str, ...], Code | None, str]] = {
     "unwritable store": (("--store", "FILE/studies"), None, "FILE"),
     "unreachable window": (("--max-gmacs", "0.000001"), Code.EMPTY, "1e-06"),
     "too many images": (("--images", "100000"), Code.OUT_OF_RANGE, "400"),
-    "missing weights": (("--weights", "/nowhere/w.safetensors"), Code.NOT_FOUND, "/nowhere/w.safetensors"),
+    "missing weights": (("--weights", "/nowhere/w.pth"), Code.NOT_FOUND, "/nowhere/w.pth"),
     "wrong weights": (("--weights", "WEIGHTS"), None, "WEIGHTS.safetensors"),
     "missing job": (("nowhere.yaml",), Code.NOT_FOUND, "nowhere.yaml"),
     "no CUDA": (("--device", "cuda"), Code.UNAVAILABLE, "CUDA"),
