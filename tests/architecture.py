@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -25,19 +26,20 @@ ALLOWED: dict[str, str] = {
     "methods.structure": "methods.engine methods.slicing",
     "methods.controls": "methods.engine",
     "methods": "methods.*",
-    "search": "methods",
+    "search": "",
     "search.stats": "search",
     "search.files": "search",
     "search.data": "search search.files",
     "search.models": "search search.files search.data",
     "search.runtimes": "search",
-    "search.measure": "search search.files search.data search.models search.runtimes",
+    "search.measure": "search search.files search.data",
     "search.training": "search search.stats search.files search.data search.models search.measure",
     "search.study": "search search.stats search.files search.data search.models search.measure "
     "search.training",
-    "search.export": "search search.stats search.files search.data search.models search.runtimes "
+    "search.export": "search search.stats search.data search.models search.runtimes "
     "search.measure search.study",
-    "search.tracking": "search search.stats search.files search.runtimes search.study search.export",
+    "search.tracking": "search search.stats search.files search.runtimes search.study "
+    "search.export",
     "search.compare": "search search.stats search.data search.models search.measure search.study",
     "search.trials": "search search.stats search.files search.data search.models search.runtimes "
     "search.measure search.training search.study",
@@ -83,7 +85,9 @@ class Import:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
 
 
+@functools.cache
 def sources() -> list[Path]:
+    """Every Python file of the package."""
     return sorted(p for name in (*FOLDERS, PACKAGE) for p in (ROOT / name).rglob("*.py"))
 
 
@@ -102,8 +106,13 @@ def room_of(module: str) -> str:
     raise AssertionError(f"{module} lies in no room: add its folder to tests/architecture.py")
 
 
-def imports_of(path: Path) -> Iterator[Import]:
+@functools.cache
+def imports_of(path: Path) -> tuple[Import, ...]:
     """Every import of a file, at any depth."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[Import]:
     known = {module_of(p) for p in sources()}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
