@@ -31,22 +31,21 @@ from vitpareto import methods
 from vitpareto.methods import Recipe
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.trials.job_check import check_job
-from vitpareto.search.trials.run_study import run_study
-from vitpareto.search.trials.study_task import study_task
 
 job = json.loads(sys.argv[1])
 assert {m for m in methods.names() if m.startswith("made-up")} == set(job["methods"])
-prepared = check_job(SearchConfig.of(job))
+checked = check_job(SearchConfig.of(job))
 """
 
 ONE_TRIAL_EACH = (
     PREPARE
     + """
 from vitpareto.search.trials.preparations import record_preparations, with_preparations
-from vitpareto.search.trials.worker import Worker
 from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
-task = study_task(prepared, threads=1)
+task = study_task(checked, threads=1)
 trainer = Worker.open(task).trainer
 shared = [n for n in job["methods"] if methods.get(n).trained_once]
 record_preparations(checked.folder, [trainer.prepare(name) for name in shared])
@@ -75,7 +74,7 @@ from vitpareto.search.trials.run_study import run_study
 
 lines = []
 with local_cluster(2) as capacity:
-    folder = run_study(prepared, cpus=capacity.cpus, gpus=0, report=lines.append).folder
+    folder = run_study(checked, cpus=capacity.cpus, gpus=0, report=lines.append).folder
 out = {"states": [r.state for r in folder.results()], "lines": lines}
 for name in job["methods"]:
     result = next(r for r in folder.results() if r.method == name and r.state == "finished")
