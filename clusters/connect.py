@@ -1,7 +1,7 @@
 """Start a private Ray on this machine, or join a Ray cluster; leave it when the block ends.
 
-What runs on it is `search.trials.run_study`'s. Import this module before ray: it sets variables
-that Ray reads when it is imported.
+What runs on it is `search.trials.run_study`'s. Import this module or `search.trials` before ray:
+they set variables that Ray reads when it is imported (`search.trials.ray_environment`).
 """
 
 from __future__ import annotations
@@ -17,16 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# quiet, without usage reports and without result files of its own
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
-# Ray's record of the run is never read, and grows with every trial
-os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1000000000")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# despite its name: Ray keeps a loopback address only if clusters over machines are off
-os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+# before ray: its package sets variables that Ray reads when it is imported
+from vitpareto.search.trials.nodes import Node  # isort: skip
 
 import ray
 
@@ -34,7 +26,6 @@ from vitpareto.clusters.ray_internals import LOOPBACK_ARGUMENTS
 from vitpareto.methods import Code
 from vitpareto.search.code_identity import PACKAGE, link_code
 from vitpareto.search.errors import UserError
-from vitpareto.search.trials.nodes import Node
 from vitpareto.search.trials.ray_cluster import live_nodes
 
 #: seconds within which a head must answer

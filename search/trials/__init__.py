@@ -5,6 +5,7 @@ task, worker, measurement       measure one recipe, rung by rung; do not import 
 single_measurement              measure one recipe without a study; does not import ray
 early_stopping                  whether a trial goes on to its next rung
 candidates, preparations        trained weights of candidates and of whole studies
+ray_environment                 variables that must be set before ray is imported
 trial_actor, searcher, tune     trials with Ray Tune; tune_internals holds what is not documented
 ray_cluster, nodes, resources   Ray tasks, the cluster's nodes and how trials share them
 run_study, front_latency, certification, recovery   the steps of a study and after it
@@ -13,3 +14,5 @@ May import ray, and every package of `search` below it (study, training, measure
 tracking, compare, commands, `vitpareto.clusters` or `vitpareto.dashboards`. The only package of
 `search` that imports ray.
 """
+
+from vitpareto.search.trials import ray_environment as ray_environment
