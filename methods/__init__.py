@@ -1,13 +1,14 @@
-"""What can be done to a Vision Transformer: published pruning methods, exactly, on timm models.
+"""Published pruning methods for timm's Vision Transformers.
 
-Needs torch and timm alone: no Ray, no Optuna, no MLflow, no files. The public face:
+May import torch, timm and PyYAML only, and reads and writes no files. The public names are those of
+`__all__`:
 
     pruned = methods.prune(model, "tome", r=13)
     logits, trace = pruned(images, trace=True)
     methods.names(); methods.get("tome").parameters
     methods.Recipe.from_yaml(text).build(model)
 
-Every module of this folder is imported here, so registering a method in its one file is enough.
+All modules of this package are imported here, so that methods register themselves.
 """
 
 import importlib

@@ -16,7 +16,10 @@ from vitpareto.methods.engine.tokens import Tokens
 
 
 class CentreReduction(StagedReduction):
-    """Keeps the patches nearest to the image's centre: the same ones in every image."""
+    """Keeps the patches nearest to the image's centre, the same ones in every image.
+
+    counts: patches left after each block. grid: patches (rows, columns).
+    """
 
     def __init__(self, counts: tuple[int, ...], grid: tuple[int, int]):
         super().__init__(counts)
@@ -24,7 +27,7 @@ class CentreReduction(StagedReduction):
         y = (torch.arange(rows) - (rows - 1) / 2).abs() / rows
         x = (torch.arange(columns) - (columns - 1) / 2).abs() / columns
         far = torch.maximum(y[:, None], x[None, :]) + 1e-3 * (y[:, None] + x[None, :])
-        # a rank, not a distance: no ties, the upper left of equals first
+        # ranks instead of distances have no ties; of equal distances the upper left comes first
         order = far.flatten().argsort(stable=True)
         rank = torch.empty_like(order)
         rank[order] = torch.arange(len(order))

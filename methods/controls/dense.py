@@ -12,7 +12,7 @@ from vitpareto.methods.engine.shape import ModelShape
 
 @register
 class Dense(Method):
-    """The model as it is. Always trial 0; it is the identity, so it needs no identity setting."""
+    """The unchanged model, trial 0 of every study."""
 
     name = "dense"
     summary = "the model as it is"

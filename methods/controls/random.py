@@ -1,4 +1,4 @@
-"""Random dropping on TopK's schedule: shows what the schedule is worth without a score."""
+"""Random dropping on TopK's schedule: shows what the schedule achieves without a score."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens
 
-#: a prime below 2**31: products of two residues stay inside int64
+#: a prime below 2**31, so that products of two residues fit into int64
 _PRIME = 2147483629
 
 
 def _scatter(value: Tensor) -> Tensor:
-    """Residues mod _PRIME -> well-mixed residues (three rounds of x -> x² + ax + b)."""
+    """A hash of residues mod _PRIME: three rounds of x -> x² + ax + b."""
     for a, b in ((1103515245, 12345), (69069, 362437), (1664525, 1013904223)):
         value = (value * value % _PRIME + value * a % _PRIME + b) % _PRIME
     return value
 
 
 class RandomReduction(StagedReduction):
-    """Scores are a hash of (image, block, patch position): exact integers, no generator, so that
-    an image's draw depends neither on its batch nor on the machine, and exports.
+    """Scores are a hash of (image, block, patch position) in exact integers.
+
+    Unlike a random generator, a hash exports, and depends neither on the batch nor on the machine.
     """
 
     def __init__(self, counts: tuple[int, ...], seed: int):
@@ -36,30 +37,30 @@ class RandomReduction(StagedReduction):
         self.seed = seed
 
     def begin(self, images: Tensor, tokens: Tokens) -> Tokens:
-        # every few pixels as small integers: enough to tell images apart, the same in every float
-        # type that holds the image exactly
+        # about 4,096 pixels as small integers distinguish images, equally in every float type that
+        # holds the image exactly
         flat = images.flatten(1)
         pixels = (flat[:, :: max(1, flat.shape[1] // 4096)].float() * 32).round().to(torch.int64)
-        place = torch.arange(pixels.shape[1], device=pixels.device)
-        seed = (pixels * (place % 8191 + 1)).sum(dim=1).remainder(_PRIME)
+        position = torch.arange(pixels.shape[1], device=pixels.device)
+        seed = (pixels * (position % 8191 + 1)).sum(dim=1).remainder(_PRIME)
         state = {**tokens.per_image, "seed": _scatter((seed + self.seed) % _PRIME)}
         return replace(tokens, per_image=state)
 
     def score(self, block: int, tokens: Tokens, attended: Attended) -> Tensor:
-        place = torch.arange(tokens.patches, device=tokens.x.device) + 1 + 4096 * block
-        return _scatter((tokens.per_image["seed"][:, None] + place * 40503) % _PRIME)
+        position = torch.arange(tokens.patches, device=tokens.x.device) + 1 + 4096 * block
+        return _scatter((tokens.per_image["seed"][:, None] + position * 40503) % _PRIME)
 
 
 @register
 class Random(StagedMethod):
-    """TopK's schedule with a random score: what the schedule alone is worth."""
+    """TopK's schedule with a random score."""
 
     name = "random"
     summary = "drop patches at random, on TopK's schedule"
     control = True
     parameters = (
         *StagedMethod.parameters,
-        Int("seed", "of the draw", default=0, low=0, high=2**30),
+        Int("seed", "seed of the random scores", default=0, low=0, high=2**30),
     )
     presets = staged_presets("TopK's schedule")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Method, Preset
 from vitpareto.methods.engine.parameters import Float, Int
 from vitpareto.methods.engine.reduced_model import reduced
@@ -17,9 +17,9 @@ from vitpareto.methods.engine.shape import ModelShape, model_shape
 
 @register
 class Resize(Method):
-    """The dense model at a smaller input: an antialiased bicubic resize inside the model, position
-    embeddings interpolated by timm. The cheapest trick there is, and a strong one. Its identity is
-    the model's own height, so no constant of the class.
+    """The dense model at a smaller input: the model resizes its images (bicubic, antialiased) and
+    timm interpolates the position embeddings. The identity is the model's own height, so it is
+    not a constant of the class.
     """
 
     name = "resize"
@@ -37,13 +37,13 @@ class Resize(Method):
     )  # 192 and 160 of 224
 
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        # on a coarse grid a scale near 1 would round to the dense model itself
+        # on a coarse grid a scale near 1 would round to the dense model
         rows = min(round(choices["scale"] * shape.grid[0]), shape.grid[0] - 1)
         rows = max(1, rows)
         return {"size": rows * shape.patch[0]}
 
     def target(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, int]:
-        """(height, width) in pixels: the width keeps the aspect ratio, in whole patches."""
+        """(height, width) in pixels; the width keeps the aspect ratio, in whole patches."""
         rows = params["size"] // shape.patch[0]
         columns = max(1, round(rows * shape.grid[1] / shape.grid[0]))
         return params["size"], columns * shape.patch[1]
@@ -51,8 +51,13 @@ class Resize(Method):
     def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
         if params["size"] % shape.patch[0] or params["size"] > shape.image[0]:
             raise BadInput(
-                f"resize.size is {params['size']}: accepted is a multiple of the patch height "
-                f"{shape.patch[0]} up to the model's own {shape.image[0]}"
+                f"resize.size must be a multiple of the patch height {shape.patch[0]}, at most the "
+                f"model's {shape.image[0]} (got {params['size']})",
+                Code.OUT_OF_RANGE,
+                name="size",
+                where="resize",
+                got=params["size"],
+                accepted=shape.image[0],
             )
 
     def restructure(

@@ -1,3 +1,4 @@
-"""The machinery beneath the methods: timm blocks, tokens, shapes, parameters and recipes. Imports
-torch, timm and PyYAML only.
+"""The parts that all methods share: the reduced forward, tokens, shapes, parameters and recipes.
+
+May import torch, timm and PyYAML, and no other package of `vitpareto.methods`.
 """

@@ -1,4 +1,4 @@
-"""A block's attention as the reduced forward computes it, and what a method may read of it."""
+"""Attention as the reduced forward computes it, and the part of it that methods may read."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from vitpareto.methods.engine.head_maximum import attend_by_head
 from vitpareto.methods.engine.sliced_block import SlicedAttention, fused_attention
 from vitpareto.methods.engine.tokens import Tokens
 
-#: patch queries whose attention `Attended.patch_rows` holds at a time
+#: how many queries `Attended.patch_rows` computes at a time
 ROWS = 64
 
 
 @dataclass(frozen=True)
 class Attended:
-    """What a block's attention saw: q, k, v [B, H, N, D] after any q/k-norm, and the key bias. In a
-    sliced block v has a width of its own.
+    """The inputs of a block's attention.
 
-    peak [B, N, N]: the attention's maximum over heads, without a gradient, query by key; None
-    where the reduction did not ask for it (`Reduction.needs_peak`).
+    Attributes:
+        q, k, v: [B, H, N, D] after q/k-norm; in a sliced block v may be wider or narrower.
+        scale: factor on the logits.
+        bias: added to the logits, [B, 1, 1, N] or [B, 1, N, N]; None if there is none.
+        prefix: number of prefix tokens.
+        class_token: whether token 0 is a class token.
+        valid: [B, n] bool, False for padding; None without padding.
+        peak: [B, N, N], maximum of the attention over heads, query by key, without gradient; None
+            unless `Reduction.needs_peak`.
     """
 
     q: Tensor
@@ -37,27 +43,28 @@ class Attended:
     peak: Tensor | None = None
 
     def attention(self, first: int, last: int) -> Tensor:
-        """Attention of the queries first..last-1 over all tokens: [B, H, last - first, N]."""
+        """Attention of the queries first to last - 1 over all tokens: [B, H, last - first, N]."""
         logits = (self.q[:, :, first:last] * self.scale) @ self.k.transpose(-2, -1)
         if self.bias is not None:
             logits = logits + self.bias
         return logits.softmax(dim=-1)
 
     def class_row(self) -> Tensor:
-        """The class token's attention over all tokens, [B, H, N]; N * C multiply-accumulates.
+        """The class token's attention over all tokens, [B, H, N], at N * C MACs.
 
-        Without a class token: the mean over the patch queries (padding left out), n * N * C.
+        Without a class token, the mean over the patch queries except padding, at n * N * C MACs.
         """
         if self.class_token:
             return self.attention(0, 1)[:, :, 0]
         return self.patch_rows()[0]
 
     def patch_rows(self) -> tuple[Tensor, Tensor]:
-        """The mean over the patch queries of their attention, padding left out, [B, H, N], and what
-        each patch pays itself, [B, H, n].
+        """(mean attention of the patch queries except padding [B, H, N], attention of each patch to
+        itself [B, H, n]).
 
-        Some queries at a time: [B, H, n, N] is more memory than a dense model needs. Summed in at
-        least float32: a half precision's sum of many small shares drifts.
+        Computed for `ROWS` queries at a time, because [B, H, n, N] takes more memory than a dense
+        model, and summed in at least float32, because a sum of many small values drifts in half
+        precision.
         """
         total, dtype = self.q.shape[2], self.q.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -65,7 +72,7 @@ class Attended:
         for first in range(self.prefix, total, ROWS):
             last = min(first + ROWS, total)
             rows = self.attention(first, last)
-            # a copy: a view would keep all of `rows` alive
+            # clone: a view would keep all of `rows` alive
             own.append(rows[..., first:last].diagonal(dim1=-2, dim2=-1).clone())
             if self.valid is not None:
                 counted = self.valid[:, first - self.prefix : last - self.prefix]
@@ -85,10 +92,10 @@ def attend(
     proportional: bool,
     needs_peak: bool = False,
 ) -> tuple[Tensor, Attended]:
-    """Attention over x [B, N, C] with everything timm's has: q/k-norm, gate, scale norm, dropout.
+    """(output [B, N, C], `Attended`) of attention over x [B, N, C].
 
-    Returns (output [B, N, C], Attended). No mask is passed before the first merge or padding: a
-    mask costs the flash kernel on CUDA.
+    It has all parts of timm's Attention: q/k-norm, gate, scale norm, dropout. No mask is passed
+    before the first merge or padding, because CUDA's flash kernel takes none.
     """
     batch, total, _ = x.shape
     if isinstance(attn, SlicedAttention):

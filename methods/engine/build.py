@@ -1,4 +1,4 @@
-"""What building a recipe takes besides its steps: trained weights checked, calibration run."""
+"""Parts of `Recipe.build`: the check of trained weights, the warning without them, calibration."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def missing_weights(digest: str, what: str) -> BadInput:
 
 
 def check_weights(digest: str | None, weights: Mapping[str, Tensor] | None) -> None:
-    """Raises BadInput unless `weights` is the state dict that `digest` names (None: any)."""
+    """Raises BadInput unless `weights` has this digest. None accepts any weights, or none."""
     if digest is None:
         return
     if weights is None:
@@ -89,8 +89,8 @@ def calibrated(
         return step
     if calibration is None:
         raise BadInput(
-            f"{declared.name} with {short(params)} needs calibration images: give calibration=, or "
-            "the counts= of an earlier calibration",
+            f"calibration= must be given: {declared.name} with {short(params)} needs calibration "
+            "images, or the counts= of an earlier calibration",
             Code.MISSING,
             name="calibration",
             where=declared.name,

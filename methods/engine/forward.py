@@ -27,26 +27,32 @@ from vitpareto.methods.engine.tokens import Tokens
 
 
 class ReducedForward(VisionTransformer):
-    """The forward shared by every reduced model. Never constructed: a copied model becomes one."""
+    """The forward of every reduced model. It has no constructor: `reduced` sets a copy's class.
+
+    Attributes:
+        reduction: the token step; a plain `Reduction` leaves the model dense.
+        resize_to: (height, width) in pixels that images are resized to; None: not resized.
+        recipe: the `Recipe` that the model was built from, or None.
+    """
 
     reduction: Reduction
     resize_to: tuple[int, int] | None
     recipe: Any
 
     def embed(self, images: Tensor, trace: bool = False) -> Tokens:
-        """Images [B, 3, H, W] -> tokens before block 0."""
-        seen = images
+        """The tokens before block 0 of normalised images [B, 3, H, W]."""
+        inputs = images
         if self.resize_to is not None:
             # at least float32: CPUs have no bicubic resize in half precision
             wide = images.to(torch.promote_types(images.dtype, torch.float32))
-            seen = F.interpolate(
+            inputs = F.interpolate(
                 wide, size=self.resize_to, mode="bicubic", antialias=True, align_corners=False
             ).to(images.dtype)
-        x = self.norm_pre(self._pos_embed(self.patch_embed(seen)))
+        x = self.norm_pre(self._pos_embed(self.patch_embed(inputs)))
         tokens = Tokens(x, self.num_prefix_tokens)
         rows, columns = cast("tuple[int, int]", tuple(self.patch_embed.grid_size))
         if tokens.patches != rows * columns and type(self.reduction) is not Reduction:
-            # dynamic_img_size: the schedule's counts would be those of another image
+            # timm's dynamic_img_size accepts other sizes, a schedule is for one number of patches
             raise BadInput(
                 f"images must have {rows} x {columns} patches, the size that the model is pruned "
                 f"for (got {tokens.patches} patches); call set_input_size before pruning",
@@ -56,8 +62,8 @@ class ReducedForward(VisionTransformer):
                 expected=rows * columns,
             )
         if trace:
-            place = torch.arange(tokens.patches, device=x.device)
-            tokens = replace(tokens, group=place.repeat(x.shape[0], 1))
+            index = torch.arange(tokens.patches, device=x.device)
+            tokens = replace(tokens, group=index.repeat(x.shape[0], 1))
         return self.reduction.begin(images, tokens)
 
     def run_block(
@@ -66,8 +72,9 @@ class ReducedForward(VisionTransformer):
         tokens: Tokens,
         observe: Callable[[int, Tokens, Attended], Any] | None = None,
     ) -> Tokens:
-        """Block `index` with the reduction at its site. `observe`: instead of the reduction's own
-        (calibration listens in with it).
+        """Block `index`, with the reduction at its site.
+
+        observe: replaces the reduction's own `observe`; calibration reads the attention with it.
         """
         block = cast(Block, self.blocks[index])
         y, attended = attend(
@@ -90,22 +97,24 @@ class ReducedForward(VisionTransformer):
             tokens = self.reduction.reduce(index, tokens, seen)
         return tokens
 
-    def _again(self, index: int, tokens: Tokens) -> Tokens:
-        """`run_block`, whose activations the backward pass computes a second time."""
+    def _run_checkpointed(self, index: int, tokens: Tokens) -> Tokens:
+        """`run_block` with gradient checkpointing: the backward pass recomputes its activations."""
 
         def block(x: Tensor) -> Tokens:
             return self.run_block(index, replace(tokens, x=x))
 
-        # a tensor as argument tells checkpoint whose device's random state it has to restore
+        # checkpoint restores the random state of the devices of its tensor arguments
         return cast(Tokens, checkpoint(block, tokens.x, use_reentrant=False))
 
     def run(self, images: Tensor, trace: bool = False) -> tuple[Tokens, Trace]:
-        """All blocks, the final norm not applied."""
+        """The tokens after the last block, before the final norm, and the trace (empty lists unless
+        `trace`).
+        """
         tokens = self.embed(images, trace)
         record = Trace([], [], [])
         step: Callable[[int, Tokens], Tokens] = self.run_block
         if self.grad_checkpointing and torch.is_grad_enabled():
-            step = self._again
+            step = self._run_checkpointed
         for index in range(len(self.blocks)):
             tokens = step(index, tokens)
             if trace:
@@ -116,7 +125,7 @@ class ReducedForward(VisionTransformer):
         return tokens, record
 
     def classify(self, tokens: Tokens) -> Tensor:
-        """Final norm, pooling (by size after a merge, padding left out) and head."""
+        """Logits [B, classes]: final norm, pooling (weighted by size, without padding) and head."""
         x = self.norm(tokens.x)
         weight = tokens.pool_weight()
         if weight is None or self.global_pool == "token":
@@ -129,45 +138,48 @@ class ReducedForward(VisionTransformer):
             bias = weight.log().to(x.dtype)[:, None, None, :]
             pooled = cast(AttentionPoolLatent, self.attn_pool)(x, attn_mask=bias)
         else:
-            # shares, not sizes: a sum over all patches could leave a half precision's range
+            # normalised first: a sum over all patches could overflow in half precision
             share = (weight / weight.sum(dim=1, keepdim=True)).to(x.dtype)[..., None]
-            # where, not only a product: padding may hold anything, and 0 * inf is not 0
+            # where() besides the product: padding may hold inf, and 0 * inf is not 0
             pooled = torch.where(share > 0, x * share, x.new_zeros(())).sum(dim=1)
         return self.head(self.head_drop(self.fc_norm(pooled)))
 
     def forward_features(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        """Normalised tokens after the last block, [B, N', C] (padding included)."""
+        """Normalised tokens after the last block [B, N, C], padding included."""
         return self.norm(self.run(images)[0].x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """As timm's where the class token is all that it reads; refused where it pools a reduced
-        model's patches: what `forward_features` gives says neither sizes nor padding.
+        """As timm's if it reads only the class token. Raises NotImplementedError if it pools the
+        patches of a reduced model, because `forward_features` returns neither sizes nor padding.
         """
         if self.global_pool != "token" and type(self.reduction) is not Reduction:
             raise NotImplementedError(
-                f"a reduced model with {self.global_pool!r} pooling has no forward_head: its "
-                "patches count by their sizes; call the model itself"
+                f"forward_head is not available for a reduced model with {self.global_pool!r} "
+                "pooling, which weights patches by their sizes; call the model itself"
             )
         return super().forward_head(x, pre_logits)
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """As timm's on a dense model; BadInput on a pruned one: its schedule is for its patches."""
+        """As timm's on a dense model. Raises BadInput on a pruned one, whose schedule is fixed."""
         if type(self.reduction) is not Reduction or self.resize_to is not None:
             raise BadInput(
-                f"the model is already reduced ({self.recipe}) for its number of patches: call "
-                "set_input_size on the dense model, then prune"
+                f"set_input_size must be called on a dense model (got a model reduced by "
+                f"{self.recipe}); call it before pruning",
+                Code.CONFLICT,
+                name="model",
+                got=str(self.recipe),
             )
         super().set_input_size(*args, **kwargs)
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: timm's own would run the blocks without the reduction."""
+        """Not available: timm's own would run the blocks without the reduction."""
         raise NotImplementedError(
-            "a reduced model has no forward_intermediates: its tokens are not a grid; "
-            "use trace=True, or the dense model"
+            "forward_intermediates is not available for a reduced model, whose tokens are not a "
+            "grid; use trace=True or the dense model"
         )
 
     def forward(self, images: Tensor, trace: bool = False) -> Any:  # type: ignore[override]
-        """images [B, 3, H, W] -> logits [B, classes]; with trace=True (logits, Trace)."""
+        """Logits [B, classes] of images [B, 3, H, W]; with trace=True (logits, Trace)."""
         tokens, record = self.run(images, trace)
         logits = self.classify(tokens)
         return (logits, record) if trace else logits

@@ -1,8 +1,8 @@
-"""Attention and its maximum over heads, computed together: tensors in, tensors out.
+"""Attention and the maximum of its weights over heads, computed together.
 
-The fused kernel gives no weights, and all of them at once, [B, H, N, N], are more memory than a
-dense model needs. Taking both from one head (or one image) after another costs little more than the
-fused kernel alone, and less than computing the weights a second time beside it.
+The fused kernel returns no weights, and all of them, [B, H, N, N], take more memory than a dense
+model. Computing both head by head (or image by image) costs little more than the fused kernel, and
+less than computing the weights a second time.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: queries whose attention `attend_by_head` holds at a time; up to twice as many go as one
+#: how many queries `attend_by_head` computes at a time; up to twice as many go in one step
 ROWS = 128
 
 
 def attend_by_head(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention of q, k, v [B, H, N, D]: (output [B, H, N, D], maximum over heads [B, N, N]).
+    """(output [B, H, N, D], maximum over heads [B, N, N]) of attention of q, k, v [B, H, N, D].
 
-    One head and some queries at a time: [B, H, N, N] is never there, and weights are still in the
-    cache when the maximum reads them. The maximum is taken before dropout and has no gradient.
-    bias [B, 1, 1, N] is added to the logits.
+    Computed for one head and some queries at a time, so that [B, H, N, N] is never stored and the
+    weights are in the cache when the maximum reads them. The maximum is taken before dropout and
+    has no gradient. bias [B, 1, 1, N] is added to the logits.
     """
     batch, heads, total, _ = q.shape
     if total <= 2 * ROWS:
@@ -36,7 +36,7 @@ def attend_by_head(
         rows = q[:, :, first : first + ROWS]
         out, part = _attend_rows(rows, k, v, scale, bias, dropout)
         if first == 0:
-            # filled in, not joined: [B, N, N] twice would be the peak of the model's memory
+            # filled in place: concatenating would hold [B, N, N] twice
             peak = part.new_empty(batch, total, total)
             if not out.requires_grad:
                 whole = out.new_empty(batch, total, heads, v.shape[3])
@@ -52,14 +52,14 @@ def attend_by_head(
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
-    """`attend_by_head` for some queries, q [B, H, n, D]: (output [B, n, H, D], maximum [B, n, N]).
+    """(output [B, n, H, D], maximum [B, n, N]) for the queries q [B, H, n, D].
 
-    Taken head by head, the output's layout is the one that joins the heads without a copy.
+    In this layout of the output the heads are joined without a copy.
     """
-    # inference mode: nothing differentiates, traces or exports what is written in place
+    # in inference mode buffers can be reused: nothing is differentiated, traced or exported
     plain = not torch.compiler.is_compiling() and q.is_inference()
     if plain and not dropout and not torch.is_autocast_enabled(q.device.type):
-        # by image where that holds no more weights at a time; a GPU wants few, large products
+        # by image if that stores no more weights at a time; GPUs prefer few large products
         by_image = q.device.type == "cpu" and q.shape[0] >= q.shape[1]
         reusing = _attend_images_reusing if by_image else _attend_rows_reusing
         return reusing(q, k, v, scale, bias)
@@ -72,7 +72,7 @@ def _attend_rows(
         weights = weights.softmax(dim=-1)
         out.append(F.dropout(weights, dropout, dropout > 0) @ v[:, head])
         if peak is None:
-            # the maximum is taken in place: not where the backward pass will read the weights
+            # the maximum is updated in place, and the backward pass reads the weights
             peak = weights.detach().clone() if weights.requires_grad else weights
         else:
             torch.maximum(peak, weights.detach(), out=peak)
@@ -82,36 +82,36 @@ def _attend_rows(
 def _attend_rows_reusing(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`_attend_rows` in inference mode: the same products in three buffers for all heads, which
-    took a CPU a quarter less time.
+    """`_attend_rows` in inference mode, with three buffers reused for all heads: a quarter less
+    time on a CPU.
     """
     batch, heads, rows, _ = q.shape
     out = v.new_empty(batch, rows, heads, v.shape[3])
     logits, weights, peak = (q.new_empty(batch, rows, k.shape[2]) for _ in range(3))
-    # with beta = 0 what is added is not even read
+    # with beta = 0 `added` is not read
     added, beta = (logits, 0) if bias is None else (bias[:, 0].expand_as(logits), 1)
     for head in range(heads):
         keys = k[:, head].transpose(-2, -1)
         torch.baddbmm(added, q[:, head], keys, beta=beta, alpha=scale, out=logits)
-        now = weights if head else peak
-        torch.softmax(logits, dim=-1, out=now)
-        torch.bmm(now, v[:, head], out=out[:, :, head])
+        current = weights if head else peak
+        torch.softmax(logits, dim=-1, out=current)
+        torch.bmm(current, v[:, head], out=out[:, :, head])
         if head:
-            torch.maximum(peak, now, out=peak)
+            torch.maximum(peak, current, out=peak)
     return out, peak
 
 
 def _attend_images_reusing(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """`_attend_rows_reusing` with one image after another in the place of one head after another:
-    an image's weights [H, n, N] stay in a core's cache until the maximum has read them.
+    """`_attend_rows_reusing` image by image instead of head by head: an image's weights [H, n, N]
+    stay in a core's cache until the maximum has read them.
     """
     batch, heads, rows, _ = q.shape
     out = v.new_empty(batch, heads, rows, v.shape[3])
     peak = q.new_empty(batch, rows, k.shape[2])
     logits, weights = (q.new_empty(heads, rows, k.shape[2]) for _ in range(2))
-    beta = 0 if bias is None else 1  # with 0 what is added is not even read
+    beta = 0 if bias is None else 1  # with 0 `added` is not read
     for image in range(batch):
         added = logits if bias is None else bias[image].expand_as(logits)
         keys = k[image].transpose(-2, -1)

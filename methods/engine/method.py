@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.parameters import Counts, Parameter, check_values
 from vitpareto.methods.engine.preparation import (
     PreparationOutcome,
@@ -23,7 +23,7 @@ from vitpareto.methods.engine.preparation import (
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 
-#: Presets are published for this depth and patch count and scale from there.
+#: the depth and patch count that presets are published for; other models scale from there
 PUBLISHED_DEPTH, PUBLISHED_PATCHES = 12, 196
 
 
@@ -39,7 +39,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Preset:
-    """A published setting, as relative choices: `Method.resolve` makes it absolute."""
+    """A published setting as relative choices, which `Method.resolve` makes absolute."""
 
     name: str
     choices: dict[str, Any]
@@ -47,41 +47,53 @@ class Preset:
 
 
 class Method:
-    """One published way to make a ViT smaller. Subclasses are declarations plus a few functions."""
+    """A published way to make a ViT cheaper: declarations plus a few functions.
+
+    Attributes:
+        name: what recipes and the command line call it.
+        summary: one line for tables.
+        kind: "tokens" acts inside the forward, "structure" changes the weights or the input.
+        site: where a token method reduces: "mid-block" (after the attention residual) or
+            "after-block" (after the MLP residual); elsewhere in words.
+        training: "none", "calibration" (a few images, no gradients) or "required" (gradients).
+        trained_once: one preparation (`prepare`) serves every setting.
+        reads_calibration: the preparation uses labelled calibration images.
+        reads_latency_table: costs may be read from a latency table of the model.
+        is_reference: the unchanged model, whose recipe is empty; every trial is compared with it.
+        resizes_input: makes the input images smaller and leaves the blocks unchanged.
+        control: a baseline that every method is compared with.
+        parameters: what a recipe holds, in absolute units.
+        space: what a search chooses, relative to depth and patch count.
+        presets: published settings.
+        mixes: every token left is a mixture of many patches (`Trace.group` is then the largest).
+        schedule: the parameters that `counts` may replace.
+        identity: parameters that leave the model dense; None if there are none, with the reason in
+            the docstring.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[Paper | None] = None
     kind: ClassVar[Literal["tokens", "structure"]] = "tokens"
     site: ClassVar[str] = "mid-block"
-    #: "none", "calibration" (a few images, no gradient) or "required" (gradient training)
     training: ClassVar[Literal["none", "calibration", "required"]] = "none"
-    #: where training is required: one preparation serves every setting (`prepare`)
     trained_once: ClassVar[bool] = False
-    #: the preparation uses labelled calibration images
     reads_calibration: ClassVar[bool] = False
-    #: costs may be read from a latency table of the model
     reads_latency_table: ClassVar[bool] = False
-    #: the model as it is: its recipe is the empty one, and every trial is compared with it
     is_reference: ClassVar[bool] = False
-    #: makes the input images smaller and leaves the model's blocks as they are
     resizes_input: ClassVar[bool] = False
-    #: a control is what every method must beat; it is never a finding by itself
     control: ClassVar[bool] = False
     parameters: ClassVar[tuple[Parameter, ...]] = ()
     space: ClassVar[tuple[Parameter, ...]] = ()
     presets: ClassVar[tuple[Preset, ...]] = ()
-    #: every token left is made of many patches, so that it may be the place of none (`Trace.group`)
     mixes: ClassVar[bool] = False
-    #: parameters in whose place `counts` may be given, by the methods that take it
     schedule: ClassVar[tuple[str, ...]] = ("keep_rate", "prune_layers", "r", "inflection")
-    #: parameters that leave the model dense; None where there are none, with the reason in the doc
     identity: ClassVar[dict[str, Any] | None] = None
 
     # -- settings ----------------------------------------------------------------------------
 
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        """Relative search choices -> absolute parameters for a model of this shape."""
+        """Absolute parameters for a model of this shape, from relative search choices."""
         return dict(choices)
 
     def preset(self, preset: Preset, shape: ModelShape) -> dict[str, Any]:
@@ -89,9 +101,13 @@ class Method:
         return self.check(self.resolve(preset.choices, shape), shape)
 
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
-        """Parameters checked and completed; with `shape` also against the model's dimensions.
+        """The parameters checked, with defaults filled in.
 
-        Raises BadInput for anything unknown, missing, out of range or impossible on this model.
+        Args:
+            shape: check against these dimensions too.
+
+        Raises:
+            BadInput: for anything unknown, missing, out of range or impossible on this model.
         """
         counts = params.get("counts") is not None and any(
             isinstance(p, Counts) for p in self.parameters
@@ -105,7 +121,7 @@ class Method:
         return checked
 
     def with_counts(self, params: dict[str, Any], counts: tuple[int, ...]) -> dict[str, Any] | None:
-        """The same setting under another schedule, unchecked; None where a method takes none."""
+        """The same setting with another schedule, unchecked; None if the method takes no counts."""
         if not any(isinstance(p, Counts) for p in self.parameters):
             return None
         return {**{k: v for k, v in params.items() if k not in self.schedule}, "counts": counts}
@@ -113,36 +129,46 @@ class Method:
     def _check_counts(self, counts: tuple[int, ...], shape: ModelShape) -> None:
         if len(counts) != shape.depth:
             raise BadInput(
-                f"{self.name}.counts has {len(counts)} entries: the model has {shape.depth} blocks"
+                f"{self.name}.counts must have one entry per block, {shape.depth} "
+                f"(got {len(counts)})",
+                Code.MISMATCH,
+                name="counts",
+                where=self.name,
+                got=len(counts),
+                expected=shape.depth,
             )
         if counts[0] > shape.patches:
             raise BadInput(
-                f"{self.name}.counts starts with {counts[0]} patches: the model has {shape.patches}"
+                f"{self.name}.counts must be at most the model's {shape.patches} patches "
+                f"(got {counts[0]})",
+                Code.OUT_OF_RANGE,
+                name="counts",
+                where=self.name,
+                got=counts[0],
+                accepted=shape.patches,
             )
 
     def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
-        """BadInput where the setting is impossible on this model. Default: the schedule exists."""
+        """Raises BadInput if the setting is impossible on this model. Default: calls `counts`."""
         self.counts(params, shape)
 
     # -- cost --------------------------------------------------------------------------------
 
     def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...] | None:
-        """Patches left after each block; None where images decide (adaptive, or not calibrated)."""
+        """Patches left after each block; None if images decide (adaptive, or not calibrated)."""
         return shape.dense_counts()
 
     def bounds(
         self, params: dict[str, Any], shape: ModelShape
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Fewest and most patches after each block, for settings whose `counts` is None."""
+        """(fewest, most) patches after each block, for settings whose `counts` is None."""
         counts = self.counts(params, shape)
         if counts is None:
             raise NotImplementedError(f"{self.name} must declare the bounds of its token counts")
         return counts, counts
 
     def entering(self, params: dict[str, Any], shape: ModelShape) -> int:
-        """Patches that enter block 0; fewer than the model's where a method drops some of the
-        embedded ones.
-        """
+        """Patches that enter block 0; fewer than the model's if embedded patches are dropped."""
         return shape.patches
 
     def is_dense(self, params: dict[str, Any], shape: ModelShape) -> bool:
@@ -150,17 +176,17 @@ class Method:
         return self.counts(params, shape) == shape.dense_counts()
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """MACs an image of the method's own arithmetic under this schedule."""
+        """MACs per image of the method's own arithmetic with this schedule, as fvcore counts."""
         return 0
 
     def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        """What decides the result: settings with equal signatures are the same candidate."""
+        """What decides the result: settings with equal signatures are one candidate."""
         return dict(params)
 
     # -- models ------------------------------------------------------------------------------
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> Reduction:
-        """The token step as a module (kind "tokens")."""
+        """The token step as a module (kind "tokens" only)."""
         raise NotImplementedError
 
     def restructure(
@@ -169,24 +195,32 @@ class Method:
         params: dict[str, Any],
         weights: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """The structural step (kind "structure") on `model`, which may be changed in place.
+        """The structural step (kind "structure" only).
 
-        weights: the state dict that will be loaded into the result, for steps whose dimensions it
-        decides.
+        Args:
+            model: a copy that may be changed in place.
+            weights: the state dict that will be loaded into the result, for steps that read their
+                dimensions from it.
         """
         raise NotImplementedError
 
     def shaped_by_weights(self, params: dict[str, Any]) -> bool:
-        """Whether a trained candidate's dimensions can only be read from its weights."""
+        """Whether the dimensions of a trained candidate can only be read from its weights."""
         return False
 
     def calibrate(
         self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]
     ) -> dict[str, Any]:
-        """Parameters with what calibration found written in, so that no images are needed again."""
+        """The parameters with the outcome of calibration, so that no images are needed again.
+
+        Args:
+            model: the dense model after the structural step, as a reduced model.
+            images: batches of normalised images [B, 3, H, W].
+        """
         return params
 
     def needs_calibration(self, params: dict[str, Any]) -> bool:
+        """Whether `build` must calibrate these parameters first."""
         return False
 
     # -- preparation (methods with `trained_once`) --------------------------------------------
@@ -221,5 +255,5 @@ class Method:
         return SharedWeights.from_json(data)
 
     def refuses_export(self, params: dict[str, Any], shape: ModelShape) -> str:
-        """Why no program of fixed shape is this model, and what to take instead; "": one is."""
+        """Why the model cannot be exported with fixed shapes, and the alternative; "" if it can."""
         return ""

@@ -1,14 +1,13 @@
-"""Recipe: what is done to a model, as a few lines of YAML in and out, and built into a model.
+"""Recipes: what is done to a model, read from and written to YAML, and built into a model.
 
-At most one structural step and at most one token step:
+A recipe has at most one structural step and at most one token step:
 
     structure: {method: resize, size: 160}
     tokens: {method: tome, r: 13, inflection: 0}
     weights: 0123456789abcdef
 
-`weights` names by content what was trained: the complete state dict of the built model. An empty
-recipe is the dense model. A recipe is checked against a model's dimensions before anything is built
-or any image is read.
+`weights` is the digest of the trained state dict of the built model. The empty recipe is the dense
+model. A recipe is checked against a model's dimensions before any image is read.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from vitpareto.methods.engine.build import (
     missing_weights,
     warn_if_untrained,
 )
-from vitpareto.methods.engine.errors import BadInput, Code, nearest
-from vitpareto.methods.engine.recipe_yaml import DIGEST, YamlLoader
+from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.recipe_yaml import parse_recipe, parse_yaml
 from vitpareto.methods.engine.reduced_model import check_supported, reduced
 from vitpareto.methods.engine.registry import get
 from vitpareto.methods.engine.shape import ModelShape, model_shape
@@ -40,10 +39,13 @@ from vitpareto.methods.engine.weights import load_strictly
 
 @dataclass(frozen=True)
 class Recipe:
-    """At most one structural and one token step; `Recipe()` is dense.
+    """At most one structural and one token step; `Recipe()` is the dense model.
 
-    weights: the digest (`weights_digest`) of the state dict that the built model holds, for what
-    was trained; None: the dense model's own weights, and fresh ones where the method has its own.
+    Attributes:
+        structure: the structural step, or None.
+        tokens: the token step, or None.
+        weights: digest (`weights_digest`) of the trained state dict of the built model. None: the
+            dense model's own weights, with fresh parts if a method has trained ones.
     """
 
     structure: Step | None = None
@@ -52,7 +54,7 @@ class Recipe:
 
     @classmethod
     def of(cls, method: str, **params: Any) -> Recipe:
-        """The one-step recipe of a method by name; "dense" gives the empty one."""
+        """The recipe with one method as its only step; "dense" gives the empty recipe."""
         declared = get(method)
         checked = declared.check(params)
         if declared.is_reference:
@@ -62,48 +64,13 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> Recipe:
-        """From what `to_dict` or a YAML file gave. BadInput names what is wrong."""
-        if data is None:
-            return cls()
-        if not isinstance(data, Mapping):
-            raise BadInput(f"a recipe is a mapping with structure and tokens, got {data!r}")
-        steps: dict[str, Step | None] = {}
-        weights: str | None = None
-        for part, step in data.items():
-            if part not in ("structure", "tokens", "weights"):
-                known = nearest(part, ["structure", "tokens", "weights"])
-                raise BadInput(f"a recipe has no part {part!r}{known}")
-            if step is None:
-                continue
-            if part == "weights":
-                if not isinstance(step, str) or not DIGEST.match(step):
-                    raise BadInput(
-                        f"recipe.weights is {step!r}: accepted are the 16 hex digits of a state "
-                        "dict's digest"
-                    )
-                weights = step
-                continue
-            if not isinstance(step, Mapping) or "method" not in step:
-                raise BadInput(f"recipe.{part} needs a method and its parameters, got {step!r}")
-            declared = get(str(step["method"]))
-            if declared.is_reference:
-                continue
-            if declared.kind != part:
-                raise BadInput(
-                    f"{declared.name} is a {declared.kind} method: it cannot be the {part}"
-                )
-            params = {k: v for k, v in step.items() if k != "method"}
-            steps[part] = Step(declared.name, declared.check(params))
-        return cls(**steps, weights=weights)
+        """The recipe from the output of `to_dict` or a parsed YAML file. Raises BadInput."""
+        return cls(**parse_recipe(data))
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
-        """From YAML text; BadInput if it is not YAML or not a recipe."""
-        try:
-            data = yaml.load(text, YamlLoader)
-        except yaml.YAMLError as error:
-            raise BadInput(f"the recipe is not YAML: {error}") from None
-        return cls.from_dict(data)
+        """The recipe from YAML text. Raises BadInput if it is not YAML or not a recipe."""
+        return cls.from_dict(parse_yaml(text))
 
     def to_dict(self) -> dict[str, Any]:
         parts = {"structure": self.structure, "tokens": self.tokens}
@@ -122,7 +89,7 @@ class Recipe:
         return step.method if step is not None else "dense"
 
     def __str__(self) -> str:
-        """One line for tables: `tome r=13 inflection=0`, `tnt … weights=0123456789abcdef`."""
+        """The recipe in one line: `tome r=13 inflection=0`, `tnt … weights=0123456789abcdef`."""
         steps = [s for s in (self.structure, self.tokens) if s is not None]
         words = []
         for step in steps:
@@ -142,10 +109,10 @@ class Recipe:
         model: nn.Module,
         weights: Mapping[str, Tensor] | None = None,
     ) -> tuple[ModelShape, nn.Module]:
-        """The model after the structural step (a copy if there is one) and its shape.
+        """(shape, model) after the structural step; a copy if there is one.
 
-        weights: the state dict that the recipe names, asked for where the step's dimensions are
-        read from it. Its values are not loaded here.
+        weights: the state dict that the recipe names, for steps that read their dimensions from
+        it. Its values are not loaded here.
         """
         if self.structure is None:
             return shape, model
@@ -157,16 +124,16 @@ class Recipe:
         return model_shape(changed), changed
 
     def checked(self, shape: ModelShape) -> Recipe:
-        """The same recipe with every parameter checked and completed for a model of this shape."""
+        """The recipe with its token parameters checked and completed for a model of this shape."""
         tokens = self.tokens
         if tokens is not None:
             tokens = Step(tokens.method, tokens.declared.check(tokens.params, shape))
         return replace(self, tokens=tokens)
 
     def key(self, shape: ModelShape) -> str:
-        """16 hex digits: equal for settings that make the same candidate of a model of this shape.
+        """16 hex digits, equal for settings that give the same candidate.
 
-        `shape` is that after the structural step.
+        shape: the model's dimensions after the structural step.
         """
         parts: dict[str, Any] = {}
         if self.structure is not None:
@@ -188,19 +155,27 @@ class Recipe:
         calibration: Tensor | Iterable[Tensor] | None = None,
         weights: Mapping[str, Tensor] | None = None,
     ) -> nn.Module:
-        """A new model with this recipe applied; `model` is left as it was.
+        """A new model with this recipe applied; `model` is not changed.
 
-        calibration: normalised images [M, 3, H, W], or batches of them, for methods that ask for
-        them and whose recipe does not hold the outcome yet. weights: a complete state dict for the
-        built model; a recipe that names weights asks for those, by their digest. Raises
-        UnsupportedModel, BadInput; warns (Untrained) where trained parts are fresh.
+        Args:
+            model: a dense timm model.
+            calibration: normalised images [M, 3, H, W], or batches of them, for methods that need
+                calibration and whose parameters do not contain its outcome yet.
+            weights: a complete state dict of the built model. Required if the recipe names weights,
+                and compared with their digest.
+
+        Raises:
+            UnsupportedModel: if the reduced forward is not exact for the model.
+            BadInput: if the recipe cannot be applied.
+
+        Warns:
+            Untrained: if trained parts are fresh.
         """
         check_supported(model)
         done = getattr(model, "recipe", None)
         if done is not None and done != Recipe():
             raise BadInput(
-                f"model must be dense (got one reduced by {done}): give the dense model, and both "
-                "steps in one recipe",
+                f"model must be dense (got one reduced by {done}); put both steps in one recipe",
                 Code.CONFLICT,
                 name="model",
                 got=str(done),
@@ -232,10 +207,9 @@ def prune(
     weights: Mapping[str, Tensor] | None = None,
     **params: Any,
 ) -> nn.Module:
-    """A new model pruned by one method: `prune(model, "tome", r=13)`. `model` is left as it was.
+    """A new model pruned by one method: `prune(model, "tome", r=13)`. `model` is not changed.
 
-    The result takes images [B, 3, H, W] and gives logits [B, classes]; `trace=True` gives
-    (logits, Trace) (`methods.engine.vit.Trace`). See `Recipe.build` for `calibration` and
-    `weights`.
+    The result maps images [B, 3, H, W] to logits [B, classes], or with `trace=True` to
+    (logits, `Trace`). See `Recipe.build` for `calibration` and `weights`.
     """
     return Recipe.of(method, **params).build(model, calibration, weights)

@@ -1,18 +1,27 @@
-"""How recipes and jobs are read from YAML."""
+"""Recipes from YAML text and plain values, and the YAML dialect of recipes and jobs."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
-#: what `weights_digest` gives
+from vitpareto.methods.engine.errors import BadInput, Code, nearest
+from vitpareto.methods.engine.registry import get
+from vitpareto.methods.engine.step import Step
+
+#: the keys of a recipe
+KEYS = ("structure", "tokens", "weights")
+
+#: the form of `weights_digest`
 DIGEST = re.compile(r"[0-9a-f]{16}\Z")
 
 
 class YamlLoader(yaml.SafeLoader):
-    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (1.1 wants 7.0e-5), and a digest of
-    16 digits as the text that it is, not as a number.
+    """SafeLoader that reads 7e-5 as a number, as YAML 1.2 does (YAML 1.1 requires 7.0e-5), and a
+    digest of 16 decimal digits as text.
     """
 
 
@@ -22,5 +31,78 @@ YamlLoader.add_implicit_resolver(
     list("-+0123456789"),
 )
 for _digit in "0123456789":
-    # first, before the resolvers of whole and real numbers: no parameter has 16 digits
+    # before the resolvers of numbers; no parameter has 16 digits
     YamlLoader.yaml_implicit_resolvers[_digit].insert(0, ("tag:yaml.org,2002:str", DIGEST))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of YAML text. Raises BadInput if it is not YAML."""
+    try:
+        return yaml.load(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise BadInput(
+            f"recipe must be YAML ({error})", Code.UNREADABLE, name="recipe", reason=str(error)
+        ) from None
+
+
+def parse_recipe(data: Any) -> dict[str, Any]:
+    """The fields of a `Recipe` from plain values; None is the empty recipe. Raises BadInput."""
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise BadInput(
+            f"recipe must be a mapping with structure and tokens (got {data!r})",
+            Code.WRONG_TYPE,
+            name="recipe",
+            got=type(data).__name__,
+        )
+    fields: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in KEYS:
+            raise BadInput(
+                f"recipe has no key {key!r}{nearest(key, KEYS)}",
+                Code.UNKNOWN_NAME,
+                name=key,
+                where="recipe",
+                accepted=list(KEYS),
+            )
+        if value is not None:
+            fields[key] = _digest(value) if key == "weights" else _step(key, value)
+    return fields
+
+
+def _digest(value: Any) -> str:
+    if not isinstance(value, str) or not DIGEST.match(value):
+        raise BadInput(
+            f"recipe.weights must be the digest of a state dict, 16 hex digits (got {value!r})",
+            Code.WRONG_TYPE,
+            name="weights",
+            where="recipe",
+            got=value,
+        )
+    return value
+
+
+def _step(kind: str, value: Any) -> Step | None:
+    """The step of a recipe's structure or tokens; None for the reference "dense"."""
+    if not isinstance(value, Mapping) or "method" not in value:
+        raise BadInput(
+            f"recipe.{kind} must be a mapping with a method and its parameters (got {value!r})",
+            Code.WRONG_TYPE,
+            name=kind,
+            where="recipe",
+            got=type(value).__name__,
+        )
+    declared = get(str(value["method"]))
+    if declared.is_reference:
+        return None
+    if declared.kind != kind:
+        raise BadInput(
+            f"recipe.{kind} must be a {kind} method (got {declared.name}, a {declared.kind} "
+            "method)",
+            Code.CONFLICT,
+            name=kind,
+            where="recipe",
+            got=declared.name,
+        )
+    return Step(declared.name, declared.check({k: v for k, v in value.items() if k != "method"}))

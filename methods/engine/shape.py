@@ -1,9 +1,9 @@
-"""The dimensions of a ViT and the multiply-accumulates that follow from them, in closed form.
+"""The dimensions of a ViT, and its multiply-accumulates (MACs) in closed form.
 
-What a method needs to know of a model (`ModelShape`) and what the dense parts of the reduced
-forward cost for given token counts. Convention: fvcore's: one multiply-add is 1, LayerNorm and
-group norm 5 per element (4 without weights), batch norm 2 (1), softmax, GELU, RMS norm, additions,
-gathers and scatters 0.
+`ModelShape` holds what a method needs to know of a model, and the cost of the dense parts of the
+reduced forward for given token counts. The convention is fvcore's: a multiply-add counts 1,
+LayerNorm and group norm 5 per element (4 without weights), batch norm 2 (1), and softmax, GELU, RMS
+norm, additions, gathers and scatters 0.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from vitpareto.methods.engine.sliced_block import SlicedAttention
 
 
 def norm_cost(module: nn.Module) -> int:
-    """What fvcore counts per normalised element."""
+    """MACs per normalised element, as fvcore counts them."""
     if isinstance(module, nn.LayerNorm):
         return 5 if module.weight is not None else 4
     return 0
 
 
 def _linear_cost(module: nn.Module) -> int:
-    """Multiply-accumulates per token of all Linear layers below `module`."""
+    """MACs per token of all Linear layers in `module`."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _inner_norms(module: nn.Module) -> int:
-    """What all LayerNorms below `module` cost per token."""
+    """MACs per token of all LayerNorms in `module`."""
     return sum(
         norm_cost(m) * m.normalized_shape[-1]
         for m in module.modules()
@@ -49,8 +49,13 @@ def _inner_norms(module: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One block. Widths are per head; `attn` and `mlp` are MACs per token of everything linear or
-    normalised before and after the mid-block site (attention itself, N² terms, not in it).
+    """The dimensions and costs of one block.
+
+    Attributes:
+        heads: number of heads.
+        qk, v: width of q and k, and of v, per head.
+        attn, mlp: MACs per token of linear layers and norms before and after the mid-block site,
+            without the N² terms of attention itself.
     """
 
     heads: int
@@ -60,17 +65,28 @@ class BlockShape:
     mlp: int
 
     def macs(self, before: int, after: int) -> int:
-        """`before` tokens enter attention, `after` the MLP; prefix included."""
+        """MACs with `before` tokens in attention and `after` tokens in the MLP, prefix included."""
         pairs = before * before * self.heads * (self.qk + self.v)
         return before * self.attn + pairs + after * self.mlp
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's dimensions. grid: patches (rows, columns); image: input (height, width) in pixels.
+    """A model's dimensions and costs.
 
-    `stem` and `tail` are MACs an image before and after the blocks, `final` those a token of the
-    final norm, `pooled` those a token of a MAP pooling, which sees `pooled_prefix` prefix tokens.
+    Attributes:
+        depth: number of blocks.
+        grid: patches (rows, columns).
+        image: input (height, width) in pixels.
+        patch: patch (height, width) in pixels.
+        prefix: number of prefix tokens.
+        class_token: whether token 0 is a class token.
+        dim: width of the embedding.
+        blocks: one entry per block.
+        stem, tail: MACs per image before and after the blocks.
+        final: MACs per token of the final norm.
+        pooled: MACs per token of MAP pooling.
+        pooled_prefix: number of prefix tokens that are pooled.
     """
 
     depth: int
@@ -95,10 +111,12 @@ class ModelShape:
         return (self.patches,) * self.depth
 
     def macs(self, counts: Sequence[int], site: str, entering: int | None = None) -> int:
-        """MACs of one image with `counts` patches left after each block, reductions at `site`,
-        and `entering` patches before block 0 (default: all).
+        """MACs per image, without the method's own arithmetic (`Method.extra_macs`).
 
-        A method's own arithmetic is not in it (`Method.extra_macs`).
+        Args:
+            counts: patches left after each block.
+            site: where the method reduces.
+            entering: patches that enter block 0 (default: all).
         """
         total, n = self.stem, self.patches if entering is None else entering
         for block, after in zip(self.blocks, counts, strict=True):
@@ -109,7 +127,7 @@ class ModelShape:
         return total + self.tail
 
     def row_macs(self, block: int, patches: int) -> int:
-        """MACs of the class row in `block` with `patches` patches (see `Attended.class_row`)."""
+        """MACs of `Attended.class_row` in `block` with `patches` patches."""
         b = self.blocks[block]
         queries = 1 if self.class_token else patches
         return queries * (patches + self.prefix) * b.heads * b.qk
@@ -128,15 +146,15 @@ def block_shape(block: Block) -> BlockShape:
 
 
 def model_shape(model: nn.Module) -> ModelShape:
-    """The dimensions of a supported model (dense or reduced); UnsupportedModel otherwise."""
+    """The dimensions of a dense or reduced model. Raises UnsupportedModel."""
     check_supported(model)
     vit = cast(VisionTransformer, model)
     embed = vit.patch_embed
     grid = cast("tuple[int, int]", tuple(embed.grid_size))
     patches = grid[0] * grid[1]
-    # a resized model takes the original images and shrinks them itself, at no counted cost
+    # a resized model takes images of any size and resizes them itself; resizing is not counted
     image = cast("tuple[int, int]", tuple(embed.img_size))
-    # a hybrid stem's own patch_size is in cells of its feature map; this is in pixels for all
+    # in pixels; the patch_size of a hybrid stem is in cells of its feature map
     patch = cast("tuple[int, int]", tuple(embed.feat_ratio(as_scalar=False)))
     stem = _stem_macs(embed, image, patches)
     stem += norm_cost(vit.norm_pre) * (patches + vit.num_prefix_tokens) * vit.embed_dim
@@ -170,10 +188,10 @@ def model_shape(model: nn.Module) -> ModelShape:
 
 
 def _stem_macs(embed: nn.Module, image: tuple[int, int], patches: int) -> int:
-    """MACs of the patch embedding: one convolution, or whatever a hybrid stem holds.
+    """MACs per image of the patch embedding: one convolution, or a hybrid stem.
 
-    A hybrid stem is run without data and every operation's shape is read. Weight standardisation is
-    once a forward, whatever the batch: counted as for a batch of one.
+    A hybrid stem runs on the meta device and its operations are counted. Weight standardisation
+    runs once per forward and is counted as for a batch of one.
     """
     if type(embed) is PatchEmbed:
         conv = cast(nn.Conv2d, embed.proj)
@@ -188,7 +206,7 @@ def _stem_macs(embed: nn.Module, image: tuple[int, int], patches: int) -> int:
 
 
 def _norm_flops(x: torch.Size, *args: Any, **_: Any) -> int:
-    """Layer and group norm, and batch norm over its own batch; args: the operation's others."""
+    """Flops of layer norm, group norm or batch norm by batch statistics, with input shape x."""
     affine = any(isinstance(a, torch.Size) for a in args)
     return 2 * math.prod(x) * (5 if affine else 4)
 
@@ -196,15 +214,15 @@ def _norm_flops(x: torch.Size, *args: Any, **_: Any) -> int:
 def _batch_norm_flops(
     x: torch.Size, weight: Any, bias: Any, mean: Any, var: Any, own: bool, *_: Any, **__: Any
 ) -> int:
-    """`own`: by the batch's own mean and variance, as weight standardisation does; otherwise by
-    what training found: a scale and a shift.
+    """Flops of batch norm: by batch statistics if `own`, as in weight standardisation, otherwise a
+    scale and a shift by running statistics.
     """
     if own:
         return _norm_flops(x, weight)
     return 2 * math.prod(x) * (2 if weight is not None else 1)
 
 
-#: what torch's counter leaves out and fvcore counts, in flops: two a multiply-add
+#: what fvcore counts and torch's FlopCounterMode does not, in flops (two per multiply-add)
 _NORMS = {
     torch.ops.aten.native_batch_norm: _batch_norm_flops,
     torch.ops.aten.native_group_norm: _norm_flops,

@@ -1,4 +1,4 @@
-"""The significance of a patch: what ATS samples by and PPT prunes by (ATS, "Token Scoring")."""
+"""The significance score of ATS ("Token Scoring"), which PPT uses too."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vitpareto.methods.engine.tokens import Tokens
 
 
 def significance(tokens: Tokens, attended: Attended) -> Tensor:
-    """What the class token attends to, weighed by how much there is to see: `(sum_h a_j^h) |v_j|`.
+    """`(sum_h a_j^h) |v_j|` of each patch j: class attention times the norm of its value.
 
-    |v_j|: the norm over all heads' channels. Normalised over the patches of each image: [B, n] of
-    sum 1, 0 for padding, in at least float32, since small shares decide and are summed up.
-    Costs what the class row costs (`ModelShape.row_macs`).
+    |v_j| is the norm over the channels of all heads. The scores are normalised over the patches of
+    each image: [B, n] with sum 1, 0 for padding, in at least float32. The cost is that of the class
+    row (`ModelShape.row_macs`).
     """
     exact = torch.promote_types(tokens.x.dtype, torch.float32)
     row = attended.class_row()[..., tokens.prefix :].to(exact).sum(dim=1)

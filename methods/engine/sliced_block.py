@@ -1,8 +1,7 @@
-"""The parts of a sliced model: attention with a q/k width and a v width of its own, and its block.
+"""The block and the attention of sliced models, with separate widths of q/k and v.
 
-A model that NViT or ReViT made is a timm VisionTransformer with these in the places of timm's
-`Attention` and `Block`: same parameter names, sizes of their own. `methods.slicing.sliced_model`
-builds them.
+In a model sliced by NViT or ReViT they replace timm's `Block` and `Attention` under the same
+parameter names. `methods.slicing.sliced_model` builds them.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ def fused_attention(
     dropout: float,
     is_causal: bool = False,
 ) -> Tensor:
-    """The fused kernel on q, k [B, H, N, qk] and v [B, H, N, v]: [B, H, N, v].
+    """Fused attention of q, k [B, H, N, qk] and v [B, H, N, v]: [B, H, N, v].
 
-    A CPU's kernel wants one width, and without it attention took three times as long (8 heads of
-    32 and 48, 197 tokens). So there the narrower ones are filled up with zeros, which change
-    nothing; not in a traced program, which may run anywhere.
+    The CPU kernel requires equal widths; the fallback takes three times as long (8 heads of 32 and
+    48, 197 tokens). So on a CPU the narrower ones are padded with zeros, which do not change the
+    result. Traced programs, which may run on any device, are not padded.
     """
     qk, own = q.shape[-1], v.shape[-1]
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -42,19 +41,18 @@ def fused_attention(
 
 
 class SlicedAttention(Attention):
-    """timm's Attention with `num_heads` heads, q and k `head_dim` wide, v `v_dim` wide.
+    """timm's Attention with separate widths of q/k (`head_dim`) and v (`v_dim`) per head.
 
-    `qkv` gives heads * (2 qk + v) channels in the order q, k, v, each head by head; `attn_dim` is
-    heads * v, what `norm`, `gate` and `proj` see. The buffer `widths` [3] (heads, qk, v) makes the
-    dimensions readable from a state dict. Made by `methods.slicing.sliced_model`, never
-    constructed.
+    `qkv` outputs heads * (2 qk + v) channels in the order q, k, v, each head by head. `attn_dim` is
+    heads * v, the width of `norm`, `gate` and `proj`. The buffer `widths` [3] (heads, qk, v) makes
+    the dimensions readable from a state dict. Built by `methods.slicing.sliced_model` only.
     """
 
     v_dim: int
     widths: Tensor
 
     def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What `qkv` gave, [B, N, heads * (2 qk + v)] -> q, k [B, H, N, qk] and v [B, H, N, v]."""
+        """q, k [B, H, N, qk] and v [B, H, N, v], from `qkv`'s output [B, N, heads * (2 qk + v)]."""
         wide = self.num_heads * self.head_dim
         q, k, v = qkv.split((wide, wide, self.attn_dim), dim=-1)
         batch, total, _ = qkv.shape
@@ -65,7 +63,7 @@ class SlicedAttention(Attention):
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """x [B, N, C] -> [B, N, C], as timm's; `attn_mask` is added to the logits."""
+        """Attention over x [B, N, C], as timm's; `attn_mask` is added to the logits."""
         q, k, v = self.split(self.qkv(x))
         q, k = self.q_norm(q), self.k_norm(k)
         dropout = self.attn_drop.p if self.training else 0.0
@@ -90,12 +88,12 @@ class SlicedAttention(Attention):
         self, state: dict[str, Any], prefix: str, meta: Any, strict: bool,
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
-        """As any module's, but never with other widths: 2 heads of 16 and 4 of 8 have weights of
-        the same shapes.
+        """As any module's, but other widths are an error: 2 heads of 16 and 4 heads of 8 have
+        weights of the same shapes.
         """
         given, own = state.get(prefix + "widths"), [self.num_heads, self.head_dim, self.v_dim]
         if given is not None and not given.is_meta and given.tolist() != own:
-            errors.append(f"{prefix}widths (heads, qk, v) is {given.tolist()}, the model's {own}")
+            errors.append(f"{prefix}widths (heads, qk, v) must be {own} (got {given.tolist()})")
             return
         super()._load_from_state_dict(state, prefix, meta, strict, missing, unexpected, errors)
 

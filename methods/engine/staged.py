@@ -1,6 +1,6 @@
-"""What the methods share that keep `int(n * keep_rate)` patches at a few prune layers.
+"""The schedule of methods that keep `int(n * keep_rate)` patches at a few prune layers.
 
-TopK's schedule, and that of its controls: declared once here. A method adds its score.
+TopK, TRAM and the controls share it; each adds its score.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers, Parameter
 from vitpareto.methods.engine.reduction import Reduction
@@ -25,10 +25,10 @@ STAGED_PARAMETERS = (
     Float("keep_rate", "fraction of the current patches kept at each prune layer", low=0, high=1,
           open_low=True),
     Layers("prune_layers", "blocks that reduce; default: every quarter of the depth", default=None),
-    Counts("counts", "instead of both: the patches left after each block"),
+    Counts("counts", "patches left after each block; replaces the other two"),
 )  # fmt: skip
 
-#: where a method reduces: what `scale_layers` takes
+#: relative prune layers: the arguments of `scale_layers`
 LAYERS_SPACE = (
     Float("first", "first prune layer, as a fraction of the depth", low=0.0, high=0.75),
     Int("stages", "number of prune layers", low=1, high=4),
@@ -43,7 +43,7 @@ STAGED_SPACE = (
 
 
 def staged_presets(source: str) -> tuple[Preset, ...]:
-    """The published 75 % and 50 % at every third block."""
+    """The published keep rates of 75 % and 50 % at every third block."""
     shared = {"first": 0.25, "stages": 3, "spacing": 0.25}
     return tuple(
         Preset(f"{round(100 * rate)}%", {"keep_rate": rate, **shared}, source)
@@ -52,7 +52,7 @@ def staged_presets(source: str) -> tuple[Preset, ...]:
 
 
 class StagedMethod(Method):
-    """A token method with TopK's schedule."""
+    """A token method with TopK's schedule. Subclasses add `reduction` and `extra_macs`."""
 
     parameters: ClassVar[tuple[Parameter, ...]] = STAGED_PARAMETERS
     space: ClassVar[tuple[Parameter, ...]] = STAGED_SPACE
@@ -61,7 +61,7 @@ class StagedMethod(Method):
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
         layers = chosen_layers(choices, shape)
         rate = round(choices["keep_rate"], 4)
-        # the last stages go where a low rate would leave no patch on this model
+        # on a small model a low rate would leave no patch in the last stages: drop these stages
         n, possible = shape.patches, 0
         for _ in layers:
             n = int(n * rate)
@@ -71,7 +71,7 @@ class StagedMethod(Method):
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         counts, others = params.get("counts"), {"keep_rate", "prune_layers"}
         if counts is not None and any(params.get(name) is not None for name in others):
-            raise BadInput(f"{self.name} takes counts or keep_rate and prune_layers, not both")
+            raise exclusive(self.name, "keep_rate", "prune_layers")
         checked = super().check(params)
         if shape is not None:
             if counts is None and checked["prune_layers"] is None:
@@ -97,14 +97,17 @@ class StagedMethod(Method):
 
 
 class StagedReduction(Reduction):
-    """Keeps the highest-scored patches wherever the schedule has fewer than there are."""
+    """Keeps the patches with the highest scores at every block where the schedule reduces.
+
+    counts: patches left after each block.
+    """
 
     def __init__(self, counts: tuple[int, ...]):
         super().__init__()
         self.counts = counts
 
     def score(self, block: int, tokens: Tokens, attended: Attended) -> Tensor:
-        """What decides, [B, n]; higher stays."""
+        """Scores of the patches [B, n]; the highest stay."""
         raise NotImplementedError
 
     def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
@@ -119,26 +122,32 @@ class StagedReduction(Reduction):
 
 
 def chosen_layers(choices: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
-    """The prune layers that choices from LAYERS_SPACE mean on a model of this shape."""
+    """The prune layers of choices from `LAYERS_SPACE` on a model of this shape."""
     spacing = choices.get("spacing", 0.0)
     return scale_layers(shape.depth, choices["first"], choices["stages"], spacing)
 
 
-def check_one_a_layer(params: dict[str, Any], name: str, where: str) -> None:
-    """BadInput unless the list params[name] has one entry a prune layer."""
+def check_one_per_layer(params: dict[str, Any], name: str, where: str) -> None:
+    """Raises BadInput unless the list params[name] has one entry per prune layer."""
     values, layers = params[name], params["prune_layers"]
     if len(values) != len(layers):
         raise BadInput(
-            f"{where}.{name} has {len(values)} entries: prune_layers has {len(layers)}, accepted "
-            "is one a prune layer"
+            f"{where}.{name} must have one entry per prune layer, {len(layers)} "
+            f"(got {len(values)})",
+            Code.MISMATCH,
+            name=name,
+            where=where,
+            got=len(values),
+            expected=len(layers),
         )
 
 
-def pruned_blocks(
-    counts: tuple[int, ...], shape: ModelShape, entering: int | None = None
-) -> list[tuple[int, int]]:
-    """(block, patches entering it) for every block at which a schedule reduces; `entering` patches
-    enter block 0 (default: all).
-    """
-    before = (shape.patches if entering is None else entering, *counts[:-1])
-    return [(b, n) for b, (n, after) in enumerate(zip(before, counts, strict=True)) if after < n]
+def exclusive(where: str, *names: str) -> BadInput:
+    """The error for `counts` given together with the parameters that it replaces."""
+    return BadInput(
+        f"{where}.counts must not be given together with {' or '.join(names)}: it replaces them",
+        Code.CONFLICT,
+        name="counts",
+        where=where,
+        excludes=list(names),
+    )

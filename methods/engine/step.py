@@ -12,7 +12,7 @@ from vitpareto.methods.engine.registry import get
 
 @dataclass(frozen=True)
 class Step:
-    """A method and its parameters, as given (checked against a model only when one is there)."""
+    """A method and its parameters, not checked against a model yet."""
 
     method: str
     params: dict[str, Any]
@@ -22,7 +22,7 @@ class Step:
         return get(self.method)
 
     def plain(self) -> dict[str, Any]:
-        """A dict for YAML and JSON: lists for tuples, what is None left out."""
+        """A dict for YAML and JSON: tuples become lists, None is left out."""
         out: dict[str, Any] = {"method": self.method}
         for name, value in self.params.items():
             if value is not None:
@@ -31,7 +31,7 @@ class Step:
 
 
 def short(value: Any) -> str:
-    """A value for one line of a table."""
+    """The value as text for one line of a table."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, (list, tuple)):

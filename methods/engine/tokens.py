@@ -1,9 +1,8 @@
 """The tokens of a forward and pure functions on them: keeping, padding, ordering.
 
-Tensors in, tensors out: nothing here knows timm, a model, a file or a method's name. Everything is
-chosen per image, so an image's result never depends on its batch; every operation has an ONNX form
-(no stable sort, no `scatter_reduce(reduce="mean")`: the exporter turns that silently into a wrong
-result).
+Nothing here knows timm or a model. Everything is chosen per image, so that an image's result does
+not depend on its batch. Every operation has an ONNX form: there is no stable sort, and no
+`scatter_reduce(reduce="mean")`, which the exporter silently converts into a wrong result.
 """
 
 from __future__ import annotations
@@ -17,19 +16,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens between two operations of the reduced forward, with all that travels with them.
+    """The tokens between two operations of the reduced forward, with their state.
 
-    x: [B, P + n, C], prefix tokens first. prefix: P.
-    size: [B, n], at least float32, how many original patches each stands for; None while all are
-        1 (see `sizes`).
-    valid: [B, n] bool, False for padding; None while there is none.
-    group: [B, n0] int64, the current patch index that holds each original patch, -1 once dropped;
-        None unless a trace is taken.
-    per_patch: method state, each [B, n, …], gathered with the kept patches.
-    per_image: method state, each [B, …], untouched by reductions.
-    figures: what the method had to say about the last block (for traces), each [B].
-    kept: [B, n], 1 or 0 with a gradient, in training alone: patches at 0 are as good as dropped,
-        though they are still there (`soft_mask`). None: all are kept.
+    Attributes:
+        x: [B, P + n, C], prefix tokens first.
+        prefix: P, the number of prefix tokens (class, distillation, registers).
+        size: [B, n] in at least float32, the number of original patches that each token stands
+            for; None while all are 1 (see `sizes`).
+        valid: [B, n] bool, False for padding; None without padding.
+        group: [B, n0] int64, the index of the patch that holds each original patch, -1 once it is
+            dropped; None unless a trace is recorded.
+        per_patch: method state by name, each [B, n, …], gathered with the kept patches.
+        per_image: method state by name, each [B, …], not changed by `keep`.
+        figures: the method's numbers about the last block, for traces, each [B].
+        kept: [B, n], 1 or 0 with a gradient, in training only: patches at 0 are masked out of
+            attention and pooling instead of dropped (`soft_mask`); None if all are kept.
     """
 
     x: Tensor
@@ -44,19 +45,19 @@ class Tokens:
 
     @property
     def patches(self) -> int:
-        """n, padding included."""
+        """The number of patch tokens n, padding included."""
         return self.x.shape[1] - self.prefix
 
     def counts(self) -> Tensor:
-        """Tokens of each image, prefix included, padding not: int64 [B]."""
+        """The number of tokens of each image, prefix included, padding excluded: int64 [B]."""
         batch, total = self.x.shape[:2]
         if self.valid is None:
             return torch.full((batch,), total, dtype=torch.int64, device=self.x.device)
         return self.valid.sum(dim=1) + self.prefix
 
     def sizes(self) -> Tensor:
-        """`size`, or the ones that None stands for: [B, n] in at least float32, so that counts
-        above 256 stay exact whatever x is.
+        """`size` with ones for None: [B, n] in at least float32, because bfloat16 does not hold
+        every integer above 256.
         """
         if self.size is not None:
             return self.size
@@ -64,11 +65,11 @@ class Tokens:
         return self.x.new_ones(self.x.shape[0], self.patches, dtype=wide)
 
     def key_bias(self, proportional: bool) -> Tensor | None:
-        """What is added to attention logits per key, [B, 1, 1, N]; None where it would be all 0.
+        """The bias on attention logits per key, [B, 1, 1, N]; None if it would be all 0.
 
-        Padding gets -inf. With `proportional` a key that stands for s patches gets log s (ToMe,
-        eq. 1), as if its s patches were all there. With `kept` it is [B, 1, N, N]: what is not kept
-        is seen by nobody but itself (DynamicViT, section 3.3).
+        Padding gets -inf. If `proportional`, a key that stands for s patches gets log s (ToMe,
+        eq. 1). With `kept` the bias is [B, 1, N, N]: a patch that is not kept is visible only to
+        itself (DynamicViT, section 3.3).
         """
         if self.kept is not None:
             return self._soft_bias(self.kept)
@@ -90,9 +91,8 @@ class Tokens:
         return torch.where(own, bias.new_zeros(()), bias[:, None, None, :])
 
     def pool_weight(self) -> Tensor | None:
-        """Weight of each patch in a pooled mean, [B, n]: its size, 0 for padding; None if all 1.
-
-        In at least float32, as `sizes`.
+        """The weight of each patch in a pooled mean, [B, n] in at least float32: its size, 0 for
+        padding; None if all are 1.
         """
         if self.kept is not None:
             return soft_mask(self.kept)
@@ -103,54 +103,54 @@ class Tokens:
 
 
 def soft_mask(kept: Tensor) -> Tensor:
-    """A mask [B, n] whose log has a gradient at 0 too: it is exp(-64) there, which no sum sees and
-    whose log bfloat16 holds.
+    """A mask [B, n] whose log is finite and has a gradient at 0: exp(-64) there, which vanishes in
+    sums and whose log is exact in bfloat16.
     """
     return kept.to(torch.promote_types(kept.dtype, torch.float32)) + math.exp(-64)
 
 
 def gather(values: Tensor, index: Tensor) -> Tensor:
-    """values [B, n, …] at index [B, k] -> [B, k, …]."""
+    """The entries of values [B, n, …] at index [B, k]: [B, k, …]."""
     if values.dim() == 2:
         return values.gather(1, index)
-    # whole rows by number: an index for every channel took a CPU three times as long
+    # index_select of whole rows is three times as fast on a CPU as gather with an index per channel
     batch, n = values.shape[:2]
     rows = index + torch.arange(batch, device=index.device)[:, None] * n
     return values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, index.shape)
 
 
 def with_prefix(index: Tensor, prefix: int) -> Tensor:
-    """Indices of patches [B, k] -> of the whole sequence, its prefix first: [B, prefix + k]."""
+    """Indices in the whole sequence [B, prefix + k], prefix first, of patch indices [B, k]."""
     head = torch.arange(prefix, device=index.device).expand(index.shape[0], -1)
     return torch.cat([head, index + prefix], dim=1)
 
 
 def top_k(score: Tensor, k: int) -> Tensor:
-    """Indices of the k highest scores, in rising order of index. score [B, n] -> int64 [B, k]."""
+    """Indices of the k highest of score [B, n], in increasing order of index: int64 [B, k]."""
     return score.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
 
 
 def regroup(group: Tensor | None, moved: Tensor) -> Tensor | None:
-    """Follow the original patches. group [B, n0]; moved [B, n]: each patch's new index or -1."""
+    """`Tokens.group` [B, n0] after a reduction. moved [B, n]: each patch's new index, or -1."""
     if group is None:
         return None
-    there = moved.gather(1, group.clamp(min=0))
-    return torch.where(group >= 0, there, group)
+    index = moved.gather(1, group.clamp(min=0))
+    return torch.where(group >= 0, index, group)
 
 
 def keep(tokens: Tokens, index: Tensor, valid: Tensor | None = None) -> Tokens:
-    """Only the patches at index [B, k] (of the current n) stay, in that order; the prefix stays.
+    """The prefix tokens and the patches at index [B, k], in that order.
 
-    `valid` [B, k] marks padding among them (False); None: as before for the patches kept.
+    valid: [B, k], False for padding among them; None: as `tokens.valid`.
     """
     if valid is None and tokens.valid is not None:
         valid = gather(tokens.valid, index)
     group = tokens.group
     if group is not None:
-        place = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        position = torch.arange(index.shape[1], device=index.device).expand_as(index)
         if valid is not None:
-            place = place.masked_fill(~valid, -1)
-        moved = index.new_full((index.shape[0], tokens.patches), -1).scatter(1, index, place)
+            position = position.masked_fill(~valid, -1)
+        moved = index.new_full((index.shape[0], tokens.patches), -1).scatter(1, index, position)
         group = regroup(group, moved)
     return replace(
         tokens,
@@ -166,8 +166,8 @@ def keep(tokens: Tokens, index: Tensor, valid: Tensor | None = None) -> Tokens:
 def keep_padded(tokens: Tokens, score: Tensor, count: Tensor) -> Tokens:
     """Each image keeps its own number of patches: the count[b] highest of score [B, n].
 
-    The batch is padded to its largest count and padding is marked in `valid`, so an image's result
-    is that of the image alone. count: int64 [B].
+    count: int64 [B]. The batch is padded to its largest count. Padding is marked in `valid`, so
+    that an image's result is that of the image alone.
     """
     n = tokens.patches
     if tokens.valid is not None:
@@ -175,7 +175,7 @@ def keep_padded(tokens: Tokens, score: Tensor, count: Tensor) -> Tokens:
     most = int(count.max())
     order = score.topk(most, dim=1).indices
     padding = torch.arange(most, device=order.device)[None, :] >= count[:, None]
-    # padding goes behind the kept patches, which stay in their order
+    # padding goes behind the kept patches, which keep their order
     index = (order + padding * n).sort(dim=1).values
     valid = index < n
     index = torch.where(valid, index, index - n)
@@ -183,13 +183,13 @@ def keep_padded(tokens: Tokens, score: Tensor, count: Tensor) -> Tokens:
 
 
 def rising(score: Tensor) -> tuple[Tensor, Tensor]:
-    """score [B, n] sorted upwards: (values, indices), both [B, n]; equal ones in order of position.
+    """(values, indices) [B, n] of score [B, n] in increasing order, ties in order of position.
 
-    A stable sort by hand: it has no ONNX form, and an unstable one orders ties at will.
+    torch's stable sort has no ONNX form, and an unstable sort orders ties arbitrarily.
     """
     n = score.shape[1]
     values, order = score.sort(dim=1)
-    # equal values get one number; sorting number * n + index orders the indices inside each
+    # equal values share a number; sorting number * n + index sorts the indices within each number
     number = (values[:, 1:] > values[:, :-1]).to(torch.int64).cumsum(dim=1)
     first = torch.cat([torch.zeros_like(order[:, :1]), number], dim=1) * n
     return values, (first + order).sort(dim=1).values - first
@@ -198,11 +198,12 @@ def rising(score: Tensor) -> tuple[Tensor, Tensor]:
 def keep_chosen(tokens: Tokens, chosen: Tensor, most: int) -> Tokens:
     """Each image keeps the patches marked in chosen [B, n] bool, in their order, padded to `most`.
 
-    Padding is never to be chosen, nor more than `most` patches. All shapes follow from `most`.
+    `chosen` must mark at most `most` patches per image and no padding. All shapes follow from
+    `most`, so that the operation exports.
     """
     n = tokens.patches
-    place = torch.arange(n, device=chosen.device)
+    position = torch.arange(n, device=chosen.device)
     # padding goes behind the kept patches
-    index = torch.where(chosen, place, place + n).sort(dim=1).values[:, :most]
+    index = torch.where(chosen, position, position + n).sort(dim=1).values[:, :most]
     valid = index < n
     return keep(tokens, torch.where(valid, index, index - n), valid)

@@ -1,4 +1,4 @@
-"""State dicts: their name by content, and loading them whole or not at all."""
+"""State dicts: their digest, and loading them strictly."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """16 hex digits of a state dict's names, dtypes, shapes and bytes, on whatever device."""
+    """16 hex digits over a state dict's names, dtypes, shapes and bytes, on any device."""
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
@@ -22,24 +22,29 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Load every parameter and buffer of `model`; BadInput names the first keys at fault."""
+    """Load every parameter and buffer of `model`. Raises BadInput with the first wrong keys."""
     own = model.state_dict()
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    shapes = [
-        f"{k} is {tuple(weights[k].shape)}, the model's {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    said = [
+    wrong = [k for k in own if k in weights and weights[k].shape != own[k].shape]
+    shapes = [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong]
+    problems = [
         f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
         for what, keys in (("missing", missing), ("unknown", unknown), ("wrong shape", shapes))
         if keys
     ]
-    if said:
-        raise BadInput(f"the weights do not fit the model; {'; '.join(said)}")
+    if problems:
+        raise BadInput(
+            f"the weights do not fit the model; {'; '.join(problems)}",
+            Code.MISMATCH,
+            missing=missing[:4],
+            unknown=unknown[:4],
+            wrong_shape=wrong[:4],
+        )
     try:
         model.load_state_dict(dict(weights))
     except RuntimeError as error:
-        # equal shapes, and still another model's: a sliced block's widths
+        # shapes agree and the widths of a sliced block do not (2 heads of 16, or 4 of 8)
         first = str(error).strip().splitlines()[:2][-1].strip()
-        raise BadInput(f"the weights do not fit the model; {first}") from None
+        raise BadInput(
+            f"the weights do not fit the model; {first}", Code.MISMATCH, reason=first
+        ) from None

@@ -1,3 +1,4 @@
-"""Structural slicing: widths, importance scores and models cut to smaller dimensions. Imports
-`methods.engine` only.
+"""Structural slicing: widths, importance scores, and models cut to smaller widths.
+
+May import `methods.engine`, torch and timm.
 """

@@ -1,8 +1,8 @@
-"""How much every channel, head and hidden unit of a model matters, for structural pruning (NViT).
+"""Importance scores of every head, channel and hidden unit of a model, for structural pruning.
 
-A unit is what slicing can remove: a head, one q/k channel of a head, one v channel of a head, one
-hidden channel of an MLP, one channel of the embedding. What is summed over all weights of a unit
-comes from one walk over the model, so that gradients and magnitudes are grouped alike.
+A unit is what slicing can remove: a head, a q/k channel or a v channel of a head, a hidden channel
+of an MLP, or a channel of the embedding. Gradients and magnitudes are summed over a unit's weights
+by the same function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.slicing.sliced_model import BlockKept, Kept, Widths, model_widths
 from vitpareto.methods.slicing.widths import (
     EMBEDDED,
@@ -30,7 +30,7 @@ Objective = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class BlockScores:
-    """One number a unit, float64 on the CPU: heads [H], qk [H, qk], v [H, v], mlp [M]."""
+    """One score per unit, float64 on the CPU: heads [H], qk [H, qk], v [H, v], mlp [M]."""
 
     heads: Tensor
     qk: Tensor
@@ -40,13 +40,13 @@ class BlockScores:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """One number a unit of the model: embedding [E], and each block's."""
+    """One score per unit of the model: embedding [E], and those of each block."""
 
     embedding: Tensor
     blocks: tuple[BlockScores, ...]
 
     def parts(self) -> list[Tensor]:
-        """All tensors, the embedding's first."""
+        """All tensors, that of the embedding first."""
         return [self.embedding, *(t for b in self.blocks for t in (b.heads, b.qk, b.v, b.mlp))]
 
     @classmethod
@@ -60,11 +60,17 @@ def importances(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], objective: Objective
 ) -> Scores:
     """NViT's importance of every unit S: `(sum over s in S of g_s w_s)^2`, summed over batches
-    (arXiv:2110.04869, section 3.2), that of an embedding channel divided by the number of tensors
-    that it ties.
+    (arXiv:2110.04869, section 3.2). That of an embedding channel is divided by the number of
+    tensors that contain it.
 
-    g is the gradient of `objective(model, images, labels)`. The model is in eval mode meanwhile;
-    no gradient is left on it. FloatingPointError where one is not finite.
+    Args:
+        model: in eval mode during the call; its gradients stay as they were.
+        batches: images [B, 3, H, W] and labels [B].
+        objective: the scalar loss of (model, images, labels), whose gradient is g.
+
+    Raises:
+        FloatingPointError: if an importance is not finite.
+        BadInput: if there is no batch.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total: list[Tensor] | None = None
@@ -85,52 +91,56 @@ def importances(
             parts[0] = parts[0] / tied
             if not all(part.isfinite().all() for part in parts):
                 raise FloatingPointError(
-                    f"the importances of batch {index} are not finite: its loss is {loss.item()}"
+                    f"importances must be finite (batch {index} has loss {loss.item()})"
                 )
             total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     finally:
         model.train(training)
     if total is None:
-        raise BadInput("importances need at least one batch of images and labels")
+        raise BadInput(
+            "batches must contain at least one batch of images and labels (got none)",
+            Code.EMPTY,
+            name="batches",
+        )
     return Scores.of(total)
 
 
 def magnitudes(model: nn.Module) -> Scores:
-    """The sum of squared weights of every unit; of an embedding channel, the mean over tensors."""
+    """The sum of squared weights of every unit; for an embedding channel the mean over tensors."""
     units, tied = _by_unit(model, {n: p.detach().square() for n, p in model.named_parameters()})
     parts = units.parts()
     return Scores.of([parts[0] / tied, *parts[1:]])
 
 
 def top(scores: Scores, widths: Widths) -> Kept:
-    """What stays at these widths: of everything the units with the highest scores, in their order.
+    """The units with the highest scores that stay at these widths, in their order.
 
-    Every head of a block keeps as many q/k channels as the others, its own best, and so with v:
-    after slicing the heads of a block are equally wide.
+    All heads of a block keep equally many q/k and v channels, each head its own best.
     """
     blocks = []
-    for own, to in zip(scores.blocks, widths.blocks, strict=True):
-        heads = _best(own.heads, to.heads)
+    for own, target in zip(scores.blocks, widths.blocks, strict=True):
+        heads = _best(own.heads, target.heads)
         blocks.append(
             BlockKept(
                 heads,
-                _best(own.qk[heads], to.qk),
-                _best(own.v[heads], to.v),
-                _best(own.mlp, to.mlp),
+                _best(own.qk[heads], target.qk),
+                _best(own.v[heads], target.v),
+                _best(own.mlp, target.mlp),
             )
         )
     return Kept(_best(scores.embedding, widths.embedding), tuple(blocks))
 
 
 def _best(scores: Tensor, count: int) -> Tensor:
-    """Indices of the `count` highest along the last dimension, increasing; of equals the first."""
+    """Indices of the `count` highest scores along the last dimension, increasing; ties by index."""
     ranked = scores.argsort(dim=-1, descending=True, stable=True)
     return ranked[..., :count].sort(dim=-1).values
 
 
 def _by_unit(model: nn.Module, found: Mapping[str, Tensor]) -> tuple[Scores, int]:
-    """Sums of `found` (parameter name -> a value for each weight; missing ones count nothing) over
-    the weights of each unit, and how many tensors hold an embedding channel.
+    """(sums over the weights of each unit, number of tensors that contain an embedding channel).
+
+    found: a tensor of values per parameter name; a missing parameter counts 0.
     """
     vit, widths = cast(VisionTransformer, model), model_widths(model)
     embedding = _Embedding(widths.embedding, found)
@@ -170,17 +180,17 @@ def _by_unit(model: nn.Module, found: Mapping[str, Tensor]) -> tuple[Scores, int
 
 
 class _Embedding:
-    """Collects what each embedding channel has in the tensors that share it."""
+    """Sums over the tensors that contain the embedding, per channel."""
 
     def __init__(self, width: int, found: Mapping[str, Tensor]):
         self.sum = torch.zeros(width, dtype=torch.float64)
         self.tensors, self.found = 0, found
 
     def add(self, name: str, dim: int) -> None:
-        """The parameter `name`, if there is one, has the embedding as dimension `dim`."""
+        """Add the parameter `name`, if it exists, whose dimension `dim` is the embedding."""
         value = self.found.get(name)
         if value is None or value.shape[dim] != len(self.sum):
-            return  # a part of another width is not tied to it: pooling by attention
+            return  # attention pooling has a width of its own
         others = [d for d in range(value.dim()) if d != dim % value.dim()]
         self.sum += _double(value.sum(dim=others) if others else value)
         self.tensors += 1
@@ -191,7 +201,7 @@ def _double(value: Tensor) -> Tensor:
 
 
 def _rows(found: Mapping[str, Any], name: str, count: int) -> Tensor:
-    """Sums over each output of a linear layer, its bias included: [count]."""
+    """Sums per output of a linear layer, bias included: [count]."""
     total = torch.zeros(count, dtype=torch.float64)
     for key, value in ((k, found.get(f"{name}.{k}")) for k in ("weight", "bias")):
         if value is not None:
@@ -200,6 +210,6 @@ def _rows(found: Mapping[str, Any], name: str, count: int) -> Tensor:
 
 
 def _columns(found: Mapping[str, Any], name: str, count: int) -> Tensor:
-    """Sums over each input of a linear layer: [count]."""
+    """Sums per input of a linear layer: [count]."""
     value = found.get(f"{name}.weight")
     return torch.zeros(count, dtype=torch.float64) if value is None else _double(value.sum(dim=0))

@@ -1,8 +1,8 @@
-"""Models that are really smaller: built empty in any widths, or cut out of a model's weights.
+"""Sliced models: built uninitialised in any widths, or cut out of a model's weights.
 
-A sliced model is a timm VisionTransformer whose blocks are `SlicedBlock`s: each has its own number
-of heads, q/k width, v width and MLP hidden width; the embedding is one for the model. Dimensions
-can be read back from a state dict (`widths_of`). Used by NViT and ReViT.
+A sliced model is a timm VisionTransformer of `SlicedBlock`s, each with its own number of heads, q/k
+width, v width and MLP hidden width; all blocks share the embedding. The widths can be read from a
+state dict (`widths_of`). Used by NViT and ReViT.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.sliced_block import SlicedAttention, SlicedBlock
 from vitpareto.methods.slicing.widths import (
     EMBEDDED,
@@ -26,10 +26,10 @@ from vitpareto.methods.slicing.widths import (
     BlockWidths,
     Widths,
     attention_widths,
+    check_changes,
     embedding_norms,
     fixed,
     model_widths,
-    refuse,
     unshapable,
     widths_of,
 )
@@ -42,8 +42,12 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class BlockKept:
-    """What stays of a block, as indices in it: heads [h]; of each kept head its q/k channels
-    [h, qk] and its v channels [h, v]; hidden channels [mlp].
+    """What stays of a block, as indices.
+
+    Attributes:
+        heads: kept heads [h].
+        qk, v: kept q/k channels [h, qk] and v channels [h, v] of each kept head.
+        mlp: kept hidden channels [mlp].
     """
 
     heads: Tensor
@@ -58,7 +62,7 @@ class BlockKept:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What stays of a model: embedding channels [E] and, for each block, its `BlockKept`."""
+    """What stays of a model: the indices of embedding channels [E], and a `BlockKept` per block."""
 
     embedding: Tensor
     blocks: tuple[BlockKept, ...]
@@ -69,17 +73,22 @@ class Kept:
 
 
 def sliced_model(model: nn.Module, widths: Widths) -> nn.Module:
-    """A copy of `model` in these widths, smaller or larger. What changes shape is uninitialised
-    and everything else as it was: load a state dict, or initialise.
+    """A copy of `model` with these widths, smaller or larger.
 
-    Raises UnsupportedModel where a part of the model has no such width.
+    Parameters that change shape are uninitialised: load a state dict, or initialise them. Raises
+    UnsupportedModel if a part of the model cannot have such a width.
     """
     before = model_widths(model)
     if len(widths.blocks) != len(before.blocks):
         raise BadInput(
-            f"the widths are of {len(widths.blocks)} blocks, the model has {len(before.blocks)}"
+            f"widths must have one entry per block, {len(before.blocks)} "
+            f"(got {len(widths.blocks)})",
+            Code.MISMATCH,
+            name="widths",
+            got=len(widths.blocks),
+            expected=len(before.blocks),
         )
-    refuse(model, before, widths, unshapable(model))
+    check_changes(model, before, widths, unshapable(model))
     made = copy.deepcopy(model)
     vit = cast(VisionTransformer, made)
     if widths.embedding != before.embedding:
@@ -101,7 +110,7 @@ def _empty(old: Tensor, *shape: int) -> nn.Parameter:
 
 
 def _set_vectors(module: nn.Module, width: int) -> None:
-    """Gives a norm or a layer scale another width."""
+    """Give a norm or a layer scale another width."""
     for name, old in list(module.named_parameters(recurse=False)):
         if len(old) != width:
             setattr(module, name, _empty(old, width))
@@ -121,7 +130,7 @@ def _set_linear(parent: nn.Module, name: str, into: int, out: int) -> None:
 
 
 def _set_attention(attn: Attention, embedding: int, own: BlockWidths) -> None:
-    """Makes timm's attention, or a sliced one, a sliced one of these widths."""
+    """Turn timm's attention, or a sliced one, into a sliced one of these widths."""
     inner = own.heads * own.v
     _set_linear(attn, "qkv", embedding, own.heads * (2 * own.qk + own.v))
     _set_linear(attn, "proj", inner, embedding)
@@ -139,7 +148,7 @@ def _set_attention(attn: Attention, embedding: int, own: BlockWidths) -> None:
 
 
 def _set_embedding(vit: VisionTransformer, width: int) -> None:
-    """Everything over the embedding outside the blocks' linear layers."""
+    """Set the width of everything over the embedding, except the blocks' linear layers."""
     vit.embed_dim = vit.num_features = vit.head_hidden_size = width
     for info in vit.feature_info:
         info["num_chs"] = width
@@ -164,16 +173,16 @@ def _set_embedding(vit: VisionTransformer, width: int) -> None:
 
 
 def slice_model(model: nn.Module, kept: Kept) -> nn.Module:
-    """A copy of `model` with only what `kept` names: the weights of everything else are gone.
+    """A copy of `model` with only the units of `kept`.
 
-    The logits are those of `model` with the weights of what is not kept zeroed, and where the
-    embedding is cut, with its layer norms over the kept channels. A narrower q/k would change the
-    scale of the logits from qk^-0.5 to qk'^-0.5: sqrt(qk'/qk) is folded into q. Raises
-    UnsupportedModel where a cut would not be exact in this model.
+    Its logits are those of `model` with all other units' weights set to zero, and if the embedding
+    is cut, with layer norms over the kept channels. A narrower q/k changes the scale of the
+    attention logits from qk^-0.5 to qk'^-0.5; the factor sqrt(qk'/qk) is folded into q. Raises
+    UnsupportedModel if a cut would not be exact in this model.
     """
     before, after = model_widths(model), kept.widths
     small = sliced_model(model, after)
-    refuse(model, before, after, fixed(model))
+    check_changes(model, before, after, fixed(model))
     source, target = cast(VisionTransformer, model), cast(VisionTransformer, small)
     with torch.no_grad():
         e = kept.embedding.to(next(source.blocks.parameters()).device)

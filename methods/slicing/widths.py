@@ -1,6 +1,6 @@
-"""The widths of a model: what slicing may change, read from a model or back from a state dict.
+"""The widths of a model, which slicing changes: read from a model or from a state dict.
 
-Also which of them a model's parts allow no other value for, and which cannot be cut exactly.
+Also which widths cannot change because of a model's parts, and which cannot be cut exactly.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.reduced_model import UnsupportedModel, check_supported
 from vitpareto.methods.engine.sliced_block import SlicedAttention
 
-#: MLPs whose hidden width can be set: the layers into it; `fc2` leads out
+#: MLPs whose hidden width can be set, each with the names of its input layers; `fc2` is the output
 INTO_HIDDEN = {Mlp: ("fc1",), SwiGLU: ("fc1_g", "fc1_x")}
 
 
-#: what `Widths.from_plain` takes
-ACCEPTED = "{embedding: E, blocks: [[heads, qk, v, mlp], …]}, whole numbers from 1"
-#: a block's dimensions, in words
+#: the input of `Widths.from_plain`
+ACCEPTED = "{embedding: E, blocks: [[heads, qk, v, mlp], …]} with integers >= 1"
+#: a block's widths, in words
 PARTS = {"heads": "number of heads", "qk": "q/k width", "v": "v width", "mlp": "MLP hidden width"}
-#: parameters over the embedding that hang on the model itself
+#: parameters over the embedding that are attributes of the model itself
 EMBEDDED = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
 
 @dataclass(frozen=True)
 class BlockWidths:
-    """One block: heads, width of q and k and width of v per head, MLP hidden width."""
+    """One block: number of heads, q/k width and v width per head, MLP hidden width."""
 
     heads: int
     qk: int
@@ -42,13 +42,13 @@ class BlockWidths:
 
 @dataclass(frozen=True)
 class Widths:
-    """All that slicing may change: the embedding, one for the model, and each block's widths."""
+    """Everything that slicing changes: the embedding of the model, and the widths of each block."""
 
     embedding: int
     blocks: tuple[BlockWidths, ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """For YAML and JSON: {embedding: 176, blocks: [[heads, qk, v, mlp], …]}."""
+        """A dict for YAML and JSON: {embedding: 176, blocks: [[heads, qk, v, mlp], …]}."""
         return {
             "embedding": self.embedding,
             "blocks": [[b.heads, b.qk, b.v, b.mlp] for b in self.blocks],
@@ -56,22 +56,30 @@ class Widths:
 
     @classmethod
     def from_plain(cls, data: Any, where: str = "widths") -> Widths:
-        """From what `to_plain` gave; BadInput, naming `where`, says what is wrong."""
+        """The widths from the output of `to_plain`. Raises BadInput; `where` is for its message."""
+
+        def error(what: str, accepted: str, got: Any) -> BadInput:
+            method, _, name = where.rpartition(".")
+            return BadInput(
+                f"{what} must be {accepted} (got {got!r})",
+                Code.WRONG_TYPE,
+                name=name,
+                where=method,
+                got=got,
+                accepted=accepted,
+            )
+
         if not isinstance(data, Mapping) or set(data) != {"embedding", "blocks"}:
-            raise BadInput(f"{where} is {data!r}: accepted is {ACCEPTED}")
+            raise error(where, ACCEPTED, data)
         embedding, blocks = data["embedding"], data["blocks"]
         if not _is_width(embedding):
-            raise BadInput(
-                f"{where} has the embedding {embedding!r}: accepted is a whole number from 1"
-            )
+            raise error(f"the embedding of {where}", "an integer >= 1", embedding)
         if not _is_list(blocks) or not blocks:
-            raise BadInput(f"{where} has the blocks {blocks!r}: accepted is {ACCEPTED}")
+            raise error(f"the blocks of {where}", "a list of [heads, qk, v, mlp]", blocks)
         for index, block in enumerate(blocks):
             if not _is_list(block) or len(block) != 4 or not all(_is_width(w) for w in block):
-                raise BadInput(
-                    f"{where} has {block!r} for block {index}: accepted is [heads, qk, v, mlp], "
-                    "whole numbers from 1"
-                )
+                accepted = "[heads, qk, v, mlp] with integers >= 1"
+                raise error(f"block {index} of {where}", accepted, block)
         return cls(embedding, tuple(BlockWidths(*block) for block in blocks))
 
 
@@ -84,7 +92,7 @@ def _is_width(value: Any) -> bool:
 
 
 def attention_widths(attn: nn.Module) -> tuple[int, int, int]:
-    """(heads, qk, v) of timm's attention or a sliced one."""
+    """(heads, qk, v) of timm's attention or of a sliced one."""
     own = cast(Attention, attn)
     v = own.v_dim if isinstance(own, SlicedAttention) else own.head_dim
     return own.num_heads, own.head_dim, v
@@ -96,16 +104,16 @@ def model_widths(model: nn.Module) -> Widths:
     vit = cast(VisionTransformer, model)
     blocks = []
     for block in cast("Sequence[Block]", vit.blocks):
-        # the last layer of any MLP leads out of its hidden width
+        # the last linear layer of any MLP is its output
         last = [m for m in block.mlp.modules() if isinstance(m, nn.Linear)][-1]
         blocks.append(BlockWidths(*attention_widths(block.attn), last.in_features))
     return Widths(vit.embed_dim, tuple(blocks))
 
 
 def widths_of(state: Mapping[str, Tensor]) -> Widths:
-    """The widths of the sliced model that gave this state dict; BadInput if none did.
+    """The widths of the sliced model that this state dict is of. Raises BadInput if it is of none.
 
-    Only the buffers `blocks.*.attn.widths` are read, and shapes.
+    Reads the buffers `blocks.*.attn.widths`, and shapes.
     """
     blocks: list[BlockWidths] = []
     embedding = 0
@@ -116,53 +124,66 @@ def widths_of(state: Mapping[str, Tensor]) -> Widths:
         missing = [name for name in needed if name not in state]
         if missing or not hidden:
             what = missing[0] if missing else at + "mlp.fc2.weight"
-            raise BadInput(f"the weights are not a sliced model's: they have no {what}")
+            raise _not_sliced(what)
         heads, qk, v = (int(w) for w in state[needed[0]].tolist())
         rows, columns = state[needed[1]].shape
         if rows != heads * (2 * qk + v) or state[needed[2]].shape[1] != heads * v:
             raise BadInput(
-                f"the weights contradict themselves: {needed[0]} says {heads} heads with q and k "
-                f"{qk} and v {v} wide, but {needed[1]} is {(rows, columns)} and {needed[2]} "
-                f"{tuple(state[needed[2]].shape)}"
+                f"the weights are inconsistent: {needed[0]} is {heads} heads, q/k width {qk} and v "
+                f"width {v}, but {needed[1]} is {(rows, columns)} and {needed[2]} is "
+                f"{tuple(state[needed[2]].shape)}",
+                Code.MISMATCH,
+                name="weights",
+                key=needed[0],
+                got=[heads, qk, v],
             )
         embedding = columns
         blocks.append(BlockWidths(heads, qk, v, state[hidden].shape[1]))
     if not blocks:
-        raise BadInput("the weights are not a sliced model's: they have no blocks.0.attn.widths")
+        raise _not_sliced("blocks.0.attn.widths")
     return Widths(embedding, tuple(blocks))
 
 
+def _not_sliced(missing: str) -> BadInput:
+    return BadInput(
+        f"the weights must be those of a sliced model ({missing} is missing)",
+        Code.MISMATCH,
+        name="weights",
+        missing=missing,
+    )
+
+
 def unshapable(model: nn.Module) -> dict[str, str]:
-    """The dimensions ("embedding", "mlp") that this model's parts allow no other value for, each
-    with the reason; {} where all can be set.
+    """The widths ("embedding", "mlp") that cannot change because of this model's parts, each with
+    the reason; {} if all can change.
     """
     vit, why = cast(VisionTransformer, model), dict[str, str]()
     for index, block in enumerate(cast("Sequence[Block]", vit.blocks)):
         if type(block.mlp) not in INTO_HIDDEN or not isinstance(block.mlp.fc2, nn.Linear):
             kind = f"{type(block.mlp).__module__}.{type(block.mlp).__name__}"
-            said = f"its MLP in block {index} is {kind}, accepted is timm's Mlp or SwiGLU"
-            why = {"mlp": said, "embedding": said}
+            reason = f"its MLP in block {index} must be timm's Mlp or SwiGLU (got {kind})"
+            why = {"mlp": reason, "embedding": reason}
             break
     stem = getattr(vit.patch_embed, "proj", None)
     if not isinstance(stem, nn.Conv2d):
-        why["embedding"] = f"its stem ends in {type(stem).__name__}, accepted is a convolution"
+        why["embedding"] = f"its stem must end in a convolution (got {type(stem).__name__})"
     if vit.attn_pool is not None:
-        why["embedding"] = "its pooling by attention (MAP) is as wide as its input"
+        why["embedding"] = "its attention pooling (MAP) has the width of its input"
     for name, norm in embedding_norms(vit).items():
         vectors = [tuple(p.shape) == (vit.embed_dim,) for p in norm.parameters()]
         if not isinstance(norm, nn.Identity) and not hasattr(norm, "normalized_shape"):
-            why["embedding"] = f"its {name} is {type(norm).__name__}, accepted is a layer norm"
+            why["embedding"] = f"its {name} must be a layer norm (got {type(norm).__name__})"
         elif not all(vectors):
-            why["embedding"] = f"its {name} has parameters that are not one a channel"
+            why["embedding"] = f"its {name} must have one parameter per channel"
     return why
 
 
 def fixed(model: nn.Module) -> dict[str, str]:
-    """The dimensions ("embedding", "heads", "qk", "v", "mlp") that cannot be cut exactly in this
-    model, each with the reason; {} where all can.
+    """The widths ("embedding", "heads", "qk", "v", "mlp") that cannot be cut exactly in this model,
+    each with the reason; {} if all can.
 
-    A norm over the channels that are cut would see other statistics. For the embedding that is
-    so by nature, and what is meant: LayerNorms over the kept channels.
+    A norm over channels that are cut would have other statistics. For the embedding this is
+    intended: its LayerNorms are over the kept channels.
     """
     why = unshapable(model)
     for index, block in enumerate(cast("Sequence[Block]", cast(VisionTransformer, model).blocks)):
@@ -177,20 +198,23 @@ def fixed(model: nn.Module) -> dict[str, str]:
     return why
 
 
-def refuse(model: nn.Module, before: Widths, after: Widths, why: Mapping[str, str]) -> None:
-    """UnsupportedModel where a dimension named in `why` differs."""
+def check_changes(model: nn.Module, before: Widths, after: Widths, why: Mapping[str, str]) -> None:
+    """Raises UnsupportedModel if a width that `why` names changes. why: the reason per width."""
     pairs = list(zip(before.blocks, after.blocks, strict=True))
     differ = {p: any(getattr(a, p) != getattr(b, p) for a, b in pairs) for p in PARTS}
     differ["embedding"] = before.embedding != after.embedding
     for part, reason in why.items():
         if differ[part]:
             raise UnsupportedModel(
-                f"{type(model).__name__} cannot get another {PARTS.get(part, part)}: {reason}"
+                f"the {PARTS.get(part, part)} of {type(model).__name__} cannot change: {reason}",
+                model=type(model).__name__,
+                part=part,
+                reason=reason,
             )
 
 
 def embedding_norms(vit: VisionTransformer) -> dict[str, nn.Module]:
-    """The norms over the embedding, by name."""
+    """The norms over the embedding by name."""
     norms = {"norm_pre": vit.norm_pre, "norm": vit.norm, "fc_norm": vit.fc_norm}
     norms["patch_embed.norm"] = getattr(vit.patch_embed, "norm", nn.Identity())
     for index, block in enumerate(cast("Sequence[Block]", vit.blocks)):

@@ -1,3 +1,4 @@
-"""The structural methods, one published method per file. Imports `methods.engine` and
-`methods.slicing` only.
+"""The structural methods, one published method per file: NViT and ReViT.
+
+May import `methods.slicing` and `methods.engine`, torch and timm.
 """

@@ -1,9 +1,10 @@
 """NViT (Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023,
-arXiv:2110.04869): the globally least important heads, q/k, v, hidden and embedding channels go.
+arXiv:2110.04869): removes the globally least important heads, and channels of q/k, v, MLPs and the
+embedding.
 
-Scored, removed and trained a little in turn, until the cost is the target. What is removed is
-sliced out of the weights at once, so that every round runs on the smaller model. One trajectory
-passes every target on its way down.
+Rounds of scoring, removing and a little training repeat until the cost meets the target. Removed
+units are sliced out of the weights at once, so that every round runs on the smaller model. One
+trajectory passes all targets.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, Parameter
 from vitpareto.methods.engine.preparation import PreparationTrainer, Progress, WidthsCost
 from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.slicing.greedy import plan
 from vitpareto.methods.slicing.importance import Objective, importances, magnitudes, top
-from vitpareto.methods.slicing.plan import Cost, check_reachable, even, macs_cost, plan
+from vitpareto.methods.slicing.plan import Cost, check_reachable, even, macs_cost
 from vitpareto.methods.slicing.sliced_model import fixed, slice_model, sliced_model
 from vitpareto.methods.slicing.snapshots import (
     Snapshot,
@@ -32,20 +34,24 @@ from vitpareto.methods.slicing.snapshots import (
 )
 from vitpareto.methods.slicing.widths import ACCEPTED, PARTS, Widths, model_widths, widths_of
 
-#: what a saved group's cost is worth, in the mean importance of a group (`plan.plan`)
+#: weight of a group's saved cost against its importance, both relative to their mean (`plan`)
 ETA = 0.01
-#: how much of the dense model's cost a round removes before the weights are trained again
+#: fraction of the dense model's cost that a round removes before the weights are trained again
 SHARE = 0.02
-#: the search takes targets in these steps, so that one trajectory has few snapshots
+#: step between the targets of a search, so that one trajectory has few snapshots
 STEP = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class Round:
-    """A trajectory after one round: enough to continue from, and a snapshot of its targets.
+    """A trajectory after one round; a trajectory can continue from it.
 
-    cost: as a fraction of the dense model's. state: the sliced model's state dict, on the CPU.
-    reached: the targets that this round was the first to meet.
+    Attributes:
+        index: number of the round, from 0.
+        cost: as a fraction of the dense model's.
+        widths: of the sliced model.
+        state: the sliced model's state dict, on the CPU.
+        reached: the targets that this round was the first to meet.
     """
 
     index: int
@@ -80,26 +86,42 @@ def trajectory(
     share: float = SHARE,
     start: Round | None = None,
 ) -> Iterator[Round]:
-    """Prune the dense `model` (left as it was) down to every target, largest first; one `Round`
-    after each round.
+    """Prune the dense `model` to every target, largest first; yields a `Round` after each round.
 
-    targets: fractions of the dense model's `cost` (default: MACs), in (0, 1). `batches(round)`
-    gives images and labels to score with `objective(model, images, labels)`, on the model's
-    device; `update(model, round)` trains the sliced model in place. A round removes `share` of the
-    dense cost, or what is left to the next target: no target is run past. A generator given an
-    earlier `start` continues from it as if it had never stopped, as far as `batches` and `update`
-    depend on the round alone.
+    Args:
+        model: the dense model; it is not changed.
+        targets: fractions in (0, 1) of the dense model's `cost`.
+        batches: `batches(round)` gives images and labels to score with, on the model's device.
+        objective: the scalar loss of (model, images, labels).
+        update: `update(model, round)` trains the sliced model in place.
+        cost: of given widths, in any unit (default: MACs).
+        eta: weight of saved cost against importance.
+        share: fraction of the dense cost that a round removes; the round before a target removes
+            only the rest, so that no target is missed.
+        start: an earlier round to continue from. The result is that of an uninterrupted trajectory
+            if `batches` and `update` depend only on the round.
 
-    BadInput, before anything runs, for settings out of range and targets out of reach.
+    Raises:
+        BadInput: before anything runs, for settings out of range and unreachable targets.
     """
     if not 0 < share <= 1:
-        raise BadInput(f"share is {share!r}: accepted is a number, 0 < share <= 1")
+        raise BadInput(
+            f"share must be a number in (0, 1] (got {share!r})",
+            Code.OUT_OF_RANGE,
+            name="share",
+            got=share,
+        )
     cost = macs_cost(model) if cost is None else cost
     dense, held = cost(model_widths(model)), fixed(model)
     wanted = sorted(set(targets), reverse=True)
     for target in wanted:
         if not 0 < target < 1:
-            raise BadInput(f"a target is {target!r}: accepted is a number between 0 and 1")
+            raise BadInput(
+                f"targets must be numbers in (0, 1) (got {target!r})",
+                Code.OUT_OF_RANGE,
+                name="targets",
+                got=target,
+            )
         check_reachable(cost, model_widths(model), target * dense, held)
     index, current, widths = 0, model, model_widths(model)
     if start is not None:
@@ -119,7 +141,7 @@ def trajectory(
 
 @dataclass(frozen=True)
 class WidthsParameter(Parameter):
-    """A model's widths, as `Widths.to_plain` gives them."""
+    """A model's widths in the form of `Widths.to_plain`."""
 
     default: Any = None
 
@@ -135,17 +157,17 @@ class WidthsParameter(Parameter):
 
 @register
 class NViT(Method):
-    """Heads go by 2, q/k and v channels by 8 in every head of a block (each head its own least
-    important ones, so that its heads stay equally wide), hidden and embedding channels by 16.
-    Where a part of a model cannot be cut exactly, that dimension stays (`sliced.fixed`).
+    """Removes heads in groups of 2, q/k and v channels in groups of 8 per head (each head its own
+    least important ones, so that all heads of a block stay equally wide), and hidden and embedding
+    channels in groups of 16. Widths that cannot be cut exactly stay as they are (`widths.fixed`).
 
-    A trained candidate names its snapshot by `weights`, which holds its dimensions. Without
-    weights, a target means even widths, and the units of least magnitude go: costs and shapes to
-    start from, not accuracy.
+    The recipe of a trained candidate names its snapshot by `weights`, from which its widths are
+    read. Without weights a target means even widths and the units with the largest magnitude:
+    right costs and shapes, no accuracy.
     """
 
     name = "nvit"
-    summary = "cut the globally least important heads, channels and hidden units out of the weights"
+    summary = "remove the globally least important heads, channels and hidden units"
     paper = Paper(
         "Global Vision Transformer Pruning with Hessian-Aware Saliency",
         "Yang, Yin, Shen, Molchanov, Li, Kautz",
@@ -161,12 +183,11 @@ class NViT(Method):
     parameters = (
         Float("target", "cost left, as a fraction of the dense model's", default=None, low=0.0,
               high=1.0, open_low=True),
-        Float("eta", "what a saved group's cost is worth, in the mean importance of a group",
-              default=ETA, low=0.0, high=100.0),
-        WidthsParameter("widths", "the dimensions themselves, in the place of a target"),
+        Float("eta", "weight of saved cost against importance", default=ETA, low=0.0, high=100.0),
+        WidthsParameter("widths", "the widths themselves; replaces target"),
     )  # fmt: skip
-    space = (Float("cost", "target, to 0.05", low=0.2, high=0.9),)
-    # targets of DeiT-B-distilled's 17.68 GFLOPs
+    space = (Float("cost", "target, rounded to 0.05", low=0.2, high=0.9),)
+    # fractions of the 17.68 GFLOPs of DeiT-B-distilled
     presets = tuple(
         Preset(f"NViT-{name}", {"target": round(giga / 17.68, 4)}, f"NViT's README: {giga} G")
         for name, giga in (("B", 6.8), ("H", 6.2), ("S", 4.2), ("T", 1.3))
@@ -181,9 +202,14 @@ class NViT(Method):
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         checked = super().check(params, shape)
         if (checked["target"] is None) == (checked["widths"] is None):
+            given = checked["target"] is not None
             raise BadInput(
-                "nvit needs target, a fraction of the dense model's cost, or widths: one of them, "
-                "not both"
+                "exactly one of nvit.target and nvit.widths must be given "
+                f"(got {'both' if given else 'neither'})",
+                Code.CONFLICT if given else Code.MISSING,
+                name="target",
+                where="nvit",
+                excludes=["widths"],
             )
         return checked
 
@@ -191,7 +217,12 @@ class NViT(Method):
         blocks = params["widths"] and params["widths"]["blocks"]
         if blocks and len(blocks) != shape.depth:
             raise BadInput(
-                f"nvit.widths has {len(blocks)} blocks: the model has {shape.depth} blocks"
+                f"nvit.widths must have one entry per block, {shape.depth} (got {len(blocks)})",
+                Code.MISMATCH,
+                name="widths",
+                where="nvit",
+                got=len(blocks),
+                expected=shape.depth,
             )
 
     def is_dense(self, params: dict[str, Any], shape: ModelShape) -> bool:
@@ -201,7 +232,7 @@ class NViT(Method):
         return params["target"] is not None and params["target"] < 1.0
 
     def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        """The dimensions that came out; which weights they hold is the recipe's to say."""
+        """The resulting widths; the recipe's digest tells apart weights of the same widths."""
         widths = [[b.heads, b.qk, b.v, b.mlp] for b in shape.blocks]
         return {"embedding": shape.dim, "blocks": widths}
 
@@ -258,34 +289,46 @@ class NViT(Method):
     ) -> nn.Module:
         if params["target"] == 1.0:
             return model
-        own = model_widths(model)
-        asked = None if params["widths"] is None else Widths.from_plain(params["widths"])
+        dense = model_widths(model)
+        widths = None if params["widths"] is None else Widths.from_plain(params["widths"])
         if weights is not None:
-            found = widths_of(weights)
-            if asked is not None and asked != found:
+            trained = widths_of(weights)
+            if widths is not None and widths != trained:
                 raise BadInput(
-                    f"nvit.widths are {asked.to_plain()}, those of the weights {found.to_plain()}"
+                    f"nvit.widths must be those of the weights, {trained.to_plain()} "
+                    f"(got {widths.to_plain()})",
+                    Code.MISMATCH,
+                    name="widths",
+                    where="nvit",
+                    got=widths.to_plain(),
+                    expected=trained.to_plain(),
                 )
-            return sliced_model(model, found)
-        if asked is None:
+            return sliced_model(model, trained)
+        if widths is None:
             cost = macs_cost(model)
-            asked = even(own, cost, params["target"] * cost(own), fixed(model))
-        _check_narrower(asked, own)
+            widths = even(dense, cost, params["target"] * cost(dense), fixed(model))
+        _check_narrower(widths, dense)
         if next(model.parameters()).is_meta:
-            return sliced_model(model, asked)
-        return slice_model(model, top(magnitudes(model), asked))
+            return sliced_model(model, widths)
+        return slice_model(model, top(magnitudes(model), widths))
 
 
-def _check_narrower(asked: Widths, own: Widths) -> None:
-    """BadInput where a width is larger than the model's."""
-    if asked.embedding > own.embedding:
-        raise BadInput(
-            f"nvit.widths has the embedding {asked.embedding}: the model has {own.embedding}"
-        )
-    for index, (a, b) in enumerate(zip(asked.blocks, own.blocks, strict=True)):
+def _check_narrower(widths: Widths, dense: Widths) -> None:
+    """Raises BadInput if a width is larger than the dense model's."""
+    _check_width("embedding", widths.embedding, dense.embedding)
+    for index, (block, limit) in enumerate(zip(widths.blocks, dense.blocks, strict=True)):
         for part in PARTS:
-            if getattr(a, part) > getattr(b, part):
-                raise BadInput(
-                    f"nvit.widths has {part} {getattr(a, part)} for block {index}: the model has "
-                    f"{getattr(b, part)}"
-                )
+            _check_width(f"{part} of block {index}", getattr(block, part), getattr(limit, part))
+
+
+def _check_width(part: str, width: int, limit: int) -> None:
+    if width > limit:
+        raise BadInput(
+            f"nvit.widths must be at most the model's, {limit} for {part} (got {width})",
+            Code.OUT_OF_RANGE,
+            name="widths",
+            where="nvit",
+            part=part,
+            got=width,
+            accepted=limit,
+        )

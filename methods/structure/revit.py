@@ -1,6 +1,6 @@
 """ReViT (Yang et al., "Global Vision Transformer Pruning with Hessian-Aware Saliency", CVPR 2023,
-arXiv:2110.04869, section 5): what NViT's pruning found about a ViT's dimensions, as a rule for
-building one of any embedding and training it from scratch.
+arXiv:2110.04869, section 5): the widths that NViT's pruning leads to, as a rule for a ViT with any
+embedding that is trained from scratch.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from vitpareto.methods.structure.nvit import NViT
 
 
 def redistributed(embedding: int, depth: int = PUBLISHED_DEPTH) -> Widths:
-    """ReViT's widths: v 64 a head; few heads and a narrow q/k near both ends, many heads and a
-    wide MLP in the middle, and 10 heads in the first and the last block.
+    """ReViT's widths: v has 64 channels per head; blocks near both ends have few heads and a narrow
+    q/k, those in the middle many heads and a wide MLP, the first and the last block 10 heads.
 
-    Published for 12 blocks. Of another depth, block b is as the one of 12 at the nearest relative
-    place, the first as the first and the last as the last. Small embeddings round to one unit
-    where the rule would round to none.
+    The rule is published for 12 blocks. With another depth a block is like that of 12 blocks at the
+    nearest relative position. Widths that would round to zero are one unit.
     """
     small, wide = max(1, round(0.005 * embedding)), max(1, round(0.05 * embedding / 8))
     blocks = []
     for block in range(depth):
-        place = round(block * (PUBLISHED_DEPTH - 1) / max(1, depth - 1))
-        middle, edge = 3 <= place <= 8, place in (0, PUBLISHED_DEPTH - 1)
+        position = round(block * (PUBLISHED_DEPTH - 1) / max(1, depth - 1))
+        middle, edge = 3 <= position <= 8, position in (0, PUBLISHED_DEPTH - 1)
         blocks.append(
             BlockWidths(
                 heads=10 if edge else (4 if middle else 2) * small,
@@ -46,20 +45,20 @@ def redistributed(embedding: int, depth: int = PUBLISHED_DEPTH) -> Widths:
 
 @register
 class ReViT(Method):
-    """The given model's form (patches, tokens, norms, head) with redistributed dimensions and
-    fresh weights, drawn from torch's generator as timm does, to be trained from scratch: there is
-    no identity, it is another model.
+    """The given model (patches, tokens, norms, head) with redistributed widths and fresh weights,
+    initialised as timm does with torch's generator, to be trained from scratch. It is another
+    model, so there is no identity.
     """
 
     name = "revit"
-    summary = "NViT's redistribution of dimensions as a rule, trained from scratch"
+    summary = "NViT's redistribution of widths as a rule, trained from scratch"
     paper = NViT.paper
     kind = "structure"
     site = "the weights"
     training = "required"
     parameters = (Int("embedding", "width of the tokens", low=1, high=8192),)
     space = (
-        Float("width", "embedding, as a fraction of the model's own, in whole 16s",
+        Float("width", "embedding, as a fraction of the model's, rounded to multiples of 16",
               low=0.25, high=1.0),
     )  # fmt: skip
     presets = (
@@ -87,13 +86,16 @@ class ReViT(Method):
         held = None if table is None or table.requires_grad else table.detach().clone()
         if held is not None and widths.embedding != own.embedding:
             raise UnsupportedModel(
-                f"{type(model).__name__} cannot get another embedding: its positions are a table "
-                "that does not train, and which one it would be at another width is not known"
+                f"the embedding of {type(model).__name__} cannot change: its position embeddings "
+                "are fixed, and those of another width are not known",
+                model=type(model).__name__,
+                part="embedding",
+                reason="fixed position embeddings",
             )
-        made = sliced_model(model, widths)
-        vit = cast(VisionTransformer, made)
+        built = sliced_model(model, widths)
+        vit = cast(VisionTransformer, built)
         if not next(vit.parameters()).is_meta:
             vit.init_weights()
             if held is not None:
                 cast(Tensor, vit.pos_embed).data.copy_(held)
-        return made
+        return built

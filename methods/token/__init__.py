@@ -1,1 +1,4 @@
-"""The token methods, one published method per file. Imports `methods.engine` only."""
+"""The token methods, one published method per file (RAJNI: a folder).
+
+May import `methods.engine`, torch and timm.
+"""

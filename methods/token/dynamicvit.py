@@ -1,5 +1,6 @@
 """DynamicViT (Rao, Zhao, Liu, Lu, Zhou and Hsieh, "DynamicViT: Efficient Vision Transformers with
-Dynamic Token Sparsification", NeurIPS 2021, arXiv:2106.02034): small predictors decide who stays.
+Dynamic Token Sparsification", NeurIPS 2021, arXiv:2106.02034): small trained predictors select
+the patches to keep.
 """
 
 from __future__ import annotations
@@ -11,19 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, Layers, Rates
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.registry import register
-from vitpareto.methods.engine.schedules import check_layers
+from vitpareto.methods.engine.schedules import check_layers, no_patch_left, pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import (
-    LAYERS_SPACE,
-    check_one_a_layer,
-    chosen_layers,
-    pruned_blocks,
-)
+from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_per_layer, chosen_layers
 from vitpareto.methods.engine.tokens import Tokens, keep, top_k
 
 
@@ -34,9 +30,9 @@ def _initialise(module: nn.Module) -> None:
 
 
 class Predictor(nn.Module):
-    """Keep or drop, from a patch and the mean patch: [B, n, C] -> logits [B, n, 2] (keep, drop).
+    """Logits [B, n, 2] (keep, drop) of patches [B, n, C], from each patch and the mean patch.
 
-    The mean is over the patches that `kept` [B, n] marks with 1 (None: all).
+    The mean is over the patches that `kept` [B, n] marks with 1 (None: all of them).
     """
 
     def __init__(self, dim: int):
@@ -56,22 +52,24 @@ class Predictor(nn.Module):
         if kept is None:
             mean = other.mean(dim=1, keepdim=True)
         else:
-            # clamped: an image of which nothing is kept has no mean
+            # clamp: an image without kept patches has no mean
             share = kept / kept.sum(dim=1, keepdim=True).clamp_min(1)
             mean = (other * share[..., None]).sum(dim=1, keepdim=True)
         return self.out_conv(torch.cat([own, mean.expand(-1, x.shape[1], -1)], dim=-1))
 
 
 class DynamicViTReduction(Reduction):
-    """counts: patches left after each block; predictors[i] stands before block layers[i].
+    """Keeps the patches with the highest keep scores; predictors[i] acts before block layers[i].
 
-    In training nothing is dropped. Each stage draws from its predictor who is kept (Gumbel-softmax,
-    straight through: exactly 1 or 0, with the softmax's gradient) among those that were, and what
-    is not kept is masked out of attention and pooling (`Tokens.kept`): section 3.3.
+    In training nothing is dropped (section 3.3). Each stage draws which of the kept patches stay,
+    by straight-through Gumbel-softmax: exactly 1 or 0, with the gradient of the softmax. Other
+    patches are masked out of attention and pooling (`Tokens.kept`).
+
+    dim: width of the tokens. layers: prune layers. counts: patches left after each block.
     """
 
     site = "after-block"
-    #: of the ratio loss (lambda_ratio)
+    #: weight of the ratio loss (lambda_ratio)
     ratio_weight = 2.0
 
     def __init__(self, dim: int, layers: tuple[int, ...], counts: tuple[int, ...]):
@@ -82,20 +80,20 @@ class DynamicViTReduction(Reduction):
 
     def reduce(self, block: int, tokens: Tokens, seen: None) -> Tokens:
         if self.training:
-            return self._drawn(block, tokens)
+            return self._draw(block, tokens)
         if self.counts[block] >= tokens.patches:
             return tokens
         logits = self.predictors[self.stages[block]](tokens.x[:, tokens.prefix :])
-        # the order of log-softmax's first, without the ties that its rounding makes
+        # the same order as the log-softmax, without ties from its rounding
         return keep(tokens, top_k(logits[..., 0] - logits[..., 1], self.counts[block]))
 
-    def _drawn(self, block: int, tokens: Tokens) -> Tokens:
+    def _draw(self, block: int, tokens: Tokens) -> Tokens:
         before = self.counts[block - 1] if block else tokens.patches
         if self.counts[block] >= before:
             return tokens
         predictor = self.predictors[self.stages[block]]
         logits = predictor(tokens.x[:, tokens.prefix :], tokens.kept)
-        wide = torch.promote_types(logits.dtype, torch.float32)  # autocast: shares need more
+        wide = torch.promote_types(logits.dtype, torch.float32)  # more than autocast's
         soft = F.gumbel_softmax(logits.to(wide), dim=-1)
         kept = (soft.argmax(dim=-1) == 0) + (soft[..., 0] - soft[..., 0].detach())
         if tokens.kept is not None:
@@ -107,15 +105,17 @@ class DynamicViTReduction(Reduction):
         return replace(tokens, kept=kept, per_image=per_image)
 
     def penalty(self, tokens: Tokens) -> Tensor | None:
-        """How far the shares kept are from the schedule's, squared: mean over images and stages."""
+        """The ratio loss (section 3.3): the squared difference between the fractions of patches
+        kept and those of the schedule, averaged over images and stages.
+        """
         missed = tokens.per_image.get("missed")
         return None if missed is None else self.ratio_weight * missed.mean()
 
 
 @register
 class DynamicViT(Method):
-    """Before block prune_layers[i] the `int(n0 * keep_rates[i])` patches of highest keep score
-    stay, where n0 is the model's number of patches.
+    """Before block prune_layers[i] the `int(n0 * keep_rates[i])` patches with the highest keep
+    scores stay, where n0 is the model's number of patches.
     """
 
     name = "dynamicvit"
@@ -129,8 +129,8 @@ class DynamicViT(Method):
     site = "after-block"
     training = "required"
     parameters = (
-        Layers("prune_layers", "blocks before which patches are dropped, from 1"),
-        Rates("keep_rates", "fractions of the model's patches that stay there, never increasing"),
+        Layers("prune_layers", "blocks before which patches are dropped, at least 1"),
+        Rates("keep_rates", "fractions of the model's patches kept at each, never increasing"),
     )
     space = (
         Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
@@ -147,27 +147,35 @@ class DynamicViT(Method):
     identity = {"prune_layers": (), "keep_rates": ()}
 
     def resolve(self, choices: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        # a predictor needs a block before it
+        # a predictor reads the output of the block before it
         layers = chosen_layers({**choices, "first": max(choices["first"], 1 / shape.depth)}, shape)
         layers = tuple(block for block in layers if block >= 1)
         rates = [round(choices["keep_rate"] ** (stage + 1), 4) for stage in range(len(layers))]
-        # the last stages go where they would leave no patch on this model
+        # on a small model the last stages may leave no patch: drop these stages
         rates = [rate for rate in rates if int(shape.patches * rate) >= 1]
         return {"prune_layers": layers[: len(rates)], "keep_rates": tuple(rates)}
 
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         checked = super().check(params)
         layers, rates = checked["prune_layers"], checked["keep_rates"]
-        check_one_a_layer(checked, "keep_rates", self.name)
+        check_one_per_layer(checked, "keep_rates", self.name)
         if 0 in layers:
             raise BadInput(
-                f"dynamicvit.prune_layers is {list(layers)}: accepted are blocks from 1, since a "
-                "predictor reads what the block before gave"
+                "dynamicvit.prune_layers must be blocks from 1 on, because a predictor reads the "
+                f"output of the block before it (got {list(layers)})",
+                Code.OUT_OF_RANGE,
+                name="prune_layers",
+                where="dynamicvit",
+                got=list(layers),
             )
         if any(b > a for a, b in zip(rates, rates[1:], strict=False)):
             raise BadInput(
-                f"dynamicvit.keep_rates is {list(rates)}: accepted are fractions of the model's "
-                "patches, never increasing"
+                "dynamicvit.keep_rates must be fractions of the model's patches, never increasing "
+                f"(got {list(rates)})",
+                Code.OUT_OF_RANGE,
+                name="keep_rates",
+                where="dynamicvit",
+                got=list(rates),
             )
         return checked if shape is None else super().check(checked, shape)
 
@@ -178,21 +186,19 @@ class DynamicViT(Method):
         for before, rate in zip(layers, rates, strict=True):
             n = int(shape.patches * rate)
             if n < 1:
-                raise BadInput(
-                    f"dynamicvit leaves no patch before block {before} ({shape.patches} patches, "
-                    f"prune_layers {layers}, rates {rates})"
-                )
+                setting = f"{shape.patches} patches, prune_layers {layers}, rates {rates}"
+                raise no_patch_left(self.name, before, setting)
             counts[before - 1 :] = [n] * (shape.depth - before + 1)
         return tuple(counts)
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """A predictor's LayerNorm and four linear layers, over the patches it reads."""
+        """LayerNorm and four linear layers of each predictor, over the patches it reads."""
         dim, half, quarter = shape.dim, shape.dim // 2, shape.dim // 4
-        each = 5 * dim + dim * dim + dim * half + half * quarter + quarter * 2
-        return sum(each * n for _, n in pruned_blocks(counts, shape))
+        per_patch = 5 * dim + dim * dim + dim * half + half * quarter + quarter * 2
+        return sum(per_patch * n for _, n in pruned_blocks(counts, shape))
 
     def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
-        # with the layers: predictors go by their stage, also where a stage drops nothing
+        # with the layers, because predictors are numbered by stage even if a stage drops nothing
         return {"prune_layers": params["prune_layers"], "counts": self.counts(params, shape)}
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> DynamicViTReduction:

@@ -1,6 +1,6 @@
 """EViT (Liang, Ge, Tong, Song, Wang and Xie, "Not All Patches are What You Need: Expediting Vision
-Transformers via Token Reorganizations", ICLR 2022, arXiv:2202.07800): keeps the patches to which
-the class token attends most and fuses the others into one.
+Transformers via Token Reorganizations", ICLR 2022, arXiv:2202.07800): keeps the patches with the
+highest class attention and fuses the others into one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Paper, Preset
 from vitpareto.methods.engine.parameters import Choice
 from vitpareto.methods.engine.reduction import Reduction
@@ -30,43 +30,42 @@ from vitpareto.methods.engine.tokens import Tokens, gather, keep, regroup, top_k
 
 
 def patches_kept(n: int, keep_rate: float) -> int:
-    """`ceil(keep_rate * n)`, with a millionth of a patch taken for the rounding of the product:
+    """`ceil(keep_rate * n)`, at least 1. The product is rounded to a millionth of a patch first:
     0.55 * 100 is 55.00000000000001 in binary, and 55 patches are kept.
     """
     return max(1, math.ceil(round(keep_rate * n, 6)))
 
 
 def keep_and_fuse(tokens: Tokens, index: Tensor, attention: Tensor) -> Tokens:
-    """The patches at index [B, k] stay; the others become one, `sum a_j x_j`, last in the sequence.
+    """The patches at index [B, k], and the others fused into one, `sum_j a_j x_j`, after them.
 
-    attention [B, n]: a, not renormalised, so that the fused token is a weighted sum and no mean: it
-    gets no `size`, and pooling counts it as one patch. In a trace it holds all that went into it;
-    the figure `fused` [B] is how many of the block's patches did. Where one did, its group alone
-    could not tell the fused token from a patch that stayed.
+    attention [B, n] is a, not renormalised, so the fused token is a weighted sum and not a mean: it
+    has no `size`, and pooling counts it as one patch. In a trace it holds all fused patches, and
+    the figure `fused` [B] is their number, which tells the fused token from a kept patch.
     """
     patches = tokens.x[:, tokens.prefix :]
     fused = attention.scatter(1, index, 0.0)[:, None] @ patches
     group = tokens.group
     if group is not None:
         left = index.shape[1]
-        place = torch.arange(left, device=index.device).expand_as(index)
-        moved = index.new_full((index.shape[0], tokens.patches), left).scatter(1, index, place)
+        position = torch.arange(left, device=index.device).expand_as(index)
+        moved = index.new_full((index.shape[0], tokens.patches), left).scatter(1, index, position)
         group = regroup(group, moved)
     x = torch.cat([gather(tokens.x, with_prefix(index, tokens.prefix)), fused], dim=1)
-    went = torch.full_like(index[:, 0], tokens.patches - index.shape[1])
-    return replace(tokens, x=x, group=group, figures={"fused": went})
+    count = torch.full_like(index[:, 0], tokens.patches - index.shape[1])
+    return replace(tokens, x=x, group=group, figures={"fused": count})
 
 
 class EViTReduction(Reduction):
-    """Score: the class row's mean over heads, `a_j = mean_h a_j^h`."""
+    """Keeps the patches with the highest mean class attention over heads, `a_j = mean_h a_j^h`."""
 
     def __init__(self, kept: tuple[int, ...], fuse: bool):
-        """kept: patches that stay in each block, the fused one not counted."""
+        """kept: patches that stay in each block, without the fused one."""
         super().__init__()
         self.kept, self.fuse = kept, fuse
 
     def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
-        """a [B, n]; None where nothing is dropped."""
+        """a [B, n]; None if nothing is dropped."""
         if self.kept[block] >= tokens.patches:
             return None
         return attended.class_row()[..., tokens.prefix :].mean(dim=1)
@@ -80,14 +79,14 @@ class EViTReduction(Reduction):
 
 @register
 class EViT(StagedMethod):
-    """Each prune layer keeps the `ceil(n * keep_rate)` patches of highest a; with `fuse` the others
-    become one patch more. It competes at the next prune layer by its own attention. Where nothing
-    is dropped nothing is fused; where one patch is dropped it is still replaced by `a_j x_j`, as
-    published, though that saves no token.
+    """Each prune layer keeps the `ceil(n * keep_rate)` patches with the highest a. With `fuse` the
+    others become one more patch, which competes at the next prune layer by its own attention. If
+    nothing is dropped nothing is fused. A single dropped patch is replaced by `a_j x_j`, as
+    published, although that saves no token.
     """
 
     name = "evit"
-    summary = "keep the patches with the highest class attention (mean over heads), fuse the others"
+    summary = "keep the patches with the highest class attention (mean over heads), fuse the rest"
     paper = Paper(
         "Not All Patches are What You Need: Expediting Vision Transformers via Token "
         "Reorganizations",
@@ -97,10 +96,13 @@ class EViT(StagedMethod):
     )
     parameters = (
         *STAGED_PARAMETERS,
-        Choice("fuse", "the dropped patches become one token, weighted by attention", default=True,
+        Choice("fuse", "fuse the dropped patches into one, weighted by attention", default=True,
                choices=(True, False)),
     )  # fmt: skip
-    space = (*STAGED_SPACE, Choice("fuse", "dropped patches become one", choices=(True, False)))
+    space = (
+        *STAGED_SPACE,
+        Choice("fuse", "fuse dropped patches", choices=(True, False)),
+    )
     presets = tuple(
         Preset(
             f"{round(100 * rate)}%",
@@ -118,8 +120,8 @@ class EViT(StagedMethod):
         }
 
     def kept(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
-        """Patches that stay in each block, the fused one not counted; all that enter it where
-        nothing is dropped. BadInput for a schedule that is impossible.
+        """Patches that stay in each block, without the fused one; all that enter it if nothing is
+        dropped. Raises BadInput for an impossible schedule.
         """
         counts, fused = params.get("counts"), int(params["fuse"])
         layers = () if counts is not None else params["prune_layers"]
@@ -131,9 +133,14 @@ class EViT(StagedMethod):
                 stay = counts[block] - fused
                 if stay < 1:
                     raise BadInput(
-                        f"evit.counts leaves {counts[block]} of {n} patches after block {block}: "
-                        "accepted is at least 2 with fuse (one kept and the fused one), or "
-                        "fuse=False"
+                        "evit.counts must be at least 2 with fuse, a kept patch and the fused one "
+                        f"(got {counts[block]} after block {block}); or set fuse to False",
+                        Code.OUT_OF_RANGE,
+                        name="counts",
+                        where="evit",
+                        block=block,
+                        got=counts[block],
+                        accepted=2,
                     )
             elif block in layers:
                 stay = patches_kept(n, params["keep_rate"])
@@ -142,11 +149,11 @@ class EViT(StagedMethod):
         return tuple(out)
 
     def _after(self, n: int, stay: int, fused: int) -> int:
-        """Patches left of the n that enter a block in which `stay` stay."""
+        """Patches left after a block that n patches enter and in which `stay` stay."""
         return stay + fused if stay < n else n
 
     def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
-        """The fused patch included."""
+        """Patches left after each block, the fused one included."""
         out, n = [], shape.patches
         for stay in self.kept(params, shape):
             n = self._after(n, stay, int(params["fuse"]))

@@ -1,5 +1,6 @@
 """PatchMerger (Renggli, Susano Pinto, Houlsby, Mustafa, Puigcerver and Riquelme, "Learning to Merge
-Tokens in Vision Transformers", 2022, arXiv:2202.12015): learned queries mix all patches into fewer.
+Tokens in Vision Transformers", 2022, arXiv:2202.12015): learned queries mix all patches into a few
+tokens.
 """
 
 from __future__ import annotations
@@ -11,30 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Float, IntOrList, Layers
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import check_layers
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_a_layer, chosen_layers
+from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_per_layer, chosen_layers
 from vitpareto.methods.engine.tokens import Tokens, regroup
 
 
 class Merger(nn.Module):
-    """`softmax(Q LN(x)^T / sqrt(C)) LN(x)`: x [B, n, C] -> [B, M, C], with queries Q [M, C].
+    """`softmax(Q LN(x)^T / sqrt(C)) LN(x)` of patches x [B, n, C], with queries Q [M, C].
 
-    Q starts as N(0, 1), so that logits have variance 1 and no two outputs are alike.
+    Q is initialised from N(0, 1), so that logits have variance 1 and the outputs differ.
     """
 
     def __init__(self, dim: int, outputs: int):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(outputs, dim))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)  # as in the blocks
+        self.norm = nn.LayerNorm(dim, eps=1e-6)  # that of timm's blocks
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """(merged [B, M, C], each output's weights over the patches [B, M, n])."""
+        """(merged [B, M, C], weights of each output over the patches [B, M, n])."""
         x = self.norm(patches)
         logits = F.linear(x, self.queries).transpose(1, 2)
         weight = (logits * self.queries.shape[1] ** -0.5).softmax(dim=-1)
@@ -42,10 +43,10 @@ class Merger(nn.Module):
 
 
 class PatchMergerReduction(Reduction):
-    """outputs[i] tokens take the place of all patches after block layers[i].
+    """outputs[i] tokens replace all patches after block layers[i].
 
-    An original patch counts as held by the output that weighs it most; an output may hold none.
-    The outputs are no means over disjoint patches: they have no size.
+    In a trace an original patch belongs to the output with the largest weight on it; an output may
+    hold none. The outputs are not means over disjoint patches, so they have no size.
     """
 
     site = "after-block"
@@ -63,14 +64,14 @@ class PatchMergerReduction(Reduction):
         group = tokens.group
         if group is not None:
             group = regroup(group, weight.argmax(dim=1))
-        # autocast may have merged in another dtype: the tokens keep theirs
+        # autocast may have merged in another dtype
         x = torch.cat([prefix, merged.to(patches.dtype)], dim=1)
         return replace(tokens, x=x, group=group)
 
 
 @register
 class PatchMerger(Method):
-    """After each prune layer `num_tokens` mixtures of all patches replace them; prefix passes."""
+    """After each prune layer `num_tokens` mixtures replace the patches; prefix tokens pass."""
 
     name = "patchmerger"
     summary = "replace all patches by a few learned mixtures of them"
@@ -85,11 +86,11 @@ class PatchMerger(Method):
     mixes = True
     parameters = (
         Layers("prune_layers", "blocks after which patches are merged"),
-        IntOrList("num_tokens", "patches left there, at most as many as there are", low=1,
+        IntOrList("num_tokens", "patches left at each prune layer, one number or a list", low=1,
                   each="prune layer"),
     )  # fmt: skip
     space = (
-        Float("rate", "patches left at each prune layer, as a fraction of those there",
+        Float("rate", "patches left at each prune layer, as a fraction of the current patches",
               low=0.04, high=0.95, log=True),
         *LAYERS_SPACE,
     )  # fmt: skip
@@ -108,7 +109,7 @@ class PatchMerger(Method):
         outputs: list[int] = []
         for _ in layers:
             if n == 1 and outputs:
-                break  # nothing is left to merge
+                break
             n = max(1, int(n * choices["rate"]))
             outputs.append(n)
         return {"prune_layers": layers[: len(outputs)], "num_tokens": tuple(outputs)}
@@ -116,13 +117,13 @@ class PatchMerger(Method):
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         checked = super().check(params)
         if isinstance(checked["num_tokens"], tuple):
-            check_one_a_layer(checked, "num_tokens", self.name)
+            check_one_per_layer(checked, "num_tokens", self.name)
         return checked if shape is None else super().check(checked, shape)
 
     def outputs(self, params: dict[str, Any]) -> tuple[int, ...]:
         """Patches left at each prune layer."""
-        several = params["num_tokens"]
-        return several if isinstance(several, tuple) else (several,) * len(params["prune_layers"])
+        number = params["num_tokens"]
+        return number if isinstance(number, tuple) else (number,) * len(params["prune_layers"])
 
     def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
         layers = params["prune_layers"]
@@ -132,15 +133,21 @@ class PatchMerger(Method):
         for block in range(shape.depth):
             if left.get(block, n) > n:
                 raise BadInput(
-                    f"patchmerger.num_tokens asks for {left[block]} patches after block {block}: "
-                    f"accepted is at most the {n} that are there"
+                    f"patchmerger.num_tokens must be at most the {n} patches of block {block} "
+                    f"(got {left[block]})",
+                    Code.OUT_OF_RANGE,
+                    name="num_tokens",
+                    where="patchmerger",
+                    block=block,
+                    got=left[block],
+                    accepted=n,
                 )
             n = left.get(block, n)
             counts.append(n)
         return tuple(counts)
 
     def is_dense(self, params: dict[str, Any], shape: ModelShape) -> bool:
-        # as many outputs as patches are still mixtures
+        # with as many outputs as patches the outputs are still mixtures
         return not params["prune_layers"]
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:

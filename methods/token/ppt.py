@@ -1,6 +1,6 @@
 """PPT, Token Pruning and Pooling (Wu, Zeng, Wang and Chen, "PPT: Token Pruning and Pooling for
-Efficient Vision Transformers", 2023, arXiv:2310.01812): where an image's significances differ,
-drops the least significant patches; where they are alike, merges the most similar.
+Efficient Vision Transformers", 2023, arXiv:2310.01812): drops the least significant patches of an
+image if their significances differ, and merges the most similar ones if they do not.
 """
 
 from __future__ import annotations
@@ -12,29 +12,34 @@ import torch
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.merging import bipartite_match
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.registry import get, register
-from vitpareto.methods.engine.schedules import check_layers, scale_layers
+from vitpareto.methods.engine.schedules import (
+    check_layers,
+    check_mergeable,
+    pruned_blocks,
+    scale_layers,
+)
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.significance import significance
-from vitpareto.methods.engine.staged import STAGED_SPACE, pruned_blocks
+from vitpareto.methods.engine.staged import STAGED_SPACE, exclusive
 from vitpareto.methods.engine.tokens import Tokens, gather, keep, regroup, rising
 
 PUBLISHED_STAGES: dict[str, Any] = {"first": 0.25, "stages": 3, "spacing": 0.25}
-#: 7e-5 at 196 patches, as threshold * patches²: normalised significances shrink with 1 / patches
+#: 7e-5 at 196 patches, times patches²: normalised significances are proportional to 1 / patches
 PUBLISHED_THRESHOLD = 7e-5 * PUBLISHED_PATCHES**2
 
 
 def merge_or_keep(
     tokens: Tokens, match: tuple[Tensor, Tensor, Tensor], kept: Tensor, pooled: Tensor
 ) -> Tokens:
-    """Images with pooled [B] merge by `match` (as `merge_matched` does), the others keep the
-    patches at kept [B, n - r]: one gather for both, and what merges is added with weight 0 where
-    nothing does.
+    """Images with pooled [B] merge by `match`, as `merge_matched` does; the others keep the patches
+    at kept [B, n - r].
+
+    Both take one gather. In images that keep, merged patches are added with weight 0.
     """
     rest, source, target = match
     first = tokens.prefix % 2
@@ -49,22 +54,26 @@ def merge_or_keep(
     scale = torch.cat([size.new_ones(size.shape[0], tokens.prefix), size / total], dim=1)
     share = (added / total.gather(1, into)).to(tokens.x.dtype)
     rows = gather(tokens.x, gone + tokens.prefix) * share[..., None]
-    where = (into + tokens.prefix)[..., None].expand_as(rows)
+    target_rows = (into + tokens.prefix)[..., None].expand_as(rows)
     group = out.group
     if tokens.group is not None and group is not None:
         moved = gone.new_full(before.shape, -1).scatter(1, gone, into)
-        there = cast(Tensor, regroup(tokens.group, moved))
-        group = torch.where(pooled[:, None] & (there >= 0), there, group)
+        index = cast(Tensor, regroup(tokens.group, moved))
+        group = torch.where(pooled[:, None] & (index >= 0), index, group)
     return replace(
         out,
-        x=(out.x * scale.to(out.x.dtype)[..., None]).scatter_add(1, where, rows),
+        x=(out.x * scale.to(out.x.dtype)[..., None]).scatter_add(1, target_rows, rows),
         size=total,
         group=group,
     )
 
 
 class PptReduction(Reduction):
-    """Both selections are computed and each image takes its own: all shapes are fixed."""
+    """Computes both selections and takes one per image, so that all shapes are fixed.
+
+    counts: patches left after each block. threshold: variance of the significance below which an
+    image's patches are merged.
+    """
 
     proportional = True
 
@@ -75,7 +84,7 @@ class PptReduction(Reduction):
     def observe(
         self, block: int, tokens: Tokens, attended: Attended
     ) -> tuple[Tensor, Tensor] | None:
-        """Significance [B, n] and the metric of the matching [B, N, D]; None: nothing to do."""
+        """(significance [B, n], metric of the matching [B, N, D]); None if nothing is reduced."""
         if self.counts[block] >= tokens.patches:
             return None
         return significance(tokens, attended), attended.k.mean(dim=1)
@@ -88,7 +97,7 @@ class PptReduction(Reduction):
         variance = share.var(dim=1)
         pooled = variance < self.threshold
         match = bipartite_match(metric, tokens.prefix, tokens.patches - left)
-        # the most significant first, as in the published code: a later matching pairs up by place
+        # most significant first, as in the published code: a later matching splits by position
         kept = rising(-share)[1][:, :left]
         return replace(
             merge_or_keep(tokens, match, kept, pooled),
@@ -98,16 +107,16 @@ class PptReduction(Reduction):
 
 @register
 class Ppt(Method):
-    """At each prune layer r patches go, dropped or merged as the variance of significance says.
+    """Each prune layer removes r patches, by dropping or merging.
 
-    Below `threshold` an image's patches matter alike and the r best edges of ToMe's matching merge;
-    above it the r least significant patches are dropped. Sizes stay with the patches kept. A
-    matching merges at most half, so no more than half are dropped either: of DeiT-S's last 96, at
-    the published r = 50, 48, which fits its published 2.944 G.
+    If the variance of an image's significance is below `threshold`, the r best edges of ToMe's
+    matching merge. Otherwise the r least significant patches are dropped. Sizes stay with the
+    patches. A matching merges at most half of the patches, so at most half are dropped: of DeiT-S's
+    last 96, at the published r = 50, 48, which agrees with its published 2.944 G.
     """
 
     name = "ppt"
-    summary = "drop the least significant patches, or merge similar ones where all matter alike"
+    summary = "drop the least significant patches, or merge similar ones if significances are alike"
     paper = Paper(
         "PPT: Token Pruning and Pooling for Efficient Vision Transformers",
         "Wu, Zeng, Wang, Chen",
@@ -118,9 +127,9 @@ class Ppt(Method):
         Int("r", "patches dropped or merged at each prune layer, at most half of them", low=0),
         Layers("prune_layers", "blocks that reduce; default: every quarter of the depth",
                default=None),
-        Float("threshold", "variance of significance below which an image is merged; default: "
-              "7e-5 at 196 patches, as 1 / patches²", default=None, low=0.0),
-        Counts("counts", "instead of r and prune_layers: the patches left after each block"),
+        Float("threshold", "variance of the significance below which an image's patches merge; "
+              "default: 7e-5 at 196 patches, scaled by 1 / patches²", default=None, low=0.0),
+        Counts("counts", "patches left after each block; replaces r and prune_layers"),
     )  # fmt: skip
     space = (
         Float("r_fraction", "r as a fraction of the initial patches", low=0.02, high=0.3),
@@ -160,8 +169,8 @@ class Ppt(Method):
         if params.get("counts") is not None and any(
             params.get(name) is not None for name in ("r", "prune_layers")
         ):
-            raise BadInput("ppt takes counts or r and prune_layers, not both")
-        # what is None is to be the default
+            raise exclusive(self.name, "r", "prune_layers")
+        # None means the default
         checked = super().check({k: v for k, v in params.items() if v is not None})
         if shape is None:
             return checked
@@ -175,13 +184,7 @@ class Ppt(Method):
 
     def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
         check_layers(shape.depth, params.get("prune_layers") or (), self.name)
-        counts = self.counts(params, shape)
-        for block, n in pruned_blocks(counts, shape):
-            if n - counts[block] > n // 2:
-                raise BadInput(
-                    f"ppt.counts takes {n - counts[block]} of {n} patches in block {block}: a "
-                    f"matching merges at most {n // 2}"
-                )
+        check_mergeable(self.counts(params, shape), shape, self.name)
 
     def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
         if params.get("counts") is not None:
@@ -194,7 +197,7 @@ class Ppt(Method):
         return tuple(out)
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """Significance, and ToMe's similarities: both are computed for every image."""
+        """The class row and ToMe's similarities; both are computed for every image."""
         rows = sum(shape.row_macs(b, n) for b, n in pruned_blocks(counts, shape))
         return rows + get("tome").extra_macs(params, shape, counts)
 

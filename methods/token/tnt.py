@@ -1,6 +1,6 @@
 """TNT, Training Noise Token (Rao, Jiang and Moyer, "Training Noise Token Pruning", 2024,
-arXiv:2411.18092): keeps the patches to which linear heads, one a block, learned to give least
-noise. Not timm's Transformer-iN-Transformer.
+arXiv:2411.18092): keeps the patches for which linear heads, one per block, learned to add the least
+noise. Unrelated to timm's Transformer-iN-Transformer.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import (
     PUBLISHED_DEPTH,
     PUBLISHED_PATCHES,
@@ -23,49 +23,55 @@ from vitpareto.methods.engine.method import (
 from vitpareto.methods.engine.parameters import Float, Int, Layers, Rates
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.registry import register
-from vitpareto.methods.engine.schedules import staged_counts
+from vitpareto.methods.engine.schedules import pruned_blocks, staged_counts
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import check_one_a_layer, chosen_layers, pruned_blocks
+from vitpareto.methods.engine.staged import check_one_per_layer, chosen_layers
 from vitpareto.methods.engine.tokens import Tokens, gather, keep, top_k
 
-#: of 12: the noise of training comes after the first blocks alone, and trains their heads
+#: the number of blocks of 12, from the first, after which training adds noise
 PUBLISHED_NOISY = 5
 
 
 def noisy_blocks(depth: int) -> int:
-    """After how many blocks, from the first, training adds noise: 5 of 12, rounded up."""
+    """The number of blocks, from the first, after which training adds noise: 5/12, rounded up."""
     return -(-depth * PUBLISHED_NOISY // PUBLISHED_DEPTH)
 
 
 def distinct(patches: Tensor, drop: int) -> Tensor:
-    """Indices [B, m - drop], unordered, of patches [B, m, C] without the `drop` most redundant.
+    """Indices [B, m - drop], in no order, of patches [B, m, C] without the `drop` most redundant.
 
-    Set A is the first m // 2 even positions, B all others; dropped are those of A with the highest
-    cosine similarity to any of B. The published code splits at random, a batch at a time; by
-    position an image's result is always the same.
+    Set A is the first m // 2 even positions, set B all others. The patches of A with the highest
+    cosine similarity to any patch of B are dropped. The published code splits each batch at random;
+    a split by position makes an image's result deterministic.
     """
     m = patches.shape[1]
     half = m // 2
-    place = torch.arange(m, device=patches.device)
-    others = torch.cat([place[1 : 2 * half : 2], place[2 * half :]])
+    position = torch.arange(m, device=patches.device)
+    others = torch.cat([position[1 : 2 * half : 2], position[2 * half :]])
     unit = patches / patches.norm(dim=-1, keepdim=True)
     a, b = unit[:, : 2 * half : 2], unit[:, others]
-    alike = (a @ b.transpose(-1, -2)).amax(dim=-1)
-    rest = (-alike).topk(half - drop, dim=1, sorted=False).indices * 2
+    similarity = (a @ b.transpose(-1, -2)).amax(dim=-1)
+    rest = (-similarity).topk(half - drop, dim=1, sorted=False).indices * 2
     return torch.cat([rest, others.expand(patches.shape[0], -1)], dim=1)
 
 
 class TNTReduction(Reduction):
-    """counts: patches left after each block, of `entering` before block 0 (the rest are dropped
-    there as similar). `similar`: dropped as such at each layer that reduces.
+    """Keeps the patches with the highest alpha, the softmax of a block's head over the patches.
 
-    A head for every block is held, whatever the schedule: one training serves them all. In training
-    nothing is dropped: after each of the first `noisy` blocks a patch gets noise from N(0, I) times
-    `base_rate * (1 - alpha)`, alpha being the softmax of the block's head over the patches. Where
-    no layer drops any there is no noise: the identity is dense in training too.
+    There is a head for every block whatever the schedule, so that one training serves all settings.
+    In training nothing is dropped: after each of the first `noisy` blocks noise from N(0, I) times
+    `base_rate * (1 - alpha)` is added to every patch. A setting that drops nothing adds no noise,
+    so that the identity is dense in training too.
 
-    `renormalise`: a LayerNorm (without weights) before the noise, as the published code has one in
-    training alone.
+    Args:
+        dim: width of the tokens.
+        counts: patches left after each block.
+        entering: patches that enter block 0; the others are dropped as similar before it.
+        similar: patches dropped as similar at each block that reduces.
+
+    Attributes:
+        renormalise: apply a LayerNorm without weights before the noise, which the published code
+            does in training only.
     """
 
     site = "after-block"
@@ -75,7 +81,7 @@ class TNTReduction(Reduction):
     def __init__(self, dim: int, counts: tuple[int, ...], entering: int, similar: int):
         super().__init__()
         self.counts, self.entering, self.similar = counts, entering, similar
-        # a recipe by hand may reduce later than any that a search chooses: its heads train too
+        # a recipe may reduce in later blocks than a search does; their heads are trained too
         before = (entering, *counts)
         last = max((b for b, n in enumerate(counts) if n < before[b]), default=-1)
         self.noisy = max(noisy_blocks(len(counts)), last + 1)
@@ -94,26 +100,26 @@ class TNTReduction(Reduction):
 
     def reduce(self, block: int, tokens: Tokens, seen: None) -> Tokens:
         if self.training:
-            return self._noised(block, tokens)
+            return self._add_noise(block, tokens)
         count = self.counts[block]
         if count >= tokens.patches:
             return tokens
         patches = tokens.x[:, tokens.prefix :]
-        # alpha is its softmax over patches, which has the same order
+        # alpha, the softmax of the score, has the same order
         score = self.heads[block](patches).squeeze(-1)
         if self.similar == 0:
             return keep(tokens, top_k(score, count))
-        # A and B alternate in falling order of alpha
+        # A and B alternate in decreasing order of alpha
         index = score.topk(count + self.similar, dim=1).indices
         index = index.gather(1, distinct(gather(patches, index), self.similar))
         return keep(tokens, index.sort(dim=1).values)
 
-    def _noised(self, block: int, tokens: Tokens) -> Tokens:
+    def _add_noise(self, block: int, tokens: Tokens) -> Tokens:
         if block >= self.noisy or self.counts[-1] >= tokens.patches:
             return tokens
         patches = tokens.x[:, tokens.prefix :]
         alpha = self.heads[block](patches).softmax(dim=1)
-        # not randn_like: it would draw in the order of the patches' memory
+        # randn_like would fill the noise in the memory order of the patches
         drawn = torch.randn(patches.shape, dtype=patches.dtype, device=patches.device)
         noise = self.base_rate * (1 - alpha) * drawn
         x = F.layer_norm(tokens.x, tokens.x.shape[-1:]) if self.renormalise else tokens.x
@@ -126,7 +132,7 @@ class TNT(Method):
     """After block prune_layers[i] the `int(n * keep_rates[i])` patches of highest alpha stay."""
 
     name = "tnt"
-    summary = "keep the patches that a linear head, trained with noise, finds relevant"
+    summary = "keep the patches that linear heads, trained with noise, score highest"
     paper = Paper(
         "Training Noise Token Pruning",
         "Rao, Jiang, Moyer",
@@ -138,14 +144,13 @@ class TNT(Method):
     trained_once = True
     parameters = (
         Layers("prune_layers", "blocks after which patches are dropped"),
-        Rates("keep_rates", "fraction of the current patches kept at each"),
-        Int("similarity_prune", "patches dropped as similar to others: with one prune layer from "
-            "the best there (as many more are taken first), with several before block 0",
-            default=0, low=0, high=4096),
+        Rates("keep_rates", "fractions of the current patches kept at each"),
+        Int("similarity_prune", "patches dropped as similar to others: at the prune layer if there "
+            "is one, before block 0 if there are several", default=0, low=0, high=4096),
     )  # fmt: skip
     space = (
         Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
-        # of the blocks that one training serves
+        # within the blocks whose heads one training serves
         Float("first", "first prune layer, as a fraction of the depth", low=0.0, high=1 / 3),
         Int("stages", "number of prune layers", low=1, high=4),
         Float("spacing", "blocks between prune layers, as a fraction of the depth",
@@ -174,7 +179,7 @@ class TNT(Method):
         layers = chosen_layers({**choices, "first": first}, shape)
         layers = tuple(block for block in layers if block < most)
         rate, wanted = round(choices["keep_rate"], 4), round(choices["similar"] * n)
-        # the last stages go where they would leave no patch on this model
+        # on a small model the last stages may leave no patch: drop these stages
         for stages in range(len(layers), 0, -1):
             rates = (rate,) * stages
             similar = min(wanted, self._similar_limit(rates, n))
@@ -191,7 +196,7 @@ class TNT(Method):
 
     @staticmethod
     def _similar_limit(rates: tuple[float, ...], patches: int) -> int:
-        """The highest similarity_prune: what can be taken besides those kept, and is in set A."""
+        """The largest similarity_prune: limited by the patches that are not kept, and by set A."""
         if len(rates) == 1:
             kept = int(patches * rates[0])
             return min(kept, patches - kept)
@@ -199,7 +204,7 @@ class TNT(Method):
 
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         checked = super().check(params)
-        check_one_a_layer(checked, "keep_rates", self.name)
+        check_one_per_layer(checked, "keep_rates", self.name)
         return checked if shape is None else super().check(checked, shape)
 
     def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
@@ -207,8 +212,13 @@ class TNT(Method):
         most = self._similar_limit(rates, shape.patches)
         if similar > most:
             raise BadInput(
-                f"tnt.similarity_prune is {similar}: accepted is at most {most} with "
-                f"{shape.patches} patches and keep_rates {list(rates)}"
+                f"tnt.similarity_prune must be at most {most} with {shape.patches} patches and "
+                f"keep_rates {list(rates)} (got {similar})",
+                Code.OUT_OF_RANGE,
+                name="similarity_prune",
+                where="tnt",
+                got=similar,
+                accepted=most,
             )
         super().check_shape(params, shape)
 
@@ -222,7 +232,7 @@ class TNT(Method):
         return staged_counts(shape.depth, entering, layers, rates, self.name)
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """The heads, n C wherever patches are dropped, and the similarities, |A| |B| C."""
+        """The heads, n C in blocks that drop, and the similarities, |A| |B| C."""
         entering, similar = self.entering(params, shape), params["similarity_prune"]
         pruned = pruned_blocks(counts, shape, entering)
         total = sum(n * shape.dim for _, n in pruned)

@@ -9,20 +9,21 @@ from typing import Any
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Choice, Counts, Float, IntOrList
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import check_mergeable, pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import pruned_blocks
+from vitpareto.methods.engine.staged import exclusive
 from vitpareto.methods.engine.tokens import Tokens
 
 
 def merge_schedule(r: int | tuple[int, ...], inflection: float, depth: int) -> tuple[int, ...]:
-    """Patches to merge in each block: constant at inflection 0, decreasing below it, increasing
-    above: `int(low + step * block)` from `low = int(r (1 - inflection))` to `2 r - low`.
+    """Patches to merge in each block: constant at inflection 0, decreasing below 0, increasing
+    above 0. It is `int(low + step * block)`, from `low = int(r (1 - inflection))` to `2 r - low`.
     """
     if isinstance(r, tuple):
         return r
@@ -32,7 +33,10 @@ def merge_schedule(r: int | tuple[int, ...], inflection: float, depth: int) -> t
 
 
 class ToMeReduction(Reduction):
-    """Bipartite soft matching on the mean of k over heads; attention is proportional to size."""
+    """Bipartite soft matching on the mean of the keys over heads.
+
+    counts: patches left after each block. proportional: attention adds log size (eq. 1).
+    """
 
     def __init__(self, counts: tuple[int, ...], proportional: bool):
         super().__init__()
@@ -40,7 +44,7 @@ class ToMeReduction(Reduction):
         self.proportional = proportional
 
     def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
-        """The metric, [B, N, D]; None where nothing merges."""
+        """The metric [B, N, D]; None if nothing merges."""
         return attended.k.mean(dim=1) if self.counts[block] < tokens.patches else None
 
     def reduce(self, block: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
@@ -52,7 +56,7 @@ class ToMeReduction(Reduction):
 
 @register
 class ToMe(Method):
-    """In each block the r best edges of a bipartite matching merge, as size-weighted means."""
+    """In each block the r best edges of a bipartite matching merge into size-weighted means."""
 
     name = "tome"
     summary = "merge the r most similar pairs of patches in every block"
@@ -63,17 +67,17 @@ class ToMe(Method):
         "https://arxiv.org/abs/2210.09461",
     )
     parameters = (
-        IntOrList("r", "patches merged in each block, or one number a block"),
-        Float("inflection", "of the schedule: 0 constant, -1 decreasing, 1 increasing",
+        IntOrList("r", "patches merged in each block, one number or a list"),
+        Float("inflection", "shape of the schedule: 0 constant, -1 decreasing, 1 increasing",
               default=0.0, low=-1, high=1),
-        Choice("prop_attn", "log size on keys; False for models trained with merging",
-               default=True, choices=(True, False)),
-        Counts("counts", "instead of r and inflection: the patches left after each block"),
+        Choice("prop_attn", "add log size to attention logits; False for models trained with "
+               "merging", default=True, choices=(True, False)),
+        Counts("counts", "patches left after each block; replaces r and inflection"),
     )  # fmt: skip
     space = (
-        Float("r_fraction", "patches merged in each block, as a fraction of the initial ones",
+        Float("r_fraction", "patches merged in each block, as a fraction of the initial patches",
               low=0.01, high=0.12),
-        Float("inflection", "of the schedule", low=-1, high=1),
+        Float("inflection", "shape of the schedule", low=-1, high=1),
     )  # fmt: skip
     presets = tuple(
         Preset(f"r={r}", {"r_fraction": r / PUBLISHED_PATCHES, "inflection": 0.0}, "ToMe, table 1")
@@ -87,20 +91,21 @@ class ToMe(Method):
 
     def check(self, params: dict[str, Any], shape: ModelShape | None = None) -> dict[str, Any]:
         if params.get("counts") is not None and params.get("r") is not None:
-            raise BadInput("tome takes counts or r and inflection, not both")
+            raise exclusive(self.name, "r", "inflection")
         return super().check(params, shape)
 
     def check_shape(self, params: dict[str, Any], shape: ModelShape) -> None:
         r = params.get("r")
         if isinstance(r, tuple) and len(r) != shape.depth:
-            raise BadInput(f"tome.r has {len(r)} entries: the model has {shape.depth} blocks")
-        counts = self.counts(params, shape)
-        for block, n in pruned_blocks(counts, shape):
-            if n - counts[block] > n // 2:
-                raise BadInput(
-                    f"tome.counts merges {n - counts[block]} of {n} patches in block {block}: "
-                    f"a matching merges at most {n // 2}"
-                )
+            raise BadInput(
+                f"tome.r must have one entry per block, {shape.depth} (got {len(r)})",
+                Code.MISMATCH,
+                name="r",
+                where="tome",
+                got=len(r),
+                expected=shape.depth,
+            )
+        check_mergeable(self.counts(params, shape), shape, self.name)
 
     def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
         if params.get("counts") is not None:
@@ -112,7 +117,7 @@ class ToMe(Method):
         return tuple(out)
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """The similarities: |A| * |B| * D in every block that merges."""
+        """Similarities: |A| * |B| * D in every block that merges."""
         total = 0
         for block, n in pruned_blocks(counts, shape):
             first = shape.prefix % 2

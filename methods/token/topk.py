@@ -1,5 +1,5 @@
-"""TopK: keeps the patches to which the class token attends most, as TRAM's published comparison
-defines it (the "TopK" rows of the table in TRAM's README), training-free.
+"""TopK: keeps the patches with the highest class attention, without training, as defined by TRAM's
+published comparison (the "TopK" rows of the table in its README).
 """
 
 from __future__ import annotations
@@ -11,18 +11,14 @@ from torch import Tensor
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.method import Paper
 from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import (
-    StagedMethod,
-    StagedReduction,
-    pruned_blocks,
-    staged_presets,
-)
+from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens
 
 
 class TopKReduction(StagedReduction):
-    """Score: the class row's maximum over heads, restricted to patches."""
+    """Score: the maximum of the class attention over heads."""
 
     def score(self, block: int, tokens: Tokens, attended: Attended) -> Tensor:
         return attended.class_row()[..., tokens.prefix :].amax(dim=1)
@@ -30,7 +26,7 @@ class TopKReduction(StagedReduction):
 
 @register
 class TopK(StagedMethod):
-    """Score `max_h a_j^h`; each prune layer keeps the `int(n * keep_rate)` highest."""
+    """Each prune layer keeps the `int(n * keep_rate)` patches with the highest `max_h a_j^h`."""
 
     name = "topk"
     summary = "keep the patches with the highest class attention (maximum over heads)"

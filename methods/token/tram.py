@@ -1,7 +1,7 @@
 """TRAM (Marchetti, Traini, Ursino and Virgili, "Efficient token pruning in Vision Transformers
-using an attention-based Multilayer Network", Expert Systems with Applications 279, 2025): patches
-are the nodes, one layer of the network a block, and a patch counts by the attention that well
-attended patches pay it, summed over the blocks so far.
+using an attention-based Multilayer Network", Expert Systems with Applications 279, 2025): a network
+with the patches as nodes and a layer per block. A patch scores by the attention that it gets from
+patches that get much attention, summed over the blocks so far.
 """
 
 from __future__ import annotations
@@ -15,20 +15,17 @@ from torch import Tensor
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.method import Paper
 from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.schedules import pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import (
-    StagedMethod,
-    StagedReduction,
-    pruned_blocks,
-    staged_presets,
-)
+from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens
 
 
 def second_order_degree(peak: Tensor) -> Tensor:
-    """`c_j = sum_i d_i M_ij` with the in-degree `d_i = sum_k M_ki`. M [B, n, n] -> c [B, n].
+    """`c_j = sum_i d_i M_ij` [B, n] with the in-degree `d_i = sum_k M_ki`, for M [B, n, n].
 
-    In at least float32: c is of the order of n, where half precisions tell few values apart.
+    In at least float32, because c is of the order of n, where half precision has few distinct
+    values.
     """
     wide = torch.promote_types(peak.dtype, torch.float32)
     degree = peak.sum(dim=1, dtype=wide)
@@ -37,11 +34,11 @@ def second_order_degree(peak: Tensor) -> Tensor:
 
 class TramReduction(StagedReduction):
     """Score: `S_l = (l + 1) / L * c + S_(l-1)`, with M the maximum over heads of the attention
-    among patches; S follows the patches kept. After the last prune layer nobody reads it.
+    among patches. It is computed up to the last prune layer.
     """
 
     def __init__(self, counts: tuple[int, ...], last: int):
-        """last: the last block that reduces; -1 for none."""
+        """counts: patches left after each block. last: the last block that reduces; -1 for none."""
         super().__init__(counts)
         self.last = last
 
@@ -49,11 +46,11 @@ class TramReduction(StagedReduction):
         return block <= self.last
 
     def observe(self, block: int, tokens: Tokens, attended: Attended) -> Tensor | None:
-        """S [B, n], this block's share in it; None after the last prune layer."""
+        """S [B, n] including this block; None after the last prune layer."""
         if attended.peak is None:
             return None
         among = attended.peak[:, tokens.prefix :, tokens.prefix :]
-        # no autocast: it would take the product in half precision
+        # autocast would compute the product in half precision
         with torch.autocast(among.device.type, enabled=False):
             share = second_order_degree(among) * ((block + 1) / len(self.counts))
         before = tokens.per_patch.get("degree")
@@ -70,10 +67,10 @@ class TramReduction(StagedReduction):
 
 @register
 class Tram(StagedMethod):
-    """Each prune layer keeps the `int(n * keep_rate)` patches of highest S."""
+    """Each prune layer keeps the `int(n * keep_rate)` patches with the highest S."""
 
     name = "tram"
-    summary = "keep the patches that well attended patches attend to, summed over the blocks so far"
+    summary = "keep the patches that highly attended patches attend to, summed over blocks"
     paper = Paper(
         "Efficient token pruning in Vision Transformers using an attention-based Multilayer "
         "Network",
@@ -84,7 +81,7 @@ class Tram(StagedMethod):
     presets = staged_presets("TRAM's table")
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """n² for c in every block up to the last prune layer; the attention itself is shared."""
+        """n² for c in every block up to the last prune layer."""
         before = (shape.patches, *counts[:-1])
         return sum(n * n for n in before[: self._last(counts, shape) + 1])
 

@@ -101,7 +101,7 @@ def look(name: str) -> Entry:
     try:
         methods.check_supported(model)
     except methods.UnsupportedModel as error:
-        entry.refused = str(error).split(" cannot be pruned: its ")[1]
+        entry.refused = f"{error.details['part']} is {error.details['got']}"
         return entry
     shape = methods.model_shape(model)
     entry.gmacs = shape.macs(shape.dense_counts(), "mid-block") / 1e9
@@ -281,7 +281,7 @@ def report(entries: list[Entry]) -> Iterator[str]:
         if entry.refused:
             reasons[entry.refused.replace("timm.models.vision_transformer.", "")].append(entry.name)
     rows = [
-        (why.split(", accepted")[0], len(names), ", ".join(f"`{n}`" for n in names))
+        (why, len(names), ", ".join(f"`{n}`" for n in names))
         for why, names in sorted(reasons.items(), key=lambda reason: -len(reason[1]))
     ]
     yield from table(("refused: its", "entry points", "which"), rows)

@@ -128,13 +128,9 @@ CASES = [
     for label, params in settings.items()
 ]
 
-#: kinds of model that a method refuses, and what it says
+#: kinds of model that a method refuses, each with the part at fault
 REFUSED: dict[str, dict[str, str]] = {
-    "revit": {
-        "map": "its pooling by attention",
-        "map_class": "its pooling by attention",
-        "simple": "its positions are a table that does not train",
-    },
+    "revit": {"map": "embedding", "map_class": "embedding", "simple": "embedding"},
 }
 
 

@@ -27,7 +27,9 @@ from tests.methods.method_settings import (
     recorded,
 )
 from tests.methods.tiny_models import MODELS, dense, fresh, images
+from tests.refusals import refused
 from vitpareto import methods
+from vitpareto.methods import Code
 from vitpareto.methods.engine.reduction import Reduction
 
 
@@ -227,5 +229,6 @@ def test_settings_belong_to_registered_methods():
 )
 def test_unsupported_pairs_are_refused(case: Case, kind):
     model = dense(kind)
-    with pytest.raises(methods.UnsupportedModel, match=REFUSED[case.method][kind]):
+    part = REFUSED[case.method][kind]
+    with refused(Code.UNSUPPORTED, methods.UnsupportedModel, part=part):
         methods.prune(model, case.method, **case.params(methods.model_shape(model)))

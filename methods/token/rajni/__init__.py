@@ -1,7 +1,7 @@
-"""RAJNI, training-free pruning by centred values and class attention, its keep ratio set block by
-block from how sensitive the class token is (formulas as in RAJNI's published README and code).
+"""RAJNI: training-free pruning by class attention and centred values, with a keep ratio per block
+that follows from the sensitivity of the class token (formulas of RAJNI's README and code).
 
 The published code averages the decision over the batch and keeps the same patches in every image;
-here each image has its own. `budget="calibrated"` freezes the counts found on calibration images
-(static shapes, exportable); `budget="image"` lets every image decide, padded in a batch.
+here each image keeps its own. `budget="calibrated"` freezes the counts found on calibration images
+(fixed shapes, exportable). `budget="image"` decides per image and pads the batch.
 """

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput
+from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.forward import ReducedForward
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
 from vitpareto.methods.engine.parameters import Choice, Counts, Float, Int, Layers
 from vitpareto.methods.engine.registry import register
-from vitpareto.methods.engine.schedules import check_layers
+from vitpareto.methods.engine.schedules import check_layers, pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
-from vitpareto.methods.engine.staged import pruned_blocks
 from vitpareto.methods.engine.tokens import Tokens, keep, top_k
 from vitpareto.methods.token.rajni.reduction import RajniReduction
 from vitpareto.methods.token.rajni.scores import Reading, keep_ratio, ranking, read
@@ -24,28 +23,28 @@ from vitpareto.methods.token.rajni.scores import Reading, keep_ratio, ranking, r
 
 @register
 class Rajni(Method):
-    """Keeps the most important patches; how many follows from gamma and the class token."""
+    """Keeps the most important patches; their number follows from gamma and the class token."""
 
     name = "rajni"
-    summary = "keep patches by class attention x centred values; count from the class's sensitivity"
+    summary = "keep patches by class attention times centred values; counts from sensitivity"
     paper = Paper("RAJNI: training-free adaptive token pruning", "as published in RAJNI's README")
     site = "after-block"
     training = "calibration"
     parameters = (
         Float("gamma", "strength; 0 prunes nothing", low=0.0, high=10.0),
-        Int("min_tokens", "patches below which nothing is dropped", low=1, high=4096),
-        Choice("score", "standardized: published code; jacobian: the README's formula",
+        Int("min_tokens", "patches at or below which nothing is dropped", low=1, high=4096),
+        Choice("score", "standardized: published code; jacobian: formula of the README",
                default="standardized", choices=("standardized", "jacobian")),
-        Choice("budget", "calibrated: counts frozen on calibration images; image: each its own",
+        Choice("budget", "calibrated: counts frozen on calibration images; image: per image",
                default="calibrated", choices=("calibrated", "image")),
-        Layers("prune_layers", "blocks that take part; default: all", default=None),
-        Counts("counts", "what calibration found: the patches left after each block"),
+        Layers("prune_layers", "blocks that reduce; default: all", default=None),
+        Counts("counts", "outcome of calibration: patches left after each block"),
     )  # fmt: skip
     space = (
         Float("gamma", "strength", low=0.002, high=1.0, log=True),
-        Float("min_tokens_fraction", "floor, as a fraction of the patches", low=0.02, high=0.5,
+        Float("min_tokens_fraction", "min_tokens, as a fraction of the patches", low=0.02, high=0.5,
               log=True),
-        Choice("score", "", choices=("standardized", "jacobian")),
+        Choice("score", "importance score", choices=("standardized", "jacobian")),
         Float("last", "last block that prunes, as a fraction of the depth", low=0.25, high=1.0),
     )  # fmt: skip
     presets = tuple(
@@ -76,11 +75,22 @@ class Rajni(Method):
         check_layers(shape.depth, params.get("prune_layers") or (), self.name)
         if params.get("min_tokens") is not None and params["min_tokens"] > shape.patches:
             raise BadInput(
-                f"rajni.min_tokens is {params['min_tokens']}: the model has {shape.patches} patches"
+                f"rajni.min_tokens must be at most the model's {shape.patches} patches "
+                f"(got {params['min_tokens']})",
+                Code.OUT_OF_RANGE,
+                name="min_tokens",
+                where="rajni",
+                got=params["min_tokens"],
+                accepted=shape.patches,
             )
         if params["budget"] == "image" and params.get("counts") is not None:
-            raise BadInput("rajni.counts is for budget=calibrated: with budget=image each image "
-                           "finds its own")  # fmt: skip
+            raise BadInput(
+                "rajni.counts must not be given with budget=image, which finds them per image",
+                Code.CONFLICT,
+                name="counts",
+                where="rajni",
+                excludes=["budget=image"],
+            )
 
     def _layers(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
         layers = params.get("prune_layers")
@@ -95,7 +105,7 @@ class Rajni(Method):
     def bounds(
         self, params: dict[str, Any], shape: ModelShape
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Fewest: every block after the first drops to 4^-gamma of its patches; most: none does."""
+        """At least 4^-gamma of the patches in every block after the first; at most all."""
         known = self.counts(params, shape)
         if known is not None:
             return known, known
@@ -108,7 +118,7 @@ class Rajni(Method):
         return tuple(low), shape.dense_counts()
 
     def extra_macs(self, params: dict[str, Any], shape: ModelShape, counts: tuple[int, ...]) -> int:
-        """The class row wherever it is read: blocks that reduce, or all that could."""
+        """The class row where it is read: in blocks that reduce, or per image in all that may."""
         if params["budget"] == "calibrated":
             return sum(shape.row_macs(b, n) for b, n in pruned_blocks(counts, shape))
         before = (shape.patches, *counts[:-1])
@@ -133,21 +143,27 @@ class Rajni(Method):
         if self.counts(params, shape) is not None:
             return ""
         return (
-            "decides for every image how many patches it keeps: no program of fixed shape is that "
-            "model. Export one with budget=calibrated instead (the default: leave budget out, or "
-            "measure the same recipe with it)"
+            "decides the number of patches per image, which has no fixed shapes; export the same "
+            "recipe with budget=calibrated (the default) instead"
         )
 
     def calibrate(
         self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]
     ) -> dict[str, Any]:
-        """Block after block, earlier blocks already pruned at their frozen counts: rho and eta are
-        averaged over the calibration images, and the block's count follows and is frozen.
+        """The parameters with frozen counts.
+
+        Block by block, with earlier blocks pruned at their frozen counts, rho and eta are averaged
+        over the calibration images; the block's count follows from them.
         """
         vit = cast(ReducedForward, model)
         states = [vit.embed(batch) for part in images for batch in torch.split(part, 64)]
         if not states:
-            raise BadInput("rajni needs at least one calibration image, got none")
+            raise BadInput(
+                "calibration= must have at least one image (got none)",
+                Code.EMPTY,
+                name="calibration",
+                where="rajni",
+            )
         depth, n = len(vit.blocks), states[0].patches
         layers = params["prune_layers"]
         layers = tuple(range(depth)) if layers is None else layers

@@ -1,4 +1,4 @@
-"""RAJNI inside the forward: at counts frozen by calibration, or at each image's own."""
+"""RAJNI inside the forward: with counts frozen by calibration, or with counts per image."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from vitpareto.methods.token.rajni.scores import Reading, keep_ratio, ranking, r
 
 
 class RajniReduction(Reduction):
-    """counts: frozen patches after each block, or None: each image finds its own at `layers`.
+    """Keeps the most important patches after the blocks that reduce.
 
-    Figures of a trace: rho, eta and keep_ratio [B], an image's the same in every batch. Where
-    counts are frozen: at the blocks that drop, keep_ratio as the counts have it. Otherwise at every
-    one of `layers`: what the image asks for, before `min_tokens` and rounding, and NaN once it has
-    no more than `min_tokens` patches, where nothing is read of it any more.
+    Figures of a trace are rho, eta and keep_ratio [B], independent of the batch. With frozen counts
+    they exist at the blocks that drop, and keep_ratio is that of the counts. Otherwise they exist
+    at every prune layer, keep_ratio is the image's before `min_tokens` and rounding, and all are
+    NaN once the image has at most `min_tokens` patches.
+
+    Args:
+        score: "standardized" or "jacobian".
+        counts: patches left after each block, frozen by calibration; None: each image decides.
+        gamma, min_tokens, layers: strength, smallest number of patches and prune layers, if each
+            image decides.
     """
 
     site = "after-block"
@@ -70,10 +76,10 @@ class RajniReduction(Reduction):
         tokens = replace(
             tokens,
             per_image={**tokens.per_image, "eta": eta},
-            # of an image that takes no part any more nothing would be read were it alone
+            # alone, an image that takes no part any more would have no figures
             figures={k: v.masked_fill(~active, float("nan")) for k, v in figures.items()},
         )
-        # at least float32: n times 1 must be n in every dtype of the model
+        # at least float32, so that n times 1 is n for every dtype of the model
         exact = torch.promote_types(ratio.dtype, torch.float32)
         wanted = (n.to(exact) * ratio.to(exact)).to(torch.int64).clamp(min=self.min_tokens)
         wanted = torch.where(active, torch.minimum(wanted, n), n)

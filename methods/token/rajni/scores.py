@@ -13,7 +13,13 @@ from vitpareto.methods.engine.tokens import Tokens
 
 @dataclass(frozen=True)
 class Reading:
-    """What RAJNI reads off one block: rho [B], eta [B], importance [B, n] (0 for padding)."""
+    """RAJNI's quantities in one block.
+
+    Attributes:
+        rho: sensitivity [B].
+        eta: mass [B], the sum of the importance.
+        importance: [B, n], 0 for padding.
+    """
 
     rho: Tensor
     eta: Tensor
@@ -21,10 +27,10 @@ class Reading:
 
 
 def read(tokens: Tokens, attended: Attended, score: str) -> Reading:
-    """Sensitivity rho, mass eta and the patches' importance, from one block's attention and values.
+    """Sensitivity, mass and importance from one block's attention and values.
 
-    Without a class token the patch queries stand in for it: rho is 1 + the mean over them of
-    self-attention times value norm.
+    score: "standardized" or "jacobian". Without a class token, rho is 1 + the mean over the patch
+    queries of self-attention times value norm.
     """
     prefix, valid = tokens.prefix, tokens.valid
     value = attended.v.mean(dim=1)
@@ -76,11 +82,12 @@ def keep_ratio(rho: Tensor, eta: Tensor, before: Tensor, gamma: float) -> Tensor
 
 
 def ranking(importance: Tensor) -> Tensor:
-    """Importance with its zeros (about half, from the relu) ordered by position, lowest first.
+    """Importance [B, n] with its zeros (about half, from the relu) replaced by distinct negative
+    values in order of position.
 
-    Every runtime and every padding then picks the same patches; a plain top-k breaks ties at will.
+    A top-k breaks ties arbitrarily; without ties every runtime picks the same patches.
     """
-    # at least float32: bfloat16 has no whole numbers of its own above 256
+    # at least float32: bfloat16 does not hold every integer above 256
     importance = importance.to(torch.promote_types(importance.dtype, torch.float32))
-    place = torch.arange(importance.shape[1], device=importance.device, dtype=importance.dtype)
-    return torch.where(importance > 0, importance, -(place + 1))
+    position = torch.arange(importance.shape[1], device=importance.device, dtype=importance.dtype)
+    return torch.where(importance > 0, importance, -(position + 1))

@@ -63,7 +63,7 @@ def test_weights_are_text_however_they_look(digest, quote):
 
 @pytest.mark.parametrize("wrong", ["12", "'0123456789ABCDEF'", "[1]", "0.5", "x" * 16])
 def test_weights_are_named_by_their_digest(wrong):
-    with pytest.raises(methods.BadInput, match="recipe.weights is .*: accepted are the 16 hex"):
+    with refused(Code.WRONG_TYPE, name="weights", where="recipe"):
         Recipe.from_yaml(f"weights: {wrong}")
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.refusals import refused
+from vitpareto.methods import Code
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.schedules import scale_layers, staged_counts
 from vitpareto.methods.engine.tokens import Tokens, keep, keep_padded, top_k
@@ -235,9 +236,9 @@ def test_schedules():
         *(196,) * 3, *(147,) * 3, *(110,) * 3, *(82,) * 3,
     )  # fmt: skip
     assert staged_counts(4, 10, (), (), "m") == (10,) * 4
-    with pytest.raises(BadInput, match=r"m leaves no patch after block 1 \(3 patches"):
+    with refused(Code.EMPTY, where="m", block=1):
         staged_counts(4, 3, (0, 1), (0.5, 0.5), "m")
-    with pytest.raises(BadInput, match=r"names block 4: the model's blocks are 0 to 3"):
+    with refused(Code.OUT_OF_RANGE, name="prune_layers", where="m", got=4, accepted=3):
         staged_counts(4, 9, (1, 4), (0.5, 0.5), "m")
     assert scale_layers(12, 0.25, 3, 0.25) == (3, 6, 9)
     assert scale_layers(24, 0.25, 3, 0.25) == (6, 12, 18)

@@ -10,8 +10,9 @@ from torch import Tensor
 from tests.methods.method_settings import CASES, pruned, recorded
 from tests.methods.tiny_models import MODELS, dense, images
 from tests.methods.token.test_ats import first_share
+from tests.refusals import refused
 from vitpareto import methods
-from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods import Recipe
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.tokens import Tokens, keep
 from vitpareto.methods.token.ppt import merge_or_keep
@@ -130,20 +131,19 @@ def test_the_exported_program_has_the_same_logits(kind):
 
 
 @pytest.mark.parametrize(
-    "params, said",
+    "params, code, details",
     [
-        ({}, "ppt needs r: a whole number, 0 <= r"),
-        ({"r": -1}, "ppt.r is -1: accepted is a whole number"),
-        ({"r": 2, "prune_layers": [4]}, "ppt.prune_layers names block 4: the model's blocks are 0"),
-        ({"r": 2, "threshold": -1}, "ppt.threshold is -1: accepted is a number, 0 <= threshold"),
-        ({"r": 2, "threshold": float("nan")}, "ppt.threshold is nan: accepted is"),
-        ({"r": 2, "counts": [9] * 4}, "ppt takes counts or r and prune_layers, not both"),
-        ({"counts": [9] * 4, "prune_layers": [1]}, "ppt takes counts or r and prune_layers"),
-        ({"counts": [7] * 4}, "ppt.counts takes 9 of 16 patches in block 0: a matching merges at "
-         "most 8"),
-        ({"counts": [9] * 3}, "ppt.counts has 3 entries: the model has 4 blocks"),
+        ({}, "missing", {"name": "r"}),
+        ({"r": -1}, "out-of-range", {"name": "r", "got": -1}),
+        ({"r": 2, "prune_layers": [4]}, "out-of-range", {"name": "prune_layers", "got": 4}),
+        ({"r": 2, "threshold": -1}, "out-of-range", {"name": "threshold", "got": -1}),
+        ({"r": 2, "threshold": float("nan")}, "wrong-type", {"name": "threshold"}),
+        ({"r": 2, "counts": [9] * 4}, "conflict", {"name": "counts"}),
+        ({"counts": [9] * 4, "prune_layers": [1]}, "conflict", {"name": "counts"}),
+        ({"counts": [7] * 4}, "out-of-range", {"block": 0, "got": 9, "accepted": 8}),
+        ({"counts": [9] * 3}, "mismatch", {"name": "counts", "got": 3, "expected": 4}),
     ],
-)  # fmt: skip
-def test_refused(params, said):
-    with pytest.raises(BadInput, match=said):
+)
+def test_impossible_settings_are_refused(params, code, details):
+    with refused(code, where="ppt", **details):
         methods.prune(dense("class"), "ppt", **params)

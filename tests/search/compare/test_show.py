@@ -160,5 +160,5 @@ def test_bad_input_is_named(cache: Path, files: list[Path], tmp_path: Path) -> N
     for given, images, expected in cases:
         with pytest.raises(UserError, match=expected):
             trace_images(TraceRequest(TOPK), given, images=images, cache=cache)
-    with pytest.raises(BadInput, match="names block 12"):
+    with pytest.raises(BadInput, match="prune_layers must be block indices"):
         trace_images(TraceRequest(Recipe.of("topk", keep_rate=0.5, prune_layers=[12])), cache=cache)

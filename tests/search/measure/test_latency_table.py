@@ -15,8 +15,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from tests.refusals import refused
 from tests.search.small import vit
+from vitpareto.methods.slicing.greedy import plan
 from vitpareto.methods.slicing.importance import magnitudes
-from vitpareto.methods.slicing.plan import least, plan
+from vitpareto.methods.slicing.plan import least
 from vitpareto.methods.slicing.sliced_model import BlockWidths, Widths, model_widths
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.block_timing import measure_latency_table, points_of

@@ -248,19 +248,19 @@ def test_one_choice_needs_no_list() -> None:
         (("tome",), {}, {"tome.inflexion": 0}, "fixed: tome has no searched parameter 'inflexion': "
          "did you mean 'inflection'?"),
         (("tome",), {"tome": [0, 1]}, {}, "tome has no searched parameter ''"),
-        (("topk",), {"topk.keep_rate": [0.1, 0.9]}, {}, "space: topk.keep_rate is 0.1: accepted is "
-         "a number, 0.2 <= keep_rate <= 0.95"),
-        (("topk",), {"topk.keep_rate": [0.5, 1.5]}, {}, "space: topk.keep_rate is 1.5"),
+        (("topk",), {"topk.keep_rate": [0.1, 0.9]}, {}, "space: topk.keep_rate must be a number in "
+         "[0.2, 0.95] (got 0.1)"),
+        (("topk",), {"topk.keep_rate": [0.5, 1.5]}, {}, "[0.2, 0.95] (got 1.5)"),
         (("topk",), {"topk.keep_rate": [0.9, 0.5]}, {}, "keep_rate is [0.9, 0.5]: low is above"),
         (("topk",), {"topk.keep_rate": 0.5}, {}, "topk.keep_rate is 0.5: accepted is [low, high]"),
         (("topk",), {"topk.keep_rate": [0.5]}, {}, "accepted is [low, high]"),
-        (("topk",), {"topk.keep_rate": ["a", "b"]}, {}, "space: topk.keep_rate is 'a'"),
-        (("topk",), {"topk.stages": [1, 2.5]}, {}, "space: topk.stages is 2.5"),
-        (("rajni",), {"rajni.score": ["jacobean"]}, {}, "'jacobean': did you mean 'jacobian'?"),
+        (("topk",), {"topk.keep_rate": ["a", "b"]}, {}, "[0.2, 0.95] (got 'a')"),
+        (("topk",), {"topk.stages": [1, 2.5]}, {}, "(got 2.5)"),
+        (("rajni",), {"rajni.score": ["jacobean"]}, {}, "'jacobean'): did you mean 'jacobian'?"),
         (("rajni",), {"rajni.score": []}, {}, "space: rajni.score is []"),
-        (("topk",), {}, {"topk.keep_rate": 1.0}, "fixed: topk.keep_rate is 1.0"),
-        (("topk",), {}, {"topk.stages": "3"}, "fixed: topk.stages is '3'"),
-        (("topk",), {"topk.stages": [1, 2]}, {"topk.stages": 3}, "fixed: topk.stages is 3"),
+        (("topk",), {}, {"topk.keep_rate": 1.0}, "[0.2, 0.95] (got 1.0)"),
+        (("topk",), {}, {"topk.stages": "3"}, "[1, 4] (got '3')"),
+        (("topk",), {"topk.stages": [1, 2]}, {"topk.stages": 3}, "[1, 2] (got 3)"),
         (("topk",), {}, {"structure": "resize"}, "fixed: structure is 'resize'; known: none"),
         (("topk", "resize"), {"structure": ["rezise"]}, {}, "'rezise': did you mean 'resize'?"),
         (("topk", "resize"), {"structure": []}, {}, "space: structure is []: accepted are none, "
