@@ -107,7 +107,7 @@ def explorer_study(
     results = [r for r in measured(folder) if r.state in ("finished", "raced_out")]
     axes, job = objectives_named(folder.objectives), folder.job()
     dense, front = reference_of(results), front_of(results, axes)
-    knee, latencies = knee_of(front, axes, dense), folder.latencies()
+    knee, latencies = knee_of(front, axes, dense), folder.latencies.read()
     stopped_early = sum(r.state == "raced_out" for r in results)
     model = str(job.get("model"))
     return ExplorerStudy(

@@ -119,7 +119,7 @@ def _comparability(folders: Sequence[StudyFolder]) -> str:
             ("data_fingerprint", "images"),
             ("dtype", "dtypes"),
         )
-        if len({json.dumps(f.identity().get(key), sort_keys=True) for f in folders}) > 1
+        if len({json.dumps(f.identity.read().get(key), sort_keys=True) for f in folders}) > 1
     ]
     names = ", ".join(f.name for f in folders)
     if different:

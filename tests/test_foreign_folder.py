@@ -173,7 +173,7 @@ vitpareto.prune(model, "tome", r=13)
 prepared = run.prepare(SearchConfig.of(JOB))
 with local_cluster() as capacity:
     folder, _ = run.search(prepared, cpus=capacity.cpus, gpus=capacity.gpus)
-print([r.values["top1"] for r in sorted(folder.results(), key=lambda r: r.trial)])
+print([r.values["top1"] for r in sorted(folder.trials.all(), key=lambda r: r.trial)])
 """
 
 

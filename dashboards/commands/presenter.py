@@ -117,7 +117,7 @@ def _front_title(folder: StudyFolder, rows: Sequence[FrontRow]) -> str:
         notes.append(f"{images} held-out images; 95 %, all: holds for all certified trials at once")
     if target := next((r.latency_target for r in rows if r.latency_target), None):
         notes.append(f"ms: {target.device}, {target.dtype}, batch {target.batch}")
-    kind, recovery = "front", folder.recovery()
+    kind, recovery = "front", folder.recovery.settings()
     if rows[0].recovered and recovery is not None:
         kind = "recovered front"
         notes.append(f"epochs {recovery['epochs']}, {recovery['distill']} distillation")

@@ -20,7 +20,8 @@ from vitpareto.search.commands.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from vitpareto.methods import Recipe
-    from vitpareto.search.study.results import Latency, TrialResult
+    from vitpareto.search.measure.latency import Latency
+    from vitpareto.search.study.results import TrialResult
 
 #: job keys that decide what is measured; a trial's are its study's unless options override them
 KEYS = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",

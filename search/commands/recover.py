@@ -62,7 +62,7 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
                     cpus=capacity.cpus, gpus=capacity.gpus, on_result=_log_recovered, report=log
                 )
         finally:  # also after an interruption: what was recovered until then
-            if folder.recovered():
+            if folder.recovery.results():
                 _show(folder, presenter)
 
 

@@ -51,7 +51,7 @@ class TraceRequest:
     @classmethod
     def of_trial(cls, folder: StudyFolder, number: int) -> TraceRequest:
         """A trial of a study. UserError: there is none of that number, or it was not measured."""
-        results = folder.results()
+        results = folder.trials.all()
         result = next((r for r in results if r.trial == number), None)
         if result is None:
             span = f"{results[0].trial} to {results[-1].trial}" if results else "none yet"
@@ -60,7 +60,7 @@ class TraceRequest:
             raise UserError(f"trial {number} of {folder.name} is {result.state}: {result.reason}")
         job = SearchConfig.of({**folder.job(), "store": folder.store})
         recipe = Recipe.from_dict(result.resolved or result.recipe)
-        known = str(folder.identity()["model_fingerprint"])
+        known = str(folder.identity.read()["model_fingerprint"])
         trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)
         return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)
 

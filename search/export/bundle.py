@@ -173,7 +173,7 @@ class Candidate:
         job = SearchConfig.of({**folder.job(), "store": folder.store, "cache": cache or None})
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         dense = load_model(job.model, folder.weights)
-        known = folder.identity()
+        known = folder.identity.read()
         if fingerprint(dense) != known["model_fingerprint"]:
             raise UserError(
                 f"study {folder.name} measured a model with fingerprint "
@@ -414,8 +414,8 @@ def _result(
         for name in ("vitpareto", "torch", "timm", "onnx", "onnxscript", "onnxruntime")
     }
     values = result.values
-    timed = folder.latencies().get(result.trial) or result.timed
-    dense = reference_of(folder.results())
+    timed = folder.latencies.read().get(result.trial) or result.timed
+    dense = reference_of(folder.trials.all())
     return {
         "schema": SCHEMA,
         "model": made.get("model", folder.job().get("model")),

@@ -67,13 +67,13 @@ class Record:
 
 def measured(folder: StudyFolder, recovered: bool = False) -> list[TrialResult]:
     """A study's results (`StudyFolder.measured`), or its recovered ones, with certificates."""
-    results = folder.recovered() if recovered else folder.measured()
-    record = folder.certification(recovered)
+    results = folder.recovery.results() if recovered else folder.measured()
+    record = folder.certification(recovered).read()
     if record is None:
         return results
     # what recovered trials are compared with is the dense model as it came
-    dense = next((r for r in folder.certified() if r.is_reference), None)
-    return attach(results, Record.of(record), folder.certified(recovered), dense)
+    dense = next((r for r in folder.certification().results() if r.is_reference), None)
+    return attach(results, Record.of(record), folder.certification(recovered).results(), dense)
 
 
 def attach(

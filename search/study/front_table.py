@@ -104,7 +104,7 @@ class FrontRow:
 def study_front_rows(folder: StudyFolder) -> list[FrontRow]:
     """The rows of a study's front, followed by those of the recovered front if there is one."""
     results, recovered = measured(folder), measured(folder, recovered=True)
-    objectives, latencies = folder.objectives, folder.latencies()
+    objectives, latencies = folder.objectives, folder.latencies.read()
     rows = front_rows(results, latencies, objectives)
     return rows + (front_rows(recovered, latencies, objectives, results) if recovered else [])
 

@@ -36,9 +36,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 def running_trials(folder: StudyFolder) -> list[TrialResult]:
     """Return the trials that a live driver has started and that have no result. Read-only."""
-    if not folder.running:
+    if not folder.lock.is_held:
         return []
-    done = {r.trial for r in folder.results()}
+    done = {r.trial for r in folder.trials.all()}
     return [
         TrialResult(t.number, "running", t.user_attrs["recipe"], str(t.user_attrs["key"]))
         for t in frozen_trials(folder)

@@ -1,41 +1,52 @@
-"""What is known about a trial, and the one table of objectives with their units and directions.
+"""The records of what is known about a trial.
 
-Data only: nothing here measures, reads or writes anything.
+Data only: it may not measure, read or write anything.
 """
 
 from __future__ import annotations
 
 import base64
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from vitpareto.methods import Recipe
+from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.measure.latency import Latency
 
 TrialState = Literal["finished", "raced_out", "failed", "running"]
 
 
 def pack_bits(correct: np.ndarray) -> str:
-    """Per-image correctness, bool [M], as base64 text: one bit an image, first image first."""
+    """Return per-image correctness, bool [M], as base64 text: one bit per image, in order."""
     return base64.b64encode(np.packbits(np.asarray(correct, dtype=bool)).tobytes()).decode("ascii")
 
 
 def unpack_bits(text: str, images: int) -> np.ndarray:
-    """The inverse of `pack_bits`: bool [images]."""
+    """Return bool [images], the inverse of `pack_bits`."""
     raw = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
     if (images + 7) // 8 != len(raw):
-        raise ValueError(f"{len(raw)} bytes do not hold the correctness of {images} images")
+        raise BadInput(
+            f"the correctness of {images} images must have {(images + 7) // 8} bytes (got "
+            f"{len(raw)})",
+            Code.MISMATCH, images=images, got=len(raw),
+        )  # fmt: skip
     return np.unpackbits(raw, count=images).astype(bool)
 
 
 @dataclass(frozen=True)
 class WorstClass:
-    """The class that lost most against the dense model: `drop` in points, of so many `images`.
+    """The class with the largest loss of accuracy against the dense model.
 
-    `beyond_noise`: such a loss in any class at all would be a surprise (5 %) if none had any.
+    Attributes:
+        name: of the class.
+        drop: loss in points.
+        images: number of images of the class.
+        beyond_noise: whether such a loss in any class has a probability of 5 % at most if no class
+            lost accuracy.
     """
 
     name: str
@@ -46,12 +57,18 @@ class WorstClass:
 
 @dataclass(frozen=True)
 class Certified:
-    """A trial on the held-out images, which no decision was made by.
+    """A trial's accuracy on the held-out images, which no decision depends on.
 
-    `low`, `high` (percent) hold for all certified trials of the study at once, with 95 %; so do
-    `change_low`, `change_high` (points), of the paired difference from the dense model. `lost` are
-    the images that the dense model has right and the trial wrong, `gained` the other way round;
-    `bits` as in `TrialResult`. None, and 0, where the dense model itself is the trial.
+    Attributes:
+        images: number of held-out images.
+        bits: their correctness, as `pack_bits` returns it.
+        top1, low, high: accuracy and its interval in percent. The intervals hold for all certified
+            trials of the study at once, with 95 %.
+        change, change_low, change_high: paired difference from the dense model and its interval,
+            in points, likewise; None for the dense model.
+        lost: images that the dense model alone has right.
+        gained: images that the trial alone has right.
+        worst: the class with the largest loss; None for the dense model.
     """
 
     images: int
@@ -71,13 +88,23 @@ class Certified:
 class TrialResult:
     """One recipe measured, or the reason why it was not.
 
-    `values` holds the objectives by name (top1 and top5 in percent, gmacs in G, params_m in M,
-    peak_mb in MB); `images` is how many search images were seen, `bits` their correctness
-    (`pack_bits`). `resolved` is the recipe with everything that was calibrated written into it,
-    so that it rebuilds without calibration images. `latency` is a `Latency` as a dict, where it was
-    an objective. `seconds` is how long it took, `ended_ms` when it was there, in ms since 1970.
-    `certified` is put in when a study is read (`search.study.certificates`): a result's file has
-    none.
+    Attributes:
+        trial: number of the trial.
+        state: "finished" if all search images were seen, "raced_out" if it was stopped early.
+        recipe: as proposed (`Recipe.to_dict`).
+        key: of the recipe as measured (`Recipe.key`).
+        values: objectives by name, in the units of `objectives.OBJECTIVES`.
+        resolved: the recipe with calibrated settings written into it, so that it rebuilds without
+            calibration images.
+        images: number of search images seen.
+        bits: their correctness, as `pack_bits` returns it.
+        top1_low, top1_high: 95 % interval of top-1, in percent.
+        seconds: duration of the measurement.
+        reason: why the trial was not measured, or not in full; else "".
+        provenance: what made the result: versions, model, data, seed, device.
+        latency: a `Latency` as a dict, if it was an objective.
+        ended_ms: end of the measurement, in ms since 1970.
+        certified: added when a study is read (`certificates.measured`); not in result files.
     """
 
     trial: int
@@ -97,22 +124,32 @@ class TrialResult:
     ended_ms: int = field(default_factory=lambda: int(1e3 * time.time()))
     certified: Certified | None = None
 
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TrialResult:
+        """Return the result of a file's JSON."""
+        return cls(**stored)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result for a file."""
+        return asdict(self)
+
     @property
     def begun_ms(self) -> int:
-        """When it was begun, in ms since 1970."""
+        """Start of the measurement, in ms since 1970."""
         return self.ended_ms - int(1e3 * self.seconds)
 
     @property
     def timed(self) -> Latency | None:
-        """The latency that was measured as an objective, in full."""
+        """The latency that was measured as an objective."""
         return None if self.latency is None else Latency.from_json(self.latency)
 
     @property
     def method(self) -> str:
-        """The methods' names, the structural one first: `topk`, `nvit+topk`; or "dense"."""
+        """The methods' names, the structural one first, such as `nvit+topk`; or "dense"."""
         parts = (self.recipe.get(part) for part in ("structure", "tokens"))
         return "+".join(str(part["method"]) for part in parts if part) or Recipe().method
 
     @property
     def is_reference(self) -> bool:
+        """Whether this is the dense model."""
         return self.method == Recipe().method

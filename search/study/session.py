@@ -129,7 +129,7 @@ class StudySession:
 
     def _continue(self) -> None:
         """Bring Optuna to the state of the folder, and retry the trials that were interrupted."""
-        results = {r.trial: r for r in self.folder.results()}
+        results = {r.trial: r for r in self.folder.trials.all()}
         self.trials.restore(results)
         past = self.trials.frozen()
         # another seed after a restart, so that the sampler does not repeat its draws
@@ -216,7 +216,7 @@ class StudySession:
             stopped = self.early_stopping.on_rung(proposal.number, proposal.recipe, report)
             if stopped is None:
                 return True
-            self.folder.write(stopped)
+            self.folder.trials.write(stopped)
             shutil.rmtree(self.folder.training(proposal.key), ignore_errors=True)
             return False
         except Exception:
@@ -243,7 +243,7 @@ class StudySession:
                           proposal.number)  # fmt: skip
 
     def _complete(self, proposal: Proposal, violation: float | None, worker_died: bool) -> None:
-        result = self.folder.result(proposal.number)
+        result = self.folder.trials.get(proposal.number)
         if result is not None:
             self._remember(result)
             self.trials.tell(proposal.number, result)
@@ -266,7 +266,7 @@ class StudySession:
 
     def _save_failed(self, result: TrialResult | None) -> TrialResult | None:
         if result is not None:
-            self.folder.write(result)
+            self.folder.trials.write(result)
             self._remember(result)
         return result
 

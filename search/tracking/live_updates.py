@@ -35,7 +35,7 @@ class LiveUpdates:
 
         newest: whether no later entry is pending. Only then the front is updated.
         """
-        result = self.folder.result(entry.trial)
+        result = self.folder.trials.get(entry.trial)
         if result is None:
             return  # the file was deleted: the trial is no longer part of the study
         if entry.trial not in self.runs.runs:  # else reconciling has created it
@@ -53,7 +53,7 @@ class LiveUpdates:
         stored = self.runs.on_front()
         left = stored - front
         if left:
-            ranks = ranks_of(self.folder.results(), self.folder.objectives)
+            ranks = ranks_of(self.folder.trials.all(), self.folder.objectives)
             for trial in sorted(left):
                 # `ranks` may be newer than `front`, but what left the front cannot return
                 rank = max(1, ranks.get(trial, 1))

@@ -50,7 +50,7 @@ class TrackingState:
 def set_ended(folder: StudyFolder, reason: str) -> None:
     """Store why the search ended; an empty reason for a search that runs or was interrupted."""
     stored = TrackingState.read(folder)
-    state = replace(stored, ended=reason, trials=folder.durable_trials() if reason else 0)
+    state = replace(stored, ended=reason, trials=folder.trials.count() if reason else 0)
     if state != stored:
         state.write(folder)
 

@@ -63,7 +63,7 @@ def _params(folder: StudyFolder) -> dict[str, str]:
     """What the results of the study depend on."""
     params = {
         k: (v if isinstance(v, str) else json.dumps(v))[:MAX_PARAM_CHARS]
-        for k, v in folder.identity().items()
+        for k, v in folder.identity.read().items()
         if v is not None and v != {}
     }
     job = folder.job()

@@ -33,7 +33,7 @@ def sync(folder: StudyFolder, uri: str | None = None, page: StudyPage | None = N
     try:
         with sender_lock(folder, LOCK_TIMEOUT_S):
             # no process sends now, and none would end a run that was left RUNNING
-            ended = "" if folder.running else _why_ended(folder)
+            ended = "" if folder.lock.is_held else _why_ended(folder)
             report = reconcile(connect(folder, server), folder, ended=ended, page=page)
             clear_outbox(folder, shown_uri(server))
             return report
@@ -51,7 +51,7 @@ def sync(folder: StudyFolder, uri: str | None = None, page: StudyPage | None = N
 
 def _why_ended(folder: StudyFolder) -> str:
     """Why the last search ended; empty if it was interrupted."""
-    state, trials = TrackingState.read(folder), folder.durable_trials()
+    state, trials = TrackingState.read(folder), folder.trials.count()
     if state.trials == trials:
         return state.ended
     # a later search was not tracked, and has stored no reason

@@ -61,11 +61,11 @@ def certify_front(
     Returns the trials that could not be measured, with the reason; the next call retries them.
     Raises what decoding raises.
     """
-    results = folder.recovered() if recovered else folder.results()
+    results = folder.recovery.results() if recovered else folder.trials.all()
     members = members_of(results, objectives)
     if not members:
         return {}
-    if recovered and not any(r.is_reference for r in folder.certified()):
+    if recovered and not any(r.is_reference for r in folder.certification().results()):
         report("the recovered front is not certified: the study's dense model is not certified")
         return {}
     held_out = data.split("held-out")
@@ -79,7 +79,7 @@ def certify_front(
             "to measure all of them again"
         )
         return {}
-    certified = {r.trial for r in folder.certified(recovered)}
+    certified = {r.trial for r in folder.certification(recovered).results()}
     pending = [r for r in members if r.trial not in certified]
     if not pending:
         return {}
@@ -121,7 +121,7 @@ def _record_members(
     """Add new members to the record of what is certified, before any of them is measured: the error
     that each interval may have depends on it. False if the record is of other images.
     """
-    plain = folder.certification(recovered)
+    plain = folder.certification(recovered).read()
     if plain is None:
         record = Record(held_out.fingerprint, tuple(classes), held_out.labels)
     else:
@@ -131,7 +131,7 @@ def _record_members(
     known = {trial for trials in record.rounds for trial in trials}
     if new := tuple(r.trial for r in members if r.trial not in known):
         record = replace(record, rounds=(*record.rounds, new))
-        folder.write_certification(record.plain(), recovered)
+        folder.certification(recovered).write(record.plain())
     return True
 
 
@@ -140,7 +140,7 @@ def _certify(task: TrialTask, result: TrialResult, recovered: bool = False) -> N
     worker = Worker.open(task)
     model = worker.build(Recipe.from_dict(result.resolved or result.recipe))
     measured = measure_model(worker, result.trial, model, {"split": task.images.search.name})
-    task.study.folder.write_certified(replace(measured, recipe=result.recipe), recovered)
+    task.study.folder.certification(recovered).write_result(replace(measured, recipe=result.recipe))
 
 
 def _certify_recovered(task: TrialTask, result: TrialResult) -> None:

@@ -29,8 +29,8 @@ def measure_front_latency(
     timer: measures on the job's `latency_on` target; None means a whole node of those that trials
     run on.
     """
-    known = folder.latencies()
-    front = front_of(folder.results(), [OBJECTIVES[o] for o in objectives])
+    known = folder.latencies.read()
+    front = front_of(folder.trials.all(), [OBJECTIVES[o] for o in objectives])
     members = [
         (r.trial, Recipe.from_dict(r.resolved or r.recipe))
         for r in front
@@ -50,7 +50,7 @@ def measure_front_latency(
             _measure, alone, members, device=task.execution.device, nodes=live_nodes()
         )
     known = {**known, **measured}
-    folder.write_latencies(known)
+    folder.latencies.write(known)
     return known
 
 

@@ -181,7 +181,7 @@ def check_job(
     check_window(space, job.window, model.reshape)
     for split in ("search", "calibration", *(("train",) if job.trained else ())):
         data.split(split)  # decodes it, and refuses it if too many images are corrupt
-    folder.check(job.identity)
+    folder.identity.check(job.identity)
     folder.create()
     return job
 

@@ -101,7 +101,7 @@ def run_rungs(worker: Worker, trial: int, recipe: Recipe) -> Iterator[RungReport
         yield replace(candidate.outside(trial, values), recipe=proposed)
         return
     # calibration can resolve two settings to the same candidate, which is measured once
-    known = task.study.folder.known(candidate.key)
+    known = task.study.folder.trials.by_key(candidate.key)
     if known is not None:
         yield TrialResult(
             trial=trial,
@@ -189,7 +189,7 @@ class _Measurement:
 
     def measure_latency(self) -> None:
         self.latency = self.worker.measure_latency(self.candidate.model)
-        reference = self.task.study.folder.result(0)
+        reference = self.task.study.folder.trials.get(0)
         milliseconds = drift_free_ms(self.latency, reference)
         self.values["latency_ms"] = milliseconds
         self.values["images_per_s"] = 1e3 * self.task.latency.batch / milliseconds

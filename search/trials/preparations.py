@@ -127,11 +127,11 @@ def record_preparations(study: StudyFolder, prepared: Iterable[CachedPreparation
             for digest in record.outcome.digests:
                 study.artifacts.adopt(digest, preparation.artifacts)
         records.append(before.get(record.key, record))
-    study.write_preparations([record.to_json() for record in records])
+    study.preparations.write([record.to_json() for record in records])
 
 
 def recorded(study: StudyFolder) -> list[PreparationRecord]:
-    return [PreparationRecord.from_json(entry) for entry in study.preparations()]
+    return [PreparationRecord.from_json(entry) for entry in study.preparations.read()]
 
 
 def structural_outcomes(study: StudyFolder) -> dict[str, PreparationOutcome]:

@@ -88,7 +88,7 @@ class Recovery:
         stored = {**folder.job(), "store": folder.store, "cache": cache or None}
         config = SearchConfig.of(stored if workers is None else {**stored, "workers": workers})
         selected = select_trials(folder, config.objectives, trials)
-        started = folder.recovery() or {}
+        started = folder.recovery.settings() or {}
         settings = TrainingSettings(
             epochs=epochs,
             lr=started.get("lr", config.lr) if lr is None else lr,
@@ -96,10 +96,10 @@ class Recovery:
             seed=config.seed,
         )
         job = check_job(config, decode, nodes=nodes)
-        folder.settle_recovery(
+        folder.recovery.settle(
             {**settings.to_json(), "train_fingerprint": job.data.split("train").fingerprint}
         )
-        recovered = {r.trial for r in folder.recovered()}
+        recovered = {r.trial for r in folder.recovery.results()}
         pending = tuple(r for r in selected if r.trial not in recovered)
         return cls(folder, job, settings, pending)
 
@@ -123,7 +123,7 @@ class Recovery:
         config = self.job.config
         resources = TrialResources.of(config, self.job.device, cpus, gpus, live_nodes())
         failed: dict[int, str] = {}
-        with self.folder.locked():
+        with self.folder.lock.hold():
             task = worker_task(self.job, resources)
             if self.pending:
                 task = replace(task, training=training_for(self.job, self.settings))
@@ -148,7 +148,7 @@ class Recovery:
                 )
         if failed:
             raise NotRecovered(failed, len(self.pending))
-        return self.folder.recovered()
+        return self.folder.recovery.results()
 
 
 def select_trials(
@@ -158,7 +158,7 @@ def select_trials(
 
     Raises UserError if a trial does not exist or is not finished.
     """
-    results = {r.trial: r for r in folder.results()}
+    results = {r.trial: r for r in folder.trials.all()}
     finished = [r for r in results.values() if r.state == "finished"]
     if not finished:
         raise UserError(
@@ -212,6 +212,6 @@ def _recover(task: TrialTask, before: TrialResult) -> TrialResult:
     built = worker.build(replace(recipe, weights=digest))
     measured = measure_model(worker, before.trial, built, record)
     result = replace(measured, recipe=before.recipe, seconds=time.monotonic() - start)
-    study.write_recovered(result)
+    study.recovery.write(result)
     delete_tree(progress)
     return result

@@ -65,7 +65,7 @@ def run_study(
     config, folder = job.config, job.folder
     resources = TrialResources.of(config, job.device, cpus, gpus, live_nodes())
     check_code()
-    with folder.locked(), contextlib.ExitStack() as stack:
+    with folder.lock.hold(), contextlib.ExitStack() as stack:
         epoch = _claim(job)
         task = worker_task(job, resources, epoch)
         task = with_node_images(job, task, report)
@@ -77,7 +77,7 @@ def run_study(
         early_stopping = early_stopping_for(job)
         if early_stopping is not None:
             task = replace(task, rungs=rungs(len(job.data.split("search")))[:-1])
-        if config.budget is None or folder.durable_trials() < config.budget:
+        if config.budget is None or folder.trials.count() < config.budget:
             task = prepare_shared(job.trained, task, resources.cpus, resources.gpus, report)
         job.model.reshape.use_outcomes(structural_outcomes(folder))
         progress = _run_trials(job, task, resources, early_stopping, hooks)
@@ -114,10 +114,10 @@ def _claim(job: CheckedJob) -> str:
     folder, plain = job.folder, job.config.plain()
     if not folder.exists:  # a study without its job could not be continued by name alone
         folder.write_job(plain)
-    folder.settle(job.identity)
+    folder.identity.settle(job.identity)
     folder.write_job(plain)
     epoch = uuid.uuid4().hex
-    folder.start_epoch(epoch)
+    folder.trials.start_epoch(epoch)
     return epoch
 
 

@@ -15,9 +15,9 @@ from ray import tune
 
 from vitpareto.methods import Recipe
 from vitpareto.search.files.atomic import delete_tree
-from vitpareto.search.study.folder import StaleWorker
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, RungReport
+from vitpareto.search.study.trial_files import StaleWorker
 from vitpareto.search.trials.measurement import limit_violation, run_rungs
 from vitpareto.search.trials.task import TrialTask
 from vitpareto.search.trials.worker import Worker
@@ -47,7 +47,7 @@ class TrialActor(tune.Trainable):
             return {"done": False, "top1": result.values["top1"], RUNG: result}
         outside = result.reason == OUTSIDE_BUDGETS
         if not outside:
-            task.study.folder.write(result, task.study.epoch)
+            task.study.folder.trials.write(result, task.study.epoch)
         # the result is durable, so the training's checkpoint is no longer needed
         delete_tree(task.study.folder.training(str(self.proposal["key"])))
         return {

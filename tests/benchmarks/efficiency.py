@@ -154,7 +154,7 @@ def _climb(
         rung = RungReport(config["key"], config["recipe"], values, right[:stop])
         if not session.on_rung("t", rung):
             return stop
-    folder.write(
+    folder.trials.write(
         TrialResult(
             config["trial"],
             "finished",

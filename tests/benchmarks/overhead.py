@@ -96,9 +96,9 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
     with tempfile.TemporaryDirectory() as scratch:
         folder = StudyFolder(Path(scratch) / "study")
         folder.create()
-        folder.settle({})
+        folder.identity.settle({})
         folder.write_job({"objectives": list(OBJECTIVE_NAMES), "model": "m", "data": "d"})
-        folder.start_epoch("epoch")
+        folder.trials.start_epoch("epoch")
         early_stopping = None
         if race:
             race_rules = Race(images, 0.05, trials)
@@ -137,7 +137,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             run_tune(searcher, task, resources, actor=SleepingTrial)  # type: ignore[arg-type]
             whole = time.process_time() - before
             progress = searcher.progress
-        results = folder.results()
+        results = folder.trials.all()
         assert len(results) == trials == progress.done, (len(results), progress)
         # the first results come while workers still start
         skip = min(2 * workers, trials // 5)

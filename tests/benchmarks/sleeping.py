@@ -92,7 +92,7 @@ class SleepingTrial(tune.Trainable):
             trial, "finished", recipe, key, values, recipe, task.images, pack_bits(right),
             low, high, time.time() - self.begin,
         )  # fmt: skip
-        task.study.write(result, task.epoch)
+        task.study.trials.write(result, task.epoch)
         return {"done": True, "trial_number": trial, "top1": top1}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -31,14 +31,14 @@ def once(folder: StudyFolder, uri: str) -> float:
     begin = time.perf_counter()
     report = sync(folder, uri)
     seconds = time.perf_counter() - begin
-    assert report.created == len(folder.results()) + 1, report
-    return 1e3 * seconds / len(folder.results())
+    assert report.created == len(folder.trials.all()) + 1, report
+    return 1e3 * seconds / len(folder.trials.all())
 
 
 def main() -> None:
     place = Path(sys.argv[1])
     folder = StudyFolder.find(str(place.parent), place.name)
-    print(f"{len(folder.results())} trials of {folder.name}, {ROUNDS} rounds")
+    print(f"{len(folder.trials.all())} trials of {folder.name}, {ROUNDS} rounds")
     with tempfile.TemporaryDirectory() as scratch, serve(Path(scratch)) as served:
         places = {"SQLite": f"sqlite:///{scratch}/own.db", "HTTP": served.url}
         for uri in places.values():

@@ -32,7 +32,7 @@ def main() -> None:
         )
         prepared = check_job(config)
         prepared.folder.write_job(config.plain())
-        prepared.folder.settle(prepared.identity)
+        prepared.folder.identity.settle(prepared.identity)
         place = Worker.open(study_task(prepared, threads=2))
         untrained = [n for n in methods.names() if methods.get(n).training != "required"]
         print(f"{'method':<12}{'eager':>9}{'onnx':>9}{'pt2':>9}  class  tied  wrong      s  recipe")
@@ -43,7 +43,7 @@ def main() -> None:
                 params = declared.preset(declared.presets[0], prepared.model.shape)
             result = measure_recipe(place, trial, Recipe.of(name, **params))
             assert result.state == "finished", result
-            prepared.folder.write(result)
+            prepared.folder.trials.write(result)
             begin = time.monotonic()
             found = verify(export(prepared.folder, result, Path(scratch) / f"bundle-{trial}"))
             seconds = time.monotonic() - begin

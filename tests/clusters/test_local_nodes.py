@@ -160,7 +160,7 @@ def test_latency_is_measured_in_an_exclusive_slot(cluster: Running, tmp_path: Pa
     )  # fmt: skip
     assert code == 0, said
     assert "latencies are measured on cpu, in an exclusive slot of stopwatch" in said
-    found = StudyFolder(tmp_path / "s" / NAME).results()
+    found = StudyFolder(tmp_path / "s" / NAME).trials.all()
     assert len(found) == 6 and all(r.state == "finished" for r in found)
     for result in found:
         assert result.timed is not None and result.values["latency_ms"] > 0

@@ -113,7 +113,7 @@ def test_a_study_in_object_storage_has_one_driver(
     other = StudyFolder.open(storage, "s")
     other.create()
     with (
-        study.locked(),
+        study.lock.hold(),
         refused("busy", study="s"),
         other.locked(),
     ):
@@ -293,11 +293,13 @@ def test_a_study_in_object_storage_survives_a_lost_head(
     after = stored()
     assert len(after) == JOB["trials"] and seen.items() <= after.items(), "none lost, none changed"
     folder = StudyFolder.find(remote.url, NAME)
-    assert len({r.key for r in folder.results()}) == len(folder.results()), "none measured twice"
-    assert len(folder.certified()) > 0, "certified on a node, read here"
+    assert len({r.key for r in folder.trials.all()}) == len(folder.trials.all()), (
+        "none measured twice"
+    )
+    assert len(folder.certification().results()) > 0, "certified on a node, read here"
     code, said = cluster.run(
-        "export", NAME, "--trial", max(r.trial for r in folder.certified()), "--store", remote.url,
-        "--out", f"{storage}/bundle", cwd=tmp_path,
+        "export", NAME, "--trial", max(r.trial for r in folder.certification().results()),
+        "--store", remote.url, "--out", f"{storage}/bundle", cwd=tmp_path,
     )  # fmt: skip
     assert code == 0, said
     bundle = remote.filesystem.get_file_info(

@@ -27,11 +27,11 @@ def write_study(
     """Finished, stopped and failed trials whose accuracy increases with cost, with noise."""
     folder = StudyFolder(store / name)
     folder.create()
-    folder.settle({"model": model, "model_fingerprint": "abc", "data_fingerprint": "def"})
+    folder.identity.settle({"model": model, "model_fingerprint": "abc", "data_fingerprint": "def"})
     folder.write_job({"objectives": ["top1", "gmacs"], "model": model, "data": "digits"})
     rng = np.random.default_rng(seed)
     right = rng.random(IMAGES) < 0.8
-    folder.write(result(0, Recipe(), right, 4.6, latency_ms=20.0))
+    folder.trials.write(result(0, Recipe(), right, 4.6, latency_ms=20.0))
     for n in range(1, trials):
         method = list(RECIPES)[n % len(RECIPES)]
         rate = float(rng.uniform(0.3, 0.95))
@@ -39,11 +39,13 @@ def write_study(
         bits = right & ~lost
         recipe = RECIPES[method](rate)
         if n % 29 == 0:
-            folder.write(TrialResult(n, "failed", recipe.to_dict(), f"k{n}", reason="it raised"))
+            folder.trials.write(
+                TrialResult(n, "failed", recipe.to_dict(), f"k{n}", reason="it raised")
+            )
         elif n % 5 == 0:
-            folder.write(result(n, recipe, bits[:100], 4.6 * rate, "raced_out"))
+            folder.trials.write(result(n, recipe, bits[:100], 4.6 * rate, "raced_out"))
         else:
-            folder.write(result(n, recipe, bits, 4.6 * rate, latency_ms=20 * rate**0.5))
+            folder.trials.write(result(n, recipe, bits, 4.6 * rate, latency_ms=20 * rate**0.5))
     return folder
 
 

@@ -177,7 +177,7 @@ def test_published_points_show_whether_they_are_trained(
     tmp_path: Path,
 ) -> None:
     folder = write_study(tmp_path, "vit-s", 40, model="deit_small_patch16_224")
-    for r in folder.results():  # published results have 1,000 classes
+    for r in folder.trials.all():  # published results have 1,000 classes
         path = folder.folder / "trials" / f"{r.trial:06d}.json"
         path.write_text(
             path.read_text().replace('"provenance": {', '"provenance": {"classes": 1000')
@@ -220,7 +220,7 @@ def test_text_of_a_study_is_escaped(tab: Tab, tmp_path: Path) -> None:
 def test_studies_without_trials_are_refused(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "none")
     folder.create()
-    folder.settle({"model": "digits"})
+    folder.identity.settle({"model": "digits"})
     folder.write_job({"objectives": ["top1", "gmacs"], "model": "digits", "data": "digits"})
     with refused(Code.EMPTY, UserError, studies=("none",)):
         explorer([folder])

@@ -52,7 +52,7 @@ def test_the_view_of_the_front_lists_and_draws_its_members(
 ) -> None:
     tab.page.goto(served.view)
     tab.page.wait_for_selector("text=Pareto front")
-    front = {r.trial for r in front_of(study.results(), objectives_named(("top1", "gmacs")))}
+    front = {r.trial for r in front_of(study.trials.all(), objectives_named(("top1", "gmacs")))}
     tab.page.wait_for_selector("text=matching runs")
     tab.page.wait_for_selector(".js-plotly-plot .scatterlayer .point")
     shown = tab.page.locator("text=matching runs").first.text_content() or ""
@@ -77,7 +77,7 @@ def test_every_view_lists_its_runs_and_columns(
     tab.page.goto(served.view.replace("vitpareto-front", key).replace("CHART", "TABLE"))
     tab.page.wait_for_selector(f"text={name}")
     tab.page.wait_for_selector("text=matching runs")
-    results = study.results()
+    results = study.trials.all()
     failed = [r for r in results if r.state == "failed"]
     front = front_of(results, objectives_named(("top1", "gmacs")))
     many = {"Pareto front": len(front), "All trials": TRIALS, "Failed": len(failed)}[name]

@@ -39,8 +39,8 @@ def group_of(leader: int) -> list[int]:
 def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "deit-s")
     folder.create()
-    folder.settle({"model": "digits"})
-    folder.write(TrialResult(0, "finished", {}, "k", {"top1": 80.0, "gmacs": 4.0}))
+    folder.identity.settle({"model": "digits"})
+    folder.trials.write(TrialResult(0, "finished", {}, "k", {"top1": 80.0, "gmacs": 4.0}))
     sync(folder)
     with serve(tmp_path, "deit-s") as served:
         assert served.url.startswith("http://127.0.0.1:")

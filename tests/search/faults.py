@@ -125,7 +125,7 @@ def look(store: Path, what: str, kills: int, seen: dict[str, bytes], mlflow: boo
     """seen: result files as they were before."""
     folder = StudyFolder(store / NAME)
     now = results(store)
-    every = folder.results()
+    every = folder.trials.all()
     measured = Counter(r.key for r in every if not r.reason.startswith("the same candidate"))
     return Broken(
         what,
@@ -154,7 +154,7 @@ def unequal(folder: StudyFolder, uri: str | None = None) -> list[str]:
     by_trial = Counter(r.data.tags.get("trial") for r in runs)
     said += [f"trial {t} has {n} runs" for t, n in by_trial.items() if n > 1]
     there = {r.data.tags["trial"]: r for r in runs if "trial" in r.data.tags}
-    known = {str(r.trial): r for r in folder.results()}
+    known = {str(r.trial): r for r in folder.trials.all()}
     said += [f"trial {t} is on one side only" for t in sorted(set(there) ^ set(known))]
     for trial in set(there) & set(known):
         metrics, values = there[trial].data.metrics, dict(known[trial].values)

@@ -122,12 +122,12 @@ def study(tmp_path: Path) -> StudyFolder:
     folder = StudyFolder(tmp_path / "studies" / "s")
     folder.create()
     model = embedded_model.build()
-    folder.settle({"model_fingerprint": fingerprint(model)})
+    folder.identity.settle({"model_fingerprint": fingerprint(model)})
     folder.write_job({"name": "s", "model": "digits", "data": "digits", "images": 30})
     save_file(model.state_dict(), folder.weights)
     resolved = {"tokens": {**RAJNI.to_dict()["tokens"], "counts": [64, 60, 50, *[40] * 9]}}
-    folder.write(TrialResult(1, "finished", RAJNI.to_dict(), "k", {"top1": 90.0}, resolved))
-    folder.write(TrialResult(2, "failed", TOPK.to_dict(), "f", reason="ValueError: no"))
+    folder.trials.write(TrialResult(1, "finished", RAJNI.to_dict(), "k", {"top1": 90.0}, resolved))
+    folder.trials.write(TrialResult(2, "failed", TOPK.to_dict(), "f", reason="ValueError: no"))
     return folder
 
 

@@ -99,12 +99,12 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         prepared = check_job(config)
         prepared.folder.create()
         prepared.folder.write_job(config.plain())
-        prepared.folder.settle(prepared.identity)
+        prepared.folder.identity.settle(prepared.identity)
         worker = Worker.open(study_task(prepared, threads=1))
         results = {}
         for name, params in RECIPES.items():
             results[name] = measure_recipe(worker, TRIALS[name], Recipe.of(name, **params))
-            prepared.folder.write(results[name])
+            prepared.folder.trials.write(results[name])
         yield Study(prepared.folder, worker, root / "bundles", results)
 
 
@@ -284,7 +284,7 @@ def test_a_failed_export_leaves_nothing(study: Study, tmp_path: Path) -> None:
 def test_a_changed_study_is_refused(study: Study, tmp_path: Path) -> None:
     copied = StudyFolder(Path(shutil.copytree(study.folder.folder, tmp_path / "changed")))
     for key in ("data_fingerprint", "model_fingerprint"):
-        identity = study.folder.identity()
+        identity = study.folder.identity.read()
         (copied.folder / "study.json").write_text(json.dumps({**identity, key: "0" * 16}))
         with pytest.raises(UserError, match="fingerprint 0000000000000000"):
             export(copied, study.results["topk"], tmp_path / "out")

@@ -1,8 +1,7 @@
-"""A study's folder: whole or untouched, one driver, no mixing, nothing measured twice."""
+"""A study's folder: atomic files, one driver, one identity, one measurement per candidate."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import pickle
 import signal
@@ -14,12 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitpareto.search.errors import UserError
+from tests.refusals import refused
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.stats.intervals import wilson_interval
-from vitpareto.search.study import folder as store
-from vitpareto.search.study.folder import SCHEMA, StaleWorker, StudyFolder, studies_in
+from vitpareto.search.study import trial_files
+from vitpareto.search.study.folder import StudyFolder, studies_in
+from vitpareto.search.study.identity import SCHEMA
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
+from vitpareto.search.study.trial_files import StaleWorker
 
 TOME = {"tokens": {"method": "tome", "r": 13}}
 
@@ -40,77 +42,81 @@ def study(tmp_path: Path) -> StudyFolder:
 # --- which study, and what it depends on
 
 
-def test_a_study_settles_once_and_is_then_the_same(study: StudyFolder) -> None:
+def test_identity_is_written_once(study: StudyFolder) -> None:
     assert not study.exists
-    study.settle({"model": "digits", "seed": 0, "methods": ("tome", "topk"), "max_gmacs": None})
+    study.identity.settle(
+        {"model": "digits", "seed": 0, "methods": ("tome", "topk"), "max_gmacs": None}
+    )
     assert study.exists
     before = (study.folder / "study.json").read_text()
-    study.settle({"model": "digits", "seed": 0, "methods": ["tome", "topk"], "max_gmacs": None})
+    study.identity.settle(
+        {"model": "digits", "seed": 0, "methods": ["tome", "topk"], "max_gmacs": None}
+    )
     assert (study.folder / "study.json").read_text() == before
-    assert study.identity() == {
+    assert study.identity.read() == {
         "schema": SCHEMA, "model": "digits", "seed": 0, "methods": ["tome", "topk"],
         "max_gmacs": None,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("now", "said", "unsaid"),
+    ("settings", "differences"),
     [
-        ({"model": "b", "seed": 0}, 'model was "a", now "b"', "seed"),
-        ({"model": "a", "seed": 1}, "seed was 0, now 1", "model was"),
-        ({"model": "a"}, "seed was 0, now null", "model was"),
-        ({"model": "a", "seed": 0, "dtype": "float16"}, 'dtype was null, now "float16"', "seed"),
-        ({"model": "b", "seed": 2}, 'model was "a", now "b"; seed was 0, now 2', "schema"),
-        ({"model": "b" * 99, "seed": 0}, "bbb...", "b" * 60),
+        ({"model": "b", "seed": 0}, {"model": ("a", "b")}),
+        ({"model": "a", "seed": 1}, {"seed": (0, 1)}),
+        ({"model": "a"}, {"seed": (0, None)}),
+        ({"model": "a", "seed": 0, "dtype": "float16"}, {"dtype": (None, "float16")}),
+        ({"model": "b", "seed": 2}, {"model": ("a", "b"), "seed": (0, 2)}),
+        ({"model": "b" * 99, "seed": 0}, {"model": ("a", "b" * 99)}),
     ],
 )
-def test_numbers_are_not_mixed(
-    study: StudyFolder, now: dict[str, Any], said: str, unsaid: str
+def test_study_with_other_settings_is_refused(
+    study: StudyFolder, settings: dict[str, Any], differences: dict[str, Any]
 ) -> None:
-    study.settle({"model": "a", "seed": 0})
-    study.journal.touch()  # Optuna was asked: there is something to mix with
-    before = (study.folder / "study.json").read_bytes()
-    with pytest.raises(UserError) as caught:
-        study.settle(now)
-    assert said in str(caught.value) and unsaid not in str(caught.value)
-    assert "deit-s" in str(caught.value) and "--name" in str(caught.value)
-    assert (study.folder / "study.json").read_bytes() == before
+    study.identity.settle({"model": "a", "seed": 0})
+    study.journal.touch()  # Optuna was asked, so the study is not empty
+    before = study.identity.path.read_bytes()
+    with refused(Code.MISMATCH, study="deit-s", differences=differences) as caught:
+        study.identity.settle(settings)
+    assert "--name" in str(caught.value) and len(str(caught.value)) < 300
+    assert study.identity.path.read_bytes() == before
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "code"),
     [
-        (json.dumps({"schema": SCHEMA + 1}), f"has schema {SCHEMA + 1}, this version reads up to"),
-        ("{", "study.json cannot be read"),
-        ("[]", "names no schema"),
-        ('{"model": "a"}', "names no schema"),
+        (json.dumps({"schema": SCHEMA + 1}), Code.UNSUPPORTED),
+        ("{", Code.UNREADABLE),
+        ("[]", Code.UNREADABLE),
+        ('{"model": "a"}', Code.UNREADABLE),
     ],
 )
-def test_a_study_of_another_version_is_refused_to_readers_too(
-    study: StudyFolder, text: str, said: str
+def test_study_of_another_program_or_version_is_refused(
+    study: StudyFolder, text: str, code: Code
 ) -> None:
-    (study.folder / "study.json").write_text(text)
+    study.identity.path.write_text(text)
     for attempt in (
-        lambda: study.settle({"model": "a"}),
+        lambda: study.identity.settle({"model": "a"}),
         lambda: StudyFolder.find(study.folder.parent, "deit-s"),
     ):
-        with pytest.raises(UserError, match=said):
+        with refused(code, study="deit-s"):
             attempt()
 
 
-def test_a_study_is_found_by_name_or_the_nearest_is_told(study: StudyFolder) -> None:
-    study.settle({"model": "a"})
+def test_study_is_found_by_name_and_the_nearest_is_named(study: StudyFolder) -> None:
+    study.identity.settle({"model": "a"})
     found = StudyFolder.find(str(study.folder.parent), "deit-s")
     assert found == study and found.name == "deit-s"
     assert pickle.loads(pickle.dumps(found)) == study
     assert studies_in(study.folder.parent) == ("deit-s",)
-    with pytest.raises(UserError, match="no study 'deit_s' in .*: did you mean 'deit-s'"):
+    with refused(Code.NOT_FOUND, study="deit_s", known=["deit-s"]) as caught:
         StudyFolder.find(study.folder.parent, "deit_s")
-    with pytest.raises(UserError, match="no study 'x' in .*; known: none"):
+    assert "'deit-s'" in str(caught.value), "the message names the nearest study"
+    with refused(Code.NOT_FOUND, study="x", known=[]):
         StudyFolder.find(study.folder.parent / "nowhere", "x")
 
 
-def test_a_job_comes_back(study: StudyFolder) -> None:
+def test_job_is_read_as_written(study: StudyFolder) -> None:
     assert study.job() == {}
     study.write_job({"name": "deit-s", "objectives": ["top1"], "latency": "off", "fixed": {}})
     assert study.job() == {
@@ -119,8 +125,8 @@ def test_a_job_comes_back(study: StudyFolder) -> None:
 
 
 @pytest.mark.parametrize("where", ["below a file", "/proc/studies", "name too long"])
-def test_a_store_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path, where: str) -> None:
-    """Not by permissions: the tests may run as root, for whom they are none."""
+def test_store_that_cannot_be_written_is_refused(tmp_path: Path, where: str) -> None:
+    """Not by permissions: they do not apply if the tests run as root."""
     (tmp_path / "file").write_text("")
     places = {
         "below a file": tmp_path / "file" / "studies" / "a",
@@ -129,7 +135,7 @@ def test_a_store_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path, 
     }
     folder = StudyFolder(places[where])
     assert not folder.exists
-    with pytest.raises(UserError, match="the store cannot be written: .*: ") as caught:
+    with refused(Code.UNWRITABLE) as caught:
         folder.create()
     assert str(tmp_path if where != "/proc/studies" else "/proc/studies") in str(caught.value)
 
@@ -149,47 +155,49 @@ time.sleep(60)
 """
 
 
-def test_one_driver_at_a_time_and_the_lock_dies_with_it(study: StudyFolder) -> None:
-    assert not study.running
+def test_lock_admits_one_driver_and_is_freed_when_it_dies(study: StudyFolder) -> None:
+    assert not study.lock.is_held
     command = [sys.executable, "-c", HOLD, str(study.folder / "lock")]
-    with study.locked():
-        assert study.running
+    with study.lock.hold():
+        assert study.lock.is_held
         second = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert (second.returncode, second.stderr) == (1, "refused\n")
-    assert not study.running
+    assert not study.lock.is_held
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        assert study.running
-        with pytest.raises(UserError, match="deit-s is being searched by another process"):
-            study.locked().__enter__()
-        assert study.running, "a refused driver must not take the lock away"
+        assert study.lock.is_held
+        with refused(Code.BUSY, study="deit-s"), study.lock.hold():
+            pass
+        assert study.lock.is_held, "a refused driver must not release the lock"
         other.send_signal(signal.SIGKILL)
         other.wait(timeout=30)
-        with study.locked():
-            assert study.running
+        with study.lock.hold():
+            assert study.lock.is_held
     finally:
         other.kill()
         other.wait()
         other.stdout.close()
 
 
-def test_a_late_worker_of_an_earlier_driver_cannot_write(study: StudyFolder) -> None:
-    study.start_epoch("first")
-    study.write(result(1), "first")
-    study.start_epoch("second")
-    with pytest.raises(StaleWorker, match="trial 2 belongs to an earlier run of deit-s"):
-        study.write(result(2), "first")
-    assert [r.trial for r in study.results()] == [1]
-    study.write(result(2), "second")
-    study.write(result(3))  # the driver itself
-    assert [r.trial for r in study.results()] == [1, 2, 3]
+def test_worker_of_an_earlier_driver_cannot_write(study: StudyFolder) -> None:
+    study.trials.start_epoch("first")
+    study.trials.write(result(1), "first")
+    study.trials.start_epoch("second")
+    with pytest.raises(StaleWorker) as caught:
+        study.trials.write(result(2), "first")
+    assert (caught.value.trial, caught.value.study) == (2, "deit-s")
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+    assert [r.trial for r in study.trials.all()] == [1]
+    study.trials.write(result(2), "second")
+    study.trials.write(result(3))
+    assert [r.trial for r in study.trials.all()] == [1, 2, 3]
 
 
 # --- results
 
 
-def test_results_come_back_as_they_were(study: StudyFolder) -> None:
+def test_results_are_read_as_written(study: StudyFolder) -> None:
     correct = np.random.default_rng(0).random(203) < 0.7
     low, high = wilson_interval(int(correct.sum()), 203)
     full = TrialResult(
@@ -199,29 +207,29 @@ def test_results_come_back_as_they_were(study: StudyFolder) -> None:
     )  # fmt: skip
     others = [result(3, state="failed", values={}, reason="ValueError: ä"), result(100_001)]
     for r in (full, *others):
-        study.write(r)
-    assert study.results() == [others[0], full, others[1]]
-    back = study.result(12)
+        study.trials.write(r)
+    assert study.trials.all() == [others[0], full, others[1]]
+    back = study.trials.get(12)
     assert back == full
     assert back is not None
     assert np.array_equal(unpack_bits(back.bits, back.images), correct)
-    assert study.result(4) is None
+    assert study.trials.get(4) is None
 
 
-def test_a_half_written_file_is_no_result(study: StudyFolder) -> None:
-    study.write(result(1))
+def test_temporary_file_is_not_a_result(study: StudyFolder) -> None:
+    study.trials.write(result(1))
     (study.folder / "trials" / ".000002.json.0123456789abcdef").write_text('{"trial": 2, "sta')
-    assert [r.trial for r in study.results()] == [1]
+    assert [r.trial for r in study.trials.all()] == [1]
 
 
-def test_a_candidate_is_known_by_its_first_finished_measurement(study: StudyFolder) -> None:
-    assert study.known("k") is None
-    study.write(result(1, "k", "failed"))
-    assert study.known("k") is None, "what failed may be tried again"
-    study.write(result(2, "k"))
-    study.write(result(3, "k", values={"top1": 1.0}))
-    assert study.known("k") == result(2, "k")
-    assert [r.trial for r in study.results()] == [1, 2, 3]
+def test_by_key_returns_the_first_finished_measurement(study: StudyFolder) -> None:
+    assert study.trials.by_key("k") is None
+    study.trials.write(result(1, "k", "failed"))
+    assert study.trials.by_key("k") is None, "a failed candidate may be measured again"
+    study.trials.write(result(2, "k"))
+    study.trials.write(result(3, "k", values={"top1": 1.0}))
+    assert study.trials.by_key("k") == result(2, "k")
+    assert [r.trial for r in study.trials.all()] == [1, 2, 3]
 
 
 def test_by_key_works_where_there_are_no_hard_links(
@@ -230,26 +238,26 @@ def test_by_key_works_where_there_are_no_hard_links(
     def refuse(*_: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(store.os, "link", refuse)
-    study.write(result(2, "k"))
-    assert study.known("k") == result(2, "k")
+    monkeypatch.setattr(trial_files.os, "link", refuse)
+    study.trials.write(result(2, "k"))
+    assert study.trials.by_key("k") == result(2, "k")
 
 
 def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None:
-    assert study.latencies() == {}
+    assert study.latencies.read() == {}
     own = {"top1": 80.0, "latency_ms": 3.0, "images_per_s": 9.0}
     for r in (result(0), result(1), result(2, values=own)):
-        study.write(r)
+        study.trials.write(r)
     timed = Latency(
         20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, LatencyTarget("cpu", "eager", "float32", 64)
     )
-    study.write_latencies({2: timed, 1: timed})
-    assert study.latencies() == {1: timed, 2: timed}
+    study.latencies.write({2: timed, 1: timed})
+    assert study.latencies.read() == {1: timed, 2: timed}
     zero, one, two = study.measured()
     assert zero == result(0)
     assert one.values == {"top1": 80.0, "gmacs": 2.0, "latency_ms": 20.0, "images_per_s": 3200.0}
-    assert two.values == own, "what the trial itself measured stays"
-    assert study.results()[1] == result(1), "and the result file is left as it is"
+    assert two.values == own, "a latency that the trial measured is not replaced"
+    assert study.trials.all()[1] == result(1), "the result file does not change"
 
 
 # --- what a result says
@@ -265,19 +273,19 @@ def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None
         ({"tokens": None}, "dense"),
     ],
 )
-def test_a_result_names_its_method(recipe: dict[str, Any], method: str) -> None:
+def test_method_of_a_result(recipe: dict[str, Any], method: str) -> None:
     made = result(1, recipe=recipe)
     assert made.method == method
     assert made.is_reference == (method == "dense")
 
 
-def test_a_result_is_json(study: StudyFolder) -> None:
+def test_result_round_trips_through_json(study: StudyFolder) -> None:
     made = result(1, images=9, bits=pack_bits(np.ones(9, dtype=bool)), resolved=TOME)
-    assert TrialResult(**json.loads(json.dumps(dataclasses.asdict(made)))) == made
+    assert TrialResult.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
 @pytest.mark.parametrize("images", [0, 1, 7, 8, 9, 64, 1001])
-def test_bits_come_back(images: int) -> None:
+def test_bits_round_trip(images: int) -> None:
     correct = np.random.default_rng(images).random(images) < 0.5
     text = pack_bits(correct)
     assert len(text) <= 4 * (images // 24 + 1)
@@ -287,5 +295,5 @@ def test_bits_come_back(images: int) -> None:
 
 @pytest.mark.parametrize("images", [0, 8, 17, 30])
 def test_bits_of_another_number_of_images_are_refused(images: int) -> None:
-    with pytest.raises(ValueError, match=f"2 bytes do not hold the correctness of {images} images"):
+    with refused(Code.MISMATCH, images=images, got=2):
         unpack_bits(pack_bits(np.ones(9, dtype=bool)), images)

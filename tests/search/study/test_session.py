@@ -73,7 +73,7 @@ class Bench:
         )  # fmt: skip
 
     def work(self, session: StudySession, trial_id: str, config: dict, state="finished") -> None:
-        self.folder.write(self.result(config, state))
+        self.folder.trials.write(self.result(config, state))
         session.complete(trial_id)
 
     def finish(self, session: StudySession) -> list[dict]:
@@ -131,7 +131,7 @@ def test_front_and_hypervolume_follow_the_results(bench: Bench) -> None:
     session = bench.session(hooks=[lambda r, t: tallies.append(t.front)])
     bench.finish(session)
     axes = [OBJECTIVES["top1"], OBJECTIVES["gmacs"]]
-    expected = {r.trial for r in front_of(bench.folder.results(), axes)}
+    expected = {r.trial for r in front_of(bench.folder.trials.all(), axes)}
     assert set(session.progress.front) == expected == set(tallies[-1])
     assert session.progress.hypervolume > 0
 
@@ -222,7 +222,7 @@ def test_calibrated_recipe_is_proposed_if_its_possible_costs_overlap_the_window(
     trial = session.study.trials[config["trial"]]
     assert trial.state == TrialState.PRUNED
     assert sum(trial.constraints.values()) == pytest.approx(0.2 * dense)
-    assert bench.folder.result(config["trial"]) is None
+    assert bench.folder.trials.get(config["trial"]) is None
     assert session.progress.outside >= 1 and session.progress.finished == 1
 
 
@@ -234,7 +234,7 @@ def test_failed_trial_is_counted_and_not_repeated(bench: Bench) -> None:
     bench.finish(session)
     assert (session.progress.finished, session.progress.failed) == (4, 1)
     assert session.study.trials[config["trial"]].state == TrialState.FAIL
-    assert sum(r.key == config["key"] for r in bench.folder.results()) == 1
+    assert sum(r.key == config["key"] for r in bench.folder.trials.all()) == 1
 
 
 def test_failed_reference_ends_the_study_with_its_reason(bench: Bench) -> None:
@@ -256,7 +256,7 @@ def test_trial_whose_worker_died_is_retried_at_most_three_times(bench: Bench) ->
         session.complete(f"b{i}", worker_died=True)
         session.complete(f"b{i}", worker_died=True)  # Ray may report it twice
     assert len(handed_out) == 4 and len(set(handed_out)) == 1
-    failed = [r for r in bench.folder.results() if r.state == "failed"]
+    failed = [r for r in bench.folder.trials.all() if r.state == "failed"]
     assert len(failed) == 1 and failed[0].reason == "the worker died, 4 times"
 
 
@@ -265,7 +265,7 @@ def test_complete_never_raises(
 ) -> None:
     session = bench.session()
     config = ask(session, "a")
-    bench.folder.write(bench.result(config))
+    bench.folder.trials.write(bench.result(config))
 
     def broken(*_: object, **__: object) -> None:
         raise OSError("the journal's disk is gone")
@@ -283,7 +283,7 @@ def test_restart_tells_results_on_disk_and_retries_the_others(bench: Bench) -> N
         config = ask(first, f"t{i}")
         bench.work(first, f"t{i}", config)
     written = ask(first, "written")  # its worker was done, the driver unknown id it
-    bench.folder.write(bench.result(written))
+    bench.folder.trials.write(bench.result(written))
     lost = ask(first, "lost")  # its worker died with the driver
     del first
 
@@ -296,7 +296,7 @@ def test_restart_tells_results_on_disk_and_retries_the_others(bench: Bench) -> N
     seen = bench.finish(second)
     assert lost["key"] in {c["key"] for c in seen}
     assert len(bench.measured) == len(set(bench.measured)) == 12
-    keys = [r.key for r in bench.folder.results()]
+    keys = [r.key for r in bench.folder.trials.all()]
     assert len(keys) == len(set(keys)) == 12
     assert not [t for t in second.study.trials if t.state == TrialState.RUNNING]
 
@@ -312,7 +312,7 @@ def test_interrupted_trial_is_retried_a_limited_number_of_times(bench: Bench) ->
         asked = (ask(again, f"t{restart}.{i}") for i in range(10))
         assert any(config["key"] == key for config in asked), restart
     bench.session(names=("random",))
-    failed = {r.key: r.reason for r in bench.folder.results() if r.state == "failed"}
+    failed = {r.key: r.reason for r in bench.folder.trials.all() if r.state == "failed"}
     assert failed[key] == f"interrupted, {INTERRUPTIONS + 1} times"
 
 
@@ -333,7 +333,7 @@ def test_complete_study_continues_with_a_larger_number_of_trials(bench: Bench) -
     assert ask(again, "a") == FINISHED
     more = bench.session(trials=11)
     assert len(bench.finish(more)) == 3
-    assert len(bench.folder.results()) == 11
+    assert len(bench.folder.trials.all()) == 11
 
 
 def test_the_journal_is_repaired_after_a_kill(bench: Bench) -> None:
@@ -364,7 +364,7 @@ def test_running_trials_are_listed_only_while_a_driver_runs(bench: Bench) -> Non
     session = bench.session()
     config = ask(session, "a")
     assert running_trials(bench.folder) == []
-    with bench.folder.locked():
+    with bench.folder.lock.hold():
         (running,) = running_trials(bench.folder)
     assert (running.trial, running.state) == (config["trial"], "running")
 

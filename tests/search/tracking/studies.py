@@ -35,7 +35,7 @@ class GrowingStudy:
         self.folder.create()
         common = {"model": "digits", "objectives": list(OBJECTIVES), "seed": 0}
         self.folder.write_job({"name": name, "data": "digits", "trials": 100, **common})
-        self.folder.settle({**common, "methods": ["tome", "topk"], "min_gmacs": None})
+        self.folder.identity.settle({**common, "methods": ["tome", "topk"], "min_gmacs": None})
         self.progress = StudyProgress(requested=100)
         self.front: Front | None = None
         self.random = random.Random(0)
@@ -64,7 +64,7 @@ class GrowingStudy:
     def add_result(self, hook: Hook | None = None) -> None:
         """Write one more result, then call the hook."""
         result, progress = self.next_result(), self.progress
-        self.folder.write(result)
+        self.folder.trials.write(result)
         if result.state == "failed":
             progress.failed += 1
         elif result.state == "raced_out":

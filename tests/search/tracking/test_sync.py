@@ -113,10 +113,10 @@ def test_a_copied_store_does_not_write_to_the_original(study: GrowingStudy, tmp_
 def test_the_curve_does_not_depend_on_modification_times(study: GrowingStudy) -> None:
     for _ in range(6):
         study.add_result()
-    before = hypervolume_curve(study.folder.results(), OBJECTIVES)
+    before = hypervolume_curve(study.folder.trials.all(), OBJECTIVES)
     for i, path in enumerate(sorted((study.folder.folder / "trials").glob("*.json"))):
         os.utime(path, (9 - i, 9 - i))
-    assert hypervolume_curve(study.folder.results(), OBJECTIVES) == before
+    assert hypervolume_curve(study.folder.trials.all(), OBJECTIVES) == before
 
 
 def test_the_state_and_outbox_of_version_0_1_0_are_understood(study: GrowingStudy) -> None:

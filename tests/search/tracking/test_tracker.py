@@ -35,7 +35,7 @@ def test_runs_of_trials_equal_the_study(study: GrowingStudy, notices: Notices) -
         "method": "resize+topk", "keep_rate": "0.5", "prune_layers": "[3, 6, 9]",
         "structure.method": "resize", "structure.size": "32",
     }  # fmt: skip
-    result = study.folder.result(1)
+    result = study.folder.trials.get(1)
     assert result is not None
     assert yaml.safe_load(runs[1].data.tags["recipe"]) == result.recipe
     assert runs[3].data.tags["reason"] == "it raised: no memory"
@@ -60,7 +60,7 @@ def test_run_of_the_study_has_note_artifacts_and_curve(study: GrowingStudy) -> N
     assert names == {"job.yaml", "front.png", "front.svg", "front.json"}
     assert (study.folder.folder.parent / "mlartifacts").is_dir()
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
-    curve = hypervolume_curve(study.folder.results(), OBJECTIVES)
+    curve = hypervolume_curve(study.folder.trials.all(), OBJECTIVES)
     assert {m.step: m.value for m in history} == pytest.approx(
         {p.step: p.hypervolume for p in curve}
     )
@@ -76,7 +76,7 @@ def test_latencies_measured_at_the_end_are_sent(study: GrowingStudy) -> None:
         wait_until_sent(tracker)
         target = LatencyTarget("cpu", "eager", "float32", 64)
         timed = Latency(20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, target)
-        study.folder.write_latencies({0: timed})
+        study.folder.latencies.write({0: timed})
         assert finish(tracker, study)
     metrics = study.check_runs()[0].data.metrics
     assert metrics["latency_ms"] == 20 and metrics["images_per_s"] == 3200
@@ -206,7 +206,7 @@ def test_sync_is_refused_while_a_search_sends(
 
 def test_the_reason_of_an_older_search_does_not_outlive_it(study: GrowingStudy) -> None:
     study.add_result()
-    with study.folder.locked():
+    with study.folder.lock.hold():
         sync.sync(study.folder)
     study.add_result()
     assert study.runs()[None].info.status == "KILLED"

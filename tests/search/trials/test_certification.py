@@ -380,9 +380,9 @@ def real(
 def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> None:
     """Second implementation: the model from timm, the recipe, the drawn images, one plain loop."""
     assert real.certify() == {}
-    members = members_of(real.folder.results(), OBJECTIVES)
+    members = members_of(real.folder.trials.all(), OBJECTIVES)
     assert real.said == [f"certifying {len(members)} trials on 400 held-out images"]
-    held = {r.trial: r for r in real.folder.certified()}
+    held = {r.trial: r for r in real.folder.certification().results()}
     assert set(held) == {r.trial for r in members}
     model = load_model("digits")
     raw, labels = embedded_images.draw("held-out")
@@ -422,24 +422,24 @@ def test_a_certified_trial_is_not_measured_again(real: Real) -> None:
         k: v for k, v in before.items() if k != path.name
     }
     assert json.loads(path.read_text())["bits"] == whole["bits"]
-    assert len(real.folder.certification()["rounds"]) == 1, "the same round of the error"
+    assert len(real.folder.certification().read()["rounds"]) == 1, "the same round of the error"
 
 
 def test_a_later_member_gets_a_new_round(real: Real) -> None:
     real.certify()
     before = {r.trial: r.certified for r in measured(real.folder)}
-    results = real.folder.results()
+    results = real.folder.trials.all()
     cheapest = min(results, key=lambda r: r.values["gmacs"])
     recipe = Recipe.of("tome", r=8)
     worker = Worker.open(study_task(real.prepared, threads=None))
     added = measure_recipe(worker, len(results), recipe)
     assert added.values["gmacs"] < cheapest.values["gmacs"]
-    real.folder.write(added)
+    real.folder.trials.write(added)
     assert why_not(real.folder, front_of(measured(real.folder), AXES)).startswith(
         f"trials not certified on held-out images yet: {added.trial}: vitpareto search --name s"
     )
     assert real.certify() == {}
-    rounds = real.folder.certification()["rounds"]
+    rounds = real.folder.certification().read()["rounds"]
     assert rounds[-1] == [added.trial] and len(rounds) == 2
     now = {r.trial: r.certified for r in measured(real.folder)}
     assert {t: now[t] for t in before} == before, "no earlier interval may change"
@@ -450,21 +450,21 @@ def test_a_later_member_gets_a_new_round(real: Real) -> None:
 
 def test_other_held_out_images_are_refused(real: Real) -> None:
     real.certify()
-    plain = real.folder.certification()
+    plain = real.folder.certification().read()
     before = real.files()
     try:
-        real.folder.write_certification({**plain, "fingerprint": "of others"})
+        real.folder.certification().write({**plain, "fingerprint": "of others"})
         assert real.certify() == {}
         assert "other held-out images" in real.said[-1] and real.files() == before
     finally:
-        real.folder.write_certification(plain)
+        real.folder.certification().write(plain)
 
 
 def test_a_failing_member_does_not_stop_the_others(
     real: Real,
 ) -> None:
     real.certify()
-    number = front_of(real.folder.results(), AXES)[0].trial
+    number = front_of(real.folder.trials.all(), AXES)[0].trial
     path = real.folder.folder / "certified" / f"{number:06d}.json"
     path.unlink()
     trials = real.folder.folder / "trials" / f"{number:06d}.json"
@@ -484,7 +484,7 @@ def test_a_failing_member_does_not_stop_the_others(
 
 
 def test_the_recovered_front_is_certified(real: Real) -> None:
-    results = real.folder.results()
+    results = real.folder.trials.all()
     one = next(r for r in front_of(results, AXES) if not r.is_reference)
     model = load_model("digits")
     pruned = Recipe.from_dict(one.resolved or one.recipe).build(model)
@@ -495,7 +495,7 @@ def test_the_recovered_front_is_certified(real: Real) -> None:
     worker = Worker.open(study_task(real.prepared, threads=None))
     after = measure_recipe(worker, one.trial, recipe)
     (real.folder.folder / "recovered").mkdir(exist_ok=True)
-    real.folder.write_recovered(replace(after, recipe=one.recipe))
+    real.folder.recovery.write(replace(after, recipe=one.recipe))
     away = real.folder.folder / "certified"
     away.rename(away.with_name("away"))
     try:
@@ -509,7 +509,7 @@ def test_the_recovered_front_is_certified(real: Real) -> None:
     own = found.certified
     assert found.trial == one.trial and own is not None and own.images == 400
     assert own.change is not None, "from the dense model as it came"
-    assert [r.trial for r in real.folder.recovered()] == [one.trial]
+    assert [r.trial for r in real.folder.recovery.results()] == [one.trial]
 
 
 def test_reading_certificates_imports_neither_ray_nor_torch_workers() -> None:

@@ -150,7 +150,7 @@ def begun(tmp_path: Path, worker: Worker, **changed: Any) -> tuple[StudyFolder, 
     folder.create()
     own = session_of(folder, worker, **changed)
     assert own.next("dense") is not None
-    folder.write(result(0, Recipe(), bits(0.95), 0.1))
+    folder.trials.write(result(0, Recipe(), bits(0.95), 0.1))
     own.complete("dense")
     return folder, own
 
@@ -159,7 +159,7 @@ def stop_one(folder: StudyFolder, own: StudySession) -> int:
     """Make a strong incumbent, then hand in a rung that is far behind it; the trial's number."""
     strong, poor = own.next("a"), own.next("b")
     assert strong is not None and poor is not None
-    folder.write(result(strong.number, strong.recipe, bits(0.9), 0.001))
+    folder.trials.write(result(strong.number, strong.recipe, bits(0.9), 0.001))
     own.complete("a")
     assert own.on_rung("b", rung(bits(0.3, 4)[:120], 0.05)) is False
     return poor.number
@@ -173,7 +173,7 @@ def test_a_stopped_trial_is_durable_before_it_is_reported(
 ) -> None:
     folder, own = begun(tmp_path, worker, raced_out_as=told)
     number = stop_one(folder, own)
-    durable = folder.result(number)
+    durable = folder.trials.get(number)
     assert durable is not None and durable.state == "raced_out"
     assert own.study.trials[number].state == TrialState.RUNNING, "Ray has not reported it yet"
     own.complete("b")
@@ -189,13 +189,13 @@ def test_a_stopped_trial_is_durable_before_it_is_reported(
 def test_a_restarted_driver_keeps_a_stopped_trial(tmp_path: Path, worker: Worker) -> None:
     folder, own = begun(tmp_path, worker)
     number = stop_one(folder, own)  # and here the driver dies
-    before = folder.result(number)
+    before = folder.trials.get(number)
     again = session_of(folder, worker)
     assert again.study.trials[number].state == TrialState.PRUNED
     assert again.progress.raced_out == 1 and again.progress.running == 0
-    assert folder.result(number) == before
+    assert folder.trials.get(number) == before
     key = before.key if before else ""
-    assert folder.known(key) == before, "the same candidate is not raced a second time"
+    assert folder.trials.by_key(key) == before, "the same candidate is not raced a second time"
 
 
 def test_patience_ends_a_study_whose_front_does_not_improve(tmp_path: Path, worker: Worker) -> None:
@@ -203,7 +203,7 @@ def test_patience_ends_a_study_whose_front_does_not_improve(tmp_path: Path, work
     for i in range(3):
         proposal = own.next(f"t{i}")
         assert proposal is not None
-        folder.write(result(proposal.number, proposal.recipe, bits(0.1), 0.2))
+        folder.trials.write(result(proposal.number, proposal.recipe, bits(0.1), 0.2))
         own.complete(f"t{i}")
     assert own.next("end") is None
     assert own.progress.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
@@ -230,7 +230,7 @@ def test_early_stopping_keeps_the_front(
     })  # fmt: skip
     outcome = run_study(check_job(config), cpus=capacity.cpus, gpus=capacity.gpus)
     folder, progress = outcome.folder, outcome.progress
-    results = {r.trial: r for r in folder.results()}
+    results = {r.trial: r for r in folder.trials.all()}
     stopped = [r for r in results.values() if r.state == "raced_out"]
     assert len(results) == progress.done == 24 and progress.raced_out == len(stopped) >= 3
     assert progress.images == sum(r.images for r in results.values() if not _same(r))

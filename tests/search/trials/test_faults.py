@@ -141,7 +141,7 @@ def test_one_worker_and_one_seed_are_reproducible(
         folder = run_study(check_job(config), cpus=capacity.cpus, gpus=0).folder
         found.append([
             (r.trial, r.state, r.recipe, r.resolved, r.images, r.values.get("gmacs"), r.bits)
-            for r in folder.results()
+            for r in folder.trials.all()
         ])  # fmt: skip
     assert found[0] == found[1] and len(found[0]) == TRIALS
 
@@ -166,7 +166,7 @@ def test_a_failing_recipe_is_a_failed_trial_and_the_worker_continues(
             next(actor.worker.dense.parameters()).fill_(float("nan"))
     actor.reset_config({"trial": 3, "key": "k", "recipe": recipe.to_dict()})
     assert actor.step()["done"] is True
-    failed = worker.task.study.folder.result(3)
+    failed = worker.task.study.folder.trials.get(3)
     assert failed is not None and failed.state == "failed" and not failed.values
     assert re.match(reason, failed.reason), failed.reason
     assert "Traceback" in failed.provenance["traceback"]
@@ -174,7 +174,7 @@ def test_a_failing_recipe_is_a_failed_trial_and_the_worker_continues(
     actor.reset_config({"trial": 4, "key": "k4", "recipe": Recipe.of("tome", r=2).to_dict()})
     while not actor.step()["done"]:
         pass
-    after = worker.task.study.folder.result(4)
+    after = worker.task.study.folder.trials.get(4)
     assert after is not None and after.state == "finished"
 
 
@@ -367,7 +367,7 @@ def measure(own: StudySession, worker: Worker, count: int) -> list[TrialResult]:
         proposal = own.next("t")
         assert proposal is not None
         made.append(measure_recipe(worker, proposal.number, proposal.recipe))
-        own.folder.write(made[-1])
+        own.folder.trials.write(made[-1])
         own.complete("t")
     return made
 
@@ -399,11 +399,11 @@ def test_trials_are_stored_in_postgresql(
     with proposing(folder, worker, postgres.url) as own:
         assert own.progress.done == 4
         measure(own, worker, 6)
-    assert [r.state for r in folder.results()] == ["finished"] * 10
+    assert [r.state for r in folder.trials.all()] == ["finished"] * 10
     assert study_name(folder).startswith("s-")
     told = frozen_trials(folder)
     assert not [t for t in told if t.state == TrialState.RUNNING]
-    for result in folder.results():
+    for result in folder.trials.all():
         assert told[result.trial].values == [result.values["top1"], result.values["gmacs"]]
 
     with pytest.raises(UserError):
@@ -415,13 +415,13 @@ def test_a_lost_optuna_storage_reuses_no_trial_number(tmp_path: Path, worker: Wo
     folder.create()
     with proposing(folder, worker, None) as own:
         measure(own, worker, 5)
-    before = folder.results()
+    before = folder.trials.all()
     folder.journal.unlink()
     with proposing(folder, worker, None) as own:
         assert own.progress.done == 5
         more = measure(own, worker, 5)
     assert min(r.trial for r in more) > max(r.trial for r in before)
-    assert folder.results()[:5] == before
+    assert folder.trials.all()[:5] == before
     assert not {r.key for r in more} & {r.key for r in before}
 
 
@@ -440,7 +440,7 @@ def test_an_unusable_database_is_refused(tmp_path: Path, url: str) -> None:
     with pytest.raises(UserError) as caught:
         open_storage(folder, url)
     assert "secret" not in str(caught.value)
-    assert folder.untouched, "nothing was begun"
+    assert folder.identity.is_empty, "nothing was begun"
 
 
 def test_the_optuna_journal_survives_a_full_disk(small_disk: Path) -> None:

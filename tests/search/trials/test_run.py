@@ -61,7 +61,7 @@ def study(
 
 def test_every_trial_is_finished_and_on_disk(study: tuple[StudyFolder, Any, list[Any]]) -> None:
     folder, tally, told = study
-    results = folder.results()
+    results = folder.trials.all()
     assert [r.state for r in results] == ["finished"] * 22, [r.reason for r in results]
     assert tally.finished == 22 and tally.ended == "22 trials measured"
     assert sorted(r.trial for r in told if r is not None) == [r.trial for r in results]
@@ -71,7 +71,7 @@ def test_every_trial_is_finished_and_on_disk(study: tuple[StudyFolder, Any, list
 
 def test_results_record_their_provenance(study: tuple[StudyFolder, Any, list[Any]]) -> None:
     folder, _, _ = study
-    for result in folder.results():
+    for result in folder.trials.all():
         assert result.images == IMAGES
         bits = unpack_bits(result.bits, result.images)
         assert result.values["top1"] == pytest.approx(100 * bits.mean())
@@ -93,7 +93,7 @@ def test_a_trial_equals_a_measurement_without_search_code(
     model = load_model("digits")
     raw, labels = embedded_images.draw("search")
     images = Preprocess.of(model).normalise(torch.from_numpy(raw[:IMAGES]))
-    for result in folder.results():
+    for result in folder.trials.all():
         assert result.resolved is not None
         pruned = Recipe.from_dict(result.resolved).build(model)
         with torch.inference_mode():
@@ -113,8 +113,8 @@ def test_the_front_has_latencies_on_a_named_target(
     study: tuple[StudyFolder, Any, list[Any]],
 ) -> None:
     folder, tally, _ = study
-    front = front_of(folder.results(), [OBJECTIVES["top1"], OBJECTIVES["gmacs"]])
-    latencies = folder.latencies()
+    front = front_of(folder.trials.all(), [OBJECTIVES["top1"], OBJECTIVES["gmacs"]])
+    latencies = folder.latencies.read()
     assert {r.trial for r in front} == set(latencies) == set(tally.front)
     for timed in latencies.values():
         assert timed.rounds >= 30
@@ -135,7 +135,7 @@ def test_continuing_a_study_measures_nothing_twice(
     assert {p: p.stat().st_mtime_ns for p in (folder.folder / "trials").iterdir()} == before
     _, tally = search(replace(config, trials=24), capacity)
     assert tally.finished == 24
-    keys = [r.key for r in folder.results() if not r.reason]
+    keys = [r.key for r in folder.trials.all() if not r.reason]
     assert len(keys) == len(set(keys))
 
 
@@ -161,11 +161,11 @@ def test_all_trials_but_dense_are_inside_the_budget_window(
     low, high = 0.4 * gmacs, 0.7 * gmacs
     config = job(tmp_path, cache, trials=12, min_gmacs=low, max_gmacs=high, latency="off")
     folder, tally = search(config, capacity)
-    results = folder.results()
+    results = folder.trials.all()
     assert results[0].is_reference and len(results) == 12
     assert all(low <= r.values["gmacs"] <= high for r in results[1:])
     assert tally.outside > 0
-    assert not folder.latencies()
+    assert not folder.latencies.read()
 
 
 def test_an_unreachable_budget_window_is_refused(tmp_path: Path, cache: Path) -> None:
@@ -177,10 +177,10 @@ def test_an_unreachable_budget_window_is_refused(tmp_path: Path, cache: Path) ->
 def test_an_empty_study_accepts_other_settings(tmp_path: Path, cache: Path) -> None:
     """A refused start must not hold the name against the mended job."""
     first = check_job(job(tmp_path, cache, seed=1))
-    first.folder.settle(first.identity)
+    first.folder.identity.settle(first.identity)
     again = check_job(job(tmp_path, cache, seed=2))
-    again.folder.settle(again.identity)
-    assert again.folder.identity()["seed"] == 2
+    again.folder.identity.settle(again.identity)
+    assert again.folder.identity.read()["seed"] == 2
 
 
 def test_three_objectives(tmp_path: Path, cache: Path, capacity: ClusterCapacity) -> None:
@@ -189,7 +189,7 @@ def test_three_objectives(tmp_path: Path, cache: Path, capacity: ClusterCapacity
     )
     folder, tally = search(config, capacity)
     axes = [OBJECTIVES[o] for o in ("top1", "gmacs", "params_m")]
-    assert {r.trial for r in front_of(folder.results(), axes)} == set(tally.front)
+    assert {r.trial for r in front_of(folder.trials.all(), axes)} == set(tally.front)
     assert tally.hypervolume > 0, "token methods keep the parameters: over three axes it were 0"
 
 
@@ -199,12 +199,12 @@ def test_latency_as_an_objective_uses_one_worker(
     config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
     assert TrialResources.of(config, "cpu", 8, 0) == TrialResources(workers=1, cpus=8, gpus=0.0)
     folder, _ = search(replace(config, latency="off"), capacity)
-    for result in folder.results():
+    for result in folder.trials.all():
         assert result.values["latency_ms"] > 0
         assert result.timed is not None and result.timed.target.runtime == "eager"
         if result.trial:
             # the dense model's p50 over the trial's own ratio: free of the machine's drift
-            base = folder.results()[0].timed
+            base = folder.trials.all()[0].timed
             assert base is not None
             assert result.values["latency_ms"] == base.p50_ms / result.timed.speedup
 
@@ -225,7 +225,7 @@ def test_two_settings_with_the_same_counts_are_measured_once(tmp_path: Path, cac
     prepared = check_job(job(tmp_path, cache))
     worker = Worker.open(study_task(prepared, threads=None))
     first = measure_recipe(worker, 1, Recipe.of("rajni", gamma=0.05, min_tokens=8))
-    prepared.folder.write(first)
+    prepared.folder.trials.write(first)
     again = measure_recipe(worker, 2, Recipe.of("rajni", gamma=0.0500001, min_tokens=8))
     assert again.key == first.key and again.reason == "the same candidate as trial 1"
     assert again.values == first.values and again.bits == first.bits

@@ -80,7 +80,7 @@ def job(store: Path, data: Path, cache: Path, **changed: Any) -> SearchConfig:
 class Study:
     def __init__(self, folder: StudyFolder, tally: Any, said: list[str]):
         self.folder, self.tally, self.said = folder, tally, said
-        self.results = folder.results()
+        self.results = folder.trials.all()
 
     def of(self, *steps: str) -> list[TrialResult]:
         """The results of these methods."""
@@ -345,7 +345,7 @@ def test_a_failed_preparation_stops_the_study(
             p.mul_(1e12)
     with refused("out-of-range", UserError, method="nvit"):
         run_study(prepared, cpus=capacity.cpus, gpus=capacity.gpus)
-    assert prepared.folder.results() == []
+    assert prepared.folder.trials.all() == []
 
 
 def test_targets_are_fractions_of_a_latency_table(tmp_path: Path, data: Path, cache: Path) -> None:
@@ -369,7 +369,7 @@ def test_targets_are_fractions_of_a_latency_table(tmp_path: Path, data: Path, ca
         share = cost(snapshot.widths) / whole
         assert share == pytest.approx(snapshot.reached) and share <= snapshot.target
     with pytest.raises(UserError):
-        prepared.folder.settle(prepared.identity)
+        prepared.folder.identity.settle(prepared.identity)
         prepared.folder.journal.touch()
         check_job(replace(config, profile=None))
 
@@ -425,9 +425,9 @@ def test_a_recovered_trial_keeps_its_number_and_the_first_result(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]], study: Study
 ) -> None:
     folder, pairs = recovered
-    results = {r.trial: r for r in folder.recovered()}
+    results = {r.trial: r for r in folder.recovery.results()}
     assert len(results) == 3 and {a.trial for _, a in pairs} == set(results)
-    assert folder.results() == study.folder.results(), "the first front is as it was"
+    assert folder.trials.all() == study.folder.trials.all(), "the first front is as it was"
     for before, after in pairs:
         assert after == results[before.trial]
         assert after.recipe == before.recipe and after.values["gmacs"] == before.values["gmacs"]
@@ -447,7 +447,10 @@ def test_a_recovery_is_written_once_with_one_set_of_settings(
     folder, pairs = recovered
     again = Recovery.of(folder, epochs=2, trials=[a.trial for _, a in pairs], cache=str(cache))
     assert again.pending == (), "batch and lr are those it was begun with"
-    assert again.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=print) == folder.recovered()
+    assert (
+        again.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=print)
+        == folder.recovery.results()
+    )
     with pytest.raises(UserError) as caught:
         Recovery.of(folder, epochs=3, cache=str(cache))
     assert "epochs" in str(caught.value)
@@ -482,7 +485,7 @@ def test_an_interrupted_recovery_continues(
     with pytest.raises(KeyboardInterrupt):
         killed.fit(model, recovery.settings, before, state)
     recovery.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=lambda *_: None)
-    found = next(r for r in copy.recovered() if r.trial == after.trial)
+    found = next(r for r in copy.recovery.results() if r.trial == after.trial)
     assert found.resolved == after.resolved and found.bits == after.bits
 
 
@@ -497,14 +500,14 @@ def test_a_failed_recovery_names_its_trial_and_keeps_the_others(
     with pytest.raises(NotRecovered) as caught:
         recovery.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=lambda *_: None)
     assert set(caught.value.failed) == {lost.trial} and caught.value.pending == 2
-    assert [r.trial for r in copy.recovered()] == [0]
+    assert [r.trial for r in copy.recovery.results()] == [0]
 
 
 def test_the_recovered_front_is_labelled_everywhere(
     recovered: tuple[StudyFolder, list[tuple[TrialResult, TrialResult]]],
 ) -> None:
     folder, _ = recovered
-    healed, results = folder.recovered(), folder.measured()
+    healed, results = folder.recovery.results(), folder.measured()
     members = {r.trial for r in front_of(healed, objectives_named(("top1", "gmacs")))}
     rows = front_rows(healed, {}, ("top1", "gmacs"), results)
     assert {r.trial for r in rows} == members and all(r.recovered for r in rows)
@@ -532,7 +535,7 @@ def test_a_recovered_trial_is_exported(
     folder, pairs = recovered
     number = next(a.trial for _, a in pairs if a.method == "patchmerger")
     axes = objectives_named(("top1", "gmacs"))
-    chosen = choose_trial(folder.recovered(), axes, trial=number)
+    chosen = choose_trial(folder.recovery.results(), axes, trial=number)
     bundle = export(folder, chosen, tmp_path / "bundle", cache=str(cache), images=8)
     said = json.loads((bundle / "result.json").read_text())
     assert said["recipe"]["weights"] == Recipe.from_dict(chosen.resolved).weights
@@ -544,7 +547,7 @@ def test_a_recovered_trial_is_exported(
 
 def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
     prepared = check_job(job(tmp_path, data, cache, methods="topk", space={}))
-    prepared.folder.settle(prepared.identity)
+    prepared.folder.identity.settle(prepared.identity)
     prepared.folder.write_job(prepared.config.plain())
     with refused("empty", UserError, study="s"):
         Recovery.of(prepared.folder, epochs=1, cache=str(cache))

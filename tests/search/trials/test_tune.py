@@ -48,7 +48,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
                 trial, "finished", recipe, self.asked["key"], values, recipe, 8,
                 pack_bits([True] * 8), provenance={"pid": os.getpid()},
             )  # fmt: skip
-            self.folder.write(result)
+            self.folder.trials.write(result)
             return {"done": True, "trial_number": trial}
 
         def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -77,7 +77,7 @@ def test_workers_that_start_slowly_all_get_trials(tmp_path: Path, capacity: Any)
         searcher = FrontSearcher(session)
         errand: Any = SimpleNamespace(study=folder)
         run_tune(searcher, errand, TrialResources(2, 1, 0.0), actor=worker_that_starts_slowly())
-    done = Counter(r.provenance["pid"] for r in folder.results())
+    done = Counter(r.provenance["pid"] for r in folder.trials.all())
     assert sum(done.values()) == TRIALS == searcher.progress.done
     first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)
     assert second >= 4, f"trials by worker: {dict(done)}"
