@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.stats.hypergeometric import Bits, Floats
+from vitpareto.search.stats.intervals import Z95
 
 #: bets, as parts of the largest that cannot lose everything; the capital is their mean
 BETS = (0.05, 0.12, 0.25, 0.5, 0.9)
@@ -26,8 +28,6 @@ BETS = (0.05, 0.12, 0.25, 0.5, 0.9)
 EXPECTED, WORTH = (0.9, 0.4), 2.0
 #: images on whose mean cost one bet is made: costs vary little
 BLOCK = 8
-#: 95 %, two-sided
-Z95 = 1.959964
 
 
 def log_capital(candidate: Bits, reference: Bits, wanted: int) -> float:
@@ -80,16 +80,16 @@ def cost_floor(costs: Floats, bounds: tuple[float, float], images: int, error: f
     has refuted, or the seen costs with the lowest possible ones for the rest, whichever is higher;
     the mean itself once all are seen.
 
-    Raises ValueError where a cost lies outside the bounds: the bound would be none.
+    Raises BadInput if a cost is outside the bounds, because the result would not be a bound.
     """
     low, high = bounds
     n = len(costs)
     slack = 1e-9 * max(abs(low), abs(high))
     if n and not (low - slack <= costs.min() and costs.max() <= high + slack):
-        raise ValueError(
-            f"a cost lies outside its bounds: {costs.min():g} to {costs.max():g}, accepted is "
-            f"{low:g} to {high:g}"
-        )
+        raise BadInput(
+            f"costs must be {low:g} to {high:g} (got {costs.min():g} to {costs.max():g})",
+            Code.OUT_OF_RANGE, name="costs", got=(float(costs.min()), float(costs.max())),
+        )  # fmt: skip
     sure = (float(costs.sum()) + (images - n) * low) / images
     blocks = n // BLOCK
     if high <= low or n == images or blocks == 0:
@@ -134,7 +134,7 @@ def control_variate(candidate: Bits, dense: Bits) -> Estimate:
     """
     n, images = len(candidate), len(dense)
     if n == 0:
-        raise ValueError("an estimate needs at least one image")
+        raise BadInput("an estimate needs at least one image (got 0)", Code.EMPTY, name="candidate")
     gained = int((candidate & ~dense[:n]).sum())
     lost = int((~candidate & dense[:n]).sum())
     whole = 100 * float(dense.mean())

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.stats.confidence_sequences import Estimate, control_variate, log_capital
 from vitpareto.search.stats.hypergeometric import Bits, Seen
 
@@ -139,7 +140,10 @@ class Race:
 
     def __post_init__(self) -> None:
         if not 0 < self.error < 1:
-            raise ValueError(f"the racing error is {self.error}: accepted is 0 < error < 1")
+            raise BadInput(
+                f"error must be between 0 and 1 (got {self.error})",
+                Code.OUT_OF_RANGE, name="error", got=self.error,
+            )  # fmt: skip
         if not self.looks:
             self.looks = max(1, len(rungs(self.images)) - 1)
 

@@ -1,7 +1,7 @@
 """Optuna's storage of a study: a journal in its folder, or a database that the job names.
 
-Neither is the truth: that is the folder's results. A storage that was lost is filled again from
-them (`FrontSearcher`), except for what the sampler was going to propose.
+The storage is not the truth: the folder's results are. A storage that was lost is filled from them
+(`optuna_trials.OptunaTrials.restore`), except for the sampler's queue.
 """
 
 from __future__ import annotations
@@ -15,76 +15,91 @@ from typing import Any
 import optuna
 from optuna.storages.journal import JournalFileBackend
 
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.atomic import retry_while_disk_full, write_atomic
 from vitpareto.search.study.database_address import check_url
 from vitpareto.search.study.folder import StudyFolder
 
 
 class _Journal(JournalFileBackend):
-    """Optuna's journal, of which nothing half-written stays. A full disk is waited for."""
+    """Optuna's journal; a partial line is removed if a write fails, and a full disk is awaited."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path))
+        self.path = path
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         def append() -> None:
-            # only the driver writes, and it holds the study's lock
-            whole = os.path.getsize(self._file_path)
+            # no other process writes: the driver holds the study's lock
+            size = os.path.getsize(self.path)
             try:
                 super(_Journal, self).append_logs(logs)
             except OSError:
-                os.truncate(self._file_path, whole)
+                os.truncate(self.path, size)
                 raise
 
-        retry_while_disk_full(Path(self._file_path), append)
+        retry_while_disk_full(self.path, append)
 
 
 def open_storage(folder: StudyFolder, url: str | None = None) -> optuna.storages.BaseStorage:
-    """For the driver that holds the study's lock. url: of a database; None: the folder's journal,
-    repaired after a kill: a half-written last line and a stale lock go.
+    """Open the storage, for the driver that holds the study's lock.
 
-    UserError where a database cannot be reached, or the study keeps its trials elsewhere.
+    Args:
+        folder: the study.
+        url: of a database; None for the journal in the folder, which is repaired if its last
+            writer was killed.
+
+    Raises:
+        UserError: the study uses another storage, or the database cannot be reached.
     """
-    held = _held(folder)
-    journal = folder.journal
-    there = held["url"] if held else None
-    if (held or journal.exists()) and there != url:
+    database = _database_record(folder)
+    stored = database["url"] if database else None
+    if (database or folder.journal.exists()) and stored != url:
         raise UserError(
-            f"study {folder.name} keeps Optuna's trials in {_said(there)}, and job.storage is "
-            f"{_said(url)}: leave it as it was"
-        )
-    if url is not None:
-        storage = _database(url)
-        if held is None:
-            # its name alone may be taken in a database that others use
-            name = f"{folder.name}-{uuid.uuid4().hex[:12]}"
-            write_atomic(folder.database, json.dumps({"url": url, "study": name}))
-        return storage
+            f"job.storage must stay {_described(stored)} for study {folder.name!r} (got "
+            f"{_described(url)})",
+            Code.MISMATCH, study=folder.name, accepted=stored, got=url,
+        )  # fmt: skip
+    if url is None:
+        _repair(folder.journal)
+        return optuna.storages.JournalStorage(_Journal(folder.journal))
+    storage = _open_database(url)
+    if database is None:
+        # a unique name: other users of the database may have a study of the same name
+        name = f"{folder.name}-{uuid.uuid4().hex[:12]}"
+        write_atomic(folder.database, json.dumps({"url": url, "study": name}))
+    return storage
+
+
+def _repair(journal: Path) -> None:
+    """Remove stale locks and a partial last line."""
     for stale in journal.parent.glob(f"{journal.name}.lock*"):
         stale.unlink(missing_ok=True)
-    if journal.exists():
-        data = journal.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with open(journal, "r+b") as handle:
-                handle.truncate(whole)
-                handle.flush()
-                os.fsync(handle.fileno())
-    return optuna.storages.JournalStorage(_Journal(str(journal)))
+    if not journal.exists():
+        return
+    data = journal.read_bytes()
+    complete = data.rfind(b"\n") + 1
+    if complete < len(data):
+        with open(journal, "r+b") as handle:
+            handle.truncate(complete)
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def study_name(folder: StudyFolder) -> str:
-    """What the study is called in its storage."""
-    held = _held(folder)
-    return folder.name if held is None else held["study"]
+    """Return the study's name in its storage."""
+    database = _database_record(folder)
+    return folder.name if database is None else database["study"]
 
 
 def frozen_trials(folder: StudyFolder) -> list[optuna.trial.FrozenTrial]:
-    """Optuna's trials as they stand; nothing is written."""
-    held = _held(folder)
-    if held is None and not folder.journal.exists():
+    """Return Optuna's trials. Read-only."""
+    database = _database_record(folder)
+    if database is None and not folder.journal.exists():
         return []
     storage: optuna.storages.BaseStorage
-    if held is not None:
-        storage = _database(held["url"])
+    if database is not None:
+        storage = _open_database(database["url"])
     else:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder.journal)))
     try:
@@ -95,33 +110,37 @@ def frozen_trials(folder: StudyFolder) -> list[optuna.trial.FrozenTrial]:
 
 
 def close(storage: optuna.storages.BaseStorage) -> None:
-    """Leave a database's connections."""
+    """Close a database's connections."""
     if isinstance(storage, optuna.storages.RDBStorage):
         storage.remove_session()
         storage.engine.dispose()
 
 
-def _database(url: str) -> optuna.storages.RDBStorage:
+def _open_database(url: str) -> optuna.storages.RDBStorage:
     from sqlalchemy.exc import SQLAlchemyError
 
     check_url(url)
     try:
-        # pre-ping: a connection that the server closed meanwhile is opened again
+        # pre-ping reopens a connection that the server closed
         return optuna.storages.RDBStorage(url, engine_kwargs={"pool_pre_ping": True})
     except ImportError as error:
         raise UserError(
-            f"job.storage is {url!r}, and its driver is not installed ({error}): "
-            "pip install 'vitpareto[postgres]' brings PostgreSQL's, for postgresql+psycopg://…"
-        ) from error
+            f"the driver for job.storage {url!r} must be installed ({error}): run pip install "
+            "'vitpareto[postgres]' for postgresql+psycopg://",
+            Code.UNAVAILABLE, url=url,
+        ) from error  # fmt: skip
     except SQLAlchemyError as error:
-        why = str(error).strip().splitlines()[0]
-        raise UserError(f"job.storage {url!r} cannot be used: {why}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"job.storage {url!r} cannot be used: {reason}", Code.UNAVAILABLE, url=url
+        ) from error
 
 
-def _held(folder: StudyFolder) -> dict[str, str] | None:
+def _database_record(folder: StudyFolder) -> dict[str, str] | None:
+    """Return the database's address and the study's name in it; None if it is the journal."""
     path = folder.database
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _said(url: str | None) -> str:
-    return "the study's folder" if url is None else url
+def _described(url: str | None) -> str:
+    return "the journal in the study's folder" if url is None else url

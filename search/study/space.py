@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, Step
-from vitpareto.methods.engine.errors import nearest
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError, nearest
 
 if TYPE_CHECKING:  # a measurement without a search starts without Optuna
     import optuna
@@ -43,7 +42,7 @@ class Space:
     ) -> Space:
         """UserError for an unknown method or parameter (nearest) and for what is out of range."""
         if not names:
-            raise UserError("no method to search: name at least one besides dense")
+            raise UserError("methods must name at least one method besides dense", Code.EMPTY)
         declared = {n: {p.name: p for p in methods.get(n).space} for n in names}
         held: dict[str, dict[str, Any]] = {n: {} for n in names}
         beneath: tuple[str, ...] = (NONE, *filter(_lies_beneath, names))
@@ -175,10 +174,17 @@ def _some_of(where: str, value: Any, structures: tuple[str, ...]) -> tuple[str, 
     """The structures that a job narrows to: several under `space`, one under `fixed`."""
     wanted = list(value) if where == "space" and isinstance(value, (list, tuple)) else [value]
     if not wanted:
-        raise UserError(f"{where}: {STRUCTURE} is {value!r}: accepted are {', '.join(structures)}")
+        raise UserError(
+            f"{where}: {STRUCTURE} must be one or more of {', '.join(structures)} (got {value!r})",
+            Code.OUT_OF_RANGE, where=where, key=STRUCTURE, got=value,
+        )  # fmt: skip
     for one in wanted:
         if one not in structures:
-            raise UserError(f"{where}: {STRUCTURE} is {one!r}{nearest(one, structures)}")
+            raise UserError(
+                f"{where}: {STRUCTURE} must be one of {', '.join(structures)} (got {one!r})"
+                f"{nearest(one, structures)}",
+                Code.UNKNOWN_NAME, where=where, key=STRUCTURE, got=one,
+            )  # fmt: skip
     return tuple(s for s in structures if s in wanted)
 
 
@@ -188,11 +194,20 @@ def _find(
     method, _, name = key.partition(".")
     if method not in declared:
         raise UserError(
-            f"{where}: {key!r} names no method of this search{nearest(method, declared)}"
+            f"{where}: the method of {key!r} is not part of this search{nearest(method, declared)}",
+            Code.UNKNOWN_NAME,
+            where=where,
+            key=key,
+            name=method,
         )
     if name not in declared[method]:
         raise UserError(
-            f"{where}: {method} has no searched parameter {name!r}{nearest(name, declared[method])}"
+            f"{where}: {method} has no parameter {name!r} to search"
+            f"{nearest(name, declared[method])}",
+            Code.UNKNOWN_NAME,
+            where=where,
+            key=key,
+            name=name,
         )
     return method, declared[method][name]
 
@@ -203,15 +218,24 @@ def _narrow(key: str, p: Parameter, value: Any) -> Parameter:
     if isinstance(p, Choice):
         wanted = value if isinstance(value, (list, tuple)) else [value]
         if not wanted:
-            raise UserError(f"space: {key} is {value!r}: accepted are some of {p.accepts}")
+            raise UserError(
+                f"space: {key} must be one or more of {p.accepts} (got {value!r})",
+                Code.OUT_OF_RANGE, where="space", key=key, got=value,
+            )  # fmt: skip
         return replace(p, choices=tuple(dict.fromkeys(p.check(v, where) for v in wanted)))
     assert isinstance(p, (Float, Int))
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise UserError(f"space: {key} is {value!r}: accepted is [low, high]")
+        raise UserError(
+            f"space: {key} must be [low, high] (got {value!r})",
+            Code.WRONG_TYPE, where="space", key=key, got=value,
+        )  # fmt: skip
     bounds: list[Any] = [p.check(v, where) for v in value]
     low, high = bounds
     if low > high:
-        raise UserError(f"space: {key} is {value!r}: low is above high")
+        raise UserError(
+            f"space: {key} must have low <= high (got {value!r})",
+            Code.OUT_OF_RANGE, where="space", key=key, got=value,
+        )  # fmt: skip
     return replace(p, low=low, high=high)
 
 

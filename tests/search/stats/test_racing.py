@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
+from tests.refusals import refused
 from tests.search.races import front_of, race_study, simulated
+from vitpareto.methods.engine.errors import Code
 from vitpareto.search.stats.racing import DEFAULT, RULES, Incumbent, Lost, Race, refuted, rungs
 
 ERROR = 0.05
@@ -103,5 +105,5 @@ def test_the_error_of_all_trials_is_that_of_the_study() -> None:
     assert race.allowed(60) == pytest.approx(Race(100, ERROR, 50).allowed(0) / 18)
     endless = Race(100, ERROR, None)
     assert sum(endless.allowed(t) for t in range(3000)) < ERROR
-    with pytest.raises(ValueError, match="racing error is 0"):
+    with refused(Code.OUT_OF_RANGE, name="error", got=0):
         Race(100, 0, 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from tests.search.small import vit
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe
+from vitpareto.methods.engine.errors import Code
 from vitpareto.methods.engine.parameters import Choice, Float, Int
 from vitpareto.search.measure.closed_form import recipe_macs, recipe_of, schedule_macs
 from vitpareto.search.study.shapes import ShapeFinder
@@ -238,41 +238,46 @@ def test_one_choice_needs_no_list() -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "space", "fixed", "said"),
+    ("names", "space", "fixed", "code", "hint"),
     [
-        ((), {}, {}, "no method to search: name at least one besides dense"),
-        (("tomee",), {}, {}, "unknown method 'tomee': did you mean 'tome'?"),
-        (("tome",), {"tomee.inflection": [0, 1]}, {}, "space: 'tomee.inflection' names no method "
-         "of this search: did you mean 'tome'?"),
-        (("tome",), {"topk.keep_rate": [0.5, 0.9]}, {}, "names no method of this search"),
-        (("tome",), {}, {"tome.inflexion": 0}, "fixed: tome has no searched parameter 'inflexion': "
-         "did you mean 'inflection'?"),
-        (("tome",), {"tome": [0, 1]}, {}, "tome has no searched parameter ''"),
-        (("topk",), {"topk.keep_rate": [0.1, 0.9]}, {}, "space: topk.keep_rate must be a number in "
-         "[0.2, 0.95] (got 0.1)"),
-        (("topk",), {"topk.keep_rate": [0.5, 1.5]}, {}, "[0.2, 0.95] (got 1.5)"),
-        (("topk",), {"topk.keep_rate": [0.9, 0.5]}, {}, "keep_rate is [0.9, 0.5]: low is above"),
-        (("topk",), {"topk.keep_rate": 0.5}, {}, "topk.keep_rate is 0.5: accepted is [low, high]"),
-        (("topk",), {"topk.keep_rate": [0.5]}, {}, "accepted is [low, high]"),
-        (("topk",), {"topk.keep_rate": ["a", "b"]}, {}, "[0.2, 0.95] (got 'a')"),
-        (("topk",), {"topk.stages": [1, 2.5]}, {}, "(got 2.5)"),
-        (("rajni",), {"rajni.score": ["jacobean"]}, {}, "'jacobean'): did you mean 'jacobian'?"),
-        (("rajni",), {"rajni.score": []}, {}, "space: rajni.score is []"),
-        (("topk",), {}, {"topk.keep_rate": 1.0}, "[0.2, 0.95] (got 1.0)"),
-        (("topk",), {}, {"topk.stages": "3"}, "[1, 4] (got '3')"),
-        (("topk",), {"topk.stages": [1, 2]}, {"topk.stages": 3}, "[1, 2] (got 3)"),
-        (("topk",), {}, {"structure": "resize"}, "fixed: structure is 'resize'; known: none"),
-        (("topk", "resize"), {"structure": ["rezise"]}, {}, "'rezise': did you mean 'resize'?"),
-        (("topk", "resize"), {"structure": []}, {}, "space: structure is []: accepted are none, "
-         "resize"),
-        (("topk", "resize"), {}, {"structure": ["none"]}, "fixed: structure is ['none']"),
+        ((), {}, {}, Code.EMPTY, ""),
+        (("tomee",), {}, {}, Code.UNKNOWN_NAME, "'tome'"),
+        (("tome",), {"tomee.inflection": [0, 1]}, {}, Code.UNKNOWN_NAME, "'tome'"),
+        (("tome",), {"topk.keep_rate": [0.5, 0.9]}, {}, Code.UNKNOWN_NAME, ""),
+        (("tome",), {}, {"tome.inflexion": 0}, Code.UNKNOWN_NAME, "'inflection'"),
+        (("tome",), {"tome": [0, 1]}, {}, Code.UNKNOWN_NAME, ""),
+        (("topk",), {"topk.keep_rate": [0.1, 0.9]}, {}, None, "0.2"),
+        (("topk",), {"topk.keep_rate": [0.5, 1.5]}, {}, None, "1.5"),
+        (("topk",), {"topk.keep_rate": [0.9, 0.5]}, {}, Code.OUT_OF_RANGE, "[0.9, 0.5]"),
+        (("topk",), {"topk.keep_rate": 0.5}, {}, Code.WRONG_TYPE, "[low, high]"),
+        (("topk",), {"topk.keep_rate": [0.5]}, {}, Code.WRONG_TYPE, "[low, high]"),
+        (("topk",), {"topk.keep_rate": ["a", "b"]}, {}, None, "'a'"),
+        (("topk",), {"topk.stages": [1, 2.5]}, {}, None, "2.5"),
+        (("rajni",), {"rajni.score": ["jacobean"]}, {}, None, "'jacobian'"),
+        (("rajni",), {"rajni.score": []}, {}, Code.OUT_OF_RANGE, "rajni.score"),
+        (("topk",), {}, {"topk.keep_rate": 1.0}, None, "1.0"),
+        (("topk",), {}, {"topk.stages": "3"}, None, "'3'"),
+        (("topk",), {"topk.stages": [1, 2]}, {"topk.stages": 3}, None, "3"),
+        (("topk",), {}, {"structure": "resize"}, Code.UNKNOWN_NAME, "'resize'"),
+        (("topk", "resize"), {"structure": ["rezise"]}, {}, Code.UNKNOWN_NAME, "'resize'"),
+        (("topk", "resize"), {"structure": []}, {}, Code.OUT_OF_RANGE, "none, resize"),
+        (("topk", "resize"), {}, {"structure": ["none"]}, Code.UNKNOWN_NAME, "['none']"),
     ],
-)  # fmt: skip
-def test_bad_spaces_are_named(
-    names: tuple[str, ...], space: dict[str, Any], fixed: dict[str, Any], said: str
+)
+def test_bad_space_is_refused(
+    names: tuple[str, ...],
+    space: dict[str, Any],
+    fixed: dict[str, Any],
+    code: Code | None,
+    hint: str,
 ) -> None:
-    with pytest.raises(BadInput, match=re.escape(said)):
+    """`hint`: the nearest name or the value, which the message must contain. `code`: None if a
+    parameter's own check refuses the value.
+    """
+    with pytest.raises(BadInput) as caught:
         Space.of(names, space, fixed)
+    assert code is None or caught.value.code == code
+    assert hint in str(caught.value)
 
 
 # --- a structure beneath
