@@ -1,9 +1,9 @@
-"""What the held-out images say of a study: intervals, flips, worst classes, changes of order.
+"""Results on held-out images: intervals, flips, worst classes and changes of order.
 
-Reads what `search.trials.certification` measured; may measure nothing and needs no image. The
+Reads what `search.trials.certification` measured; it may not measure and needs no images. The
 intervals of all certified trials hold at once (`search.stats.intervals`). Trials are certified in
-rounds, one at the end of a search and one each time it was continued; what a round was given of the
-error is never changed, as somebody may have gone on because of what it showed.
+rounds, one at the end of a search and one each time it is continued. The error of a round is never
+changed later, because the search may have been continued because of its results.
 """
 
 from __future__ import annotations
@@ -26,16 +26,21 @@ from vitpareto.search.stats.intervals import (
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import Certified, TrialResult, WorstClass, unpack_bits
 
-#: chance that any interval misses: of the accuracies, and likewise of the differences from dense
+#: Probability that any interval misses: of the accuracies, and of the differences from dense.
 ERROR = 0.05
-#: changes of order that a note names one by one
+#: Number of changes of order that a note lists.
 NAMED = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Record:
-    """Which images were certified on: `fingerprint` of the decoded split, its class names and
-    labels [M]; and which trials, by round.
+    """Which images and trials are certified.
+
+    Attributes:
+        fingerprint: of the decoded held-out split.
+        classes: its class names.
+        labels: int [M], the images' labels.
+        rounds: trial numbers by round.
     """
 
     fingerprint: str
@@ -60,18 +65,18 @@ class Record:
         }
 
     def errors(self) -> dict[int, float]:
-        """What each trial's interval has of the error."""
+        """Return the error of each trial's interval."""
         each = errors_by_round([len(trials) for trials in self.rounds], ERROR)
         return {t: error for trials, error in zip(self.rounds, each, strict=True) for t in trials}
 
 
 def measured(folder: StudyFolder, recovered: bool = False) -> list[TrialResult]:
-    """A study's results (`StudyFolder.measured`), or its recovered ones, with certificates."""
+    """Return the study's results, or its recovered ones, with certificates."""
     results = folder.recovery.results() if recovered else folder.measured()
     record = folder.certification(recovered).read()
     if record is None:
         return results
-    # what recovered trials are compared with is the dense model as it came
+    # recovered trials are compared with the dense model before recovery
     dense = next((r for r in folder.certification().results() if r.is_reference), None)
     return attach(results, Record.of(record), folder.certification(recovered).results(), dense)
 
@@ -82,9 +87,13 @@ def attach(
     certified: Sequence[TrialResult],
     dense: TrialResult | None,
 ) -> list[TrialResult]:
-    """The results, with what they are on held-out images put into those that were measured there.
+    """Return the results, with certificates for those that were measured on held-out images.
 
-    certified: the same trials on those images; dense: the model they are compared with.
+    Args:
+        results: on search images.
+        record: of the certification.
+        certified: the same trials on held-out images.
+        dense: the model they are compared with, on held-out images.
     """
     errors, there = record.errors(), {r.trial: r for r in certified}
     out = []
@@ -115,13 +124,14 @@ def _certificate(
 
 
 def flips(right: np.ndarray, dense: np.ndarray) -> tuple[int, int]:
-    """Of the same images [M]: how many the dense model alone has right, and how many it has not."""
+    """Return how many of the images [M] only the dense model, and only the other, has right."""
     return int((dense & ~right).sum()), int((right & ~dense).sum())
 
 
 def flipped(result: TrialResult, dense: TrialResult | None) -> tuple[int, int, str] | None:
-    """`flips` of a trial against the dense model, and the split they were counted on: held-out
-    where it is certified, else search. None where that was not measured.
+    """Return (lost, gained, split) of a trial against the dense model.
+
+    The split is "held-out" if the trial is certified, else "search"; None if neither was measured.
     """
     own = result.certified
     if own is not None and (own.change is not None or result.is_reference):
@@ -135,10 +145,10 @@ def flipped(result: TrialResult, dense: TrialResult | None) -> tuple[int, int, s
 def worst_class(
     right: np.ndarray, dense: np.ndarray, labels: np.ndarray, classes: Sequence[str]
 ) -> WorstClass | None:
-    """The class with the largest drop in points, of equal ones that with most images.
+    """Return the class with the largest drop in points; of equal ones that with most images.
 
-    The drop is an estimate, and the largest of many: it is beyond noise where an exact McNemar test
-    on the class's images says so after Bonferroni's correction for all classes. None for no image.
+    The drop is the largest of many estimates: it is beyond noise if an exact McNemar test on the
+    class's images is significant after Bonferroni's correction for all classes. None if empty.
     """
     if len(labels) == 0:
         return None
@@ -153,16 +163,16 @@ def worst_class(
     return WorstClass(classes[at], float(drops[at]), int(images[at]), bool(chance <= ERROR))
 
 
-# ---------------------------------------------------------------------------------------- the order
+# ---------------------------------------------------------------------------------------- order
 
 
 @dataclass(frozen=True)
 class OrderChange:
-    """Two members of a front whose order in top-1 the held-out images contradict.
+    """Two members of a front with another order of top-1 on held-out images.
 
-    `first` was above `second` by `search` points on the search images, and is below it by
-    `held_out` points on the held-out ones. `beyond_noise`: those alone show that it is below, with
-    95 % for all pairs of the front at once.
+    `first` is above `second` by `search` points on the search images, and below it by `held_out`
+    points on the held-out ones. `beyond_noise`: the held-out images alone show that it is below,
+    with 95 % for all pairs of the front at once.
     """
 
     first: int
@@ -173,12 +183,12 @@ class OrderChange:
 
 
 def order_changes(front: Sequence[TrialResult]) -> list[OrderChange]:
-    """Those of all pairs of certified members, the largest first."""
+    """Return the changes among all pairs of certified members, the largest first."""
     tested, chances = [], []
     certified = [r for r in front if r.certified is not None]
     for a, b in combinations(certified, 2):
         if a.values["top1"] == b.values["top1"]:
-            continue  # the search put them in no order
+            continue  # the search did not order them
         first, second = (a, b) if a.values["top1"] > b.values["top1"] else (b, a)
         lost, gained = flips(*(_bits(r) for r in (first, second)))
         tested.append((first, second))
@@ -194,7 +204,7 @@ def order_changes(front: Sequence[TrialResult]) -> list[OrderChange]:
 
 
 def order_note(front: Sequence[TrialResult]) -> str:
-    """One line on the order of a front's members; "" where fewer than two are certified."""
+    """Return a line on the order of the members; "" if fewer than two are certified."""
     certified = sum(r.certified is not None for r in front)
     if certified < 2:
         return ""
@@ -215,7 +225,7 @@ def order_note(front: Sequence[TrialResult]) -> str:
 
 
 def why_not(folder: StudyFolder, front: Sequence[TrialResult]) -> str:
-    """Why members of the front are not certified, in one line; "" where all are."""
+    """Return why members of the front are not certified, in one line; "" if all are."""
     missing = [r.trial for r in front if r.certified is None]
     if not missing:
         return ""

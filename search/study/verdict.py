@@ -1,10 +1,10 @@
-"""What a study comes to, in one sentence: what pruning gains at a budget, or what to use instead.
+"""The verdict of a study, in one sentence: what pruning gains at a budget, or what to use instead.
 
-The best method is compared with the best control of no more than the budget's cost. The search
-images choose the budget (the front's knee), the method and the control; the held-out images, which
-had no part in that, say how far apart the two are. So it is one comparison, chosen beforehand, and
-its interval needs no correction for those that were not made. Where one of the two is not certified
-the search images that chose them have to do, and the sentence says so.
+The best method is compared with the best control within the budget. The search images select the
+budget (the front's knee), the method and the control; the held-out images, which are independent of
+this selection, give the difference. It is a single comparison, selected beforehand, so its interval
+needs no correction for multiple comparisons. If one of the two is not certified, the search images
+are used, and the sentence says so.
 """
 
 from __future__ import annotations
@@ -24,33 +24,37 @@ from vitpareto.search.study.results import TrialResult, unpack_bits
 
 
 def only_controls(recipe: Mapping[str, Any]) -> bool:
-    """Whether no step of a recipe (`Recipe.to_dict`) is a method, so that every method has to beat
-    it; the dense model is one.
-    """
+    """Return whether all steps of a recipe (`Recipe.to_dict`) are controls; true for dense."""
     steps = (recipe.get(part) for part in ("structure", "tokens"))
     try:
         return all(methods.get(step["method"]).control for step in steps if step)
-    except BadInput:  # a method of another version: a control it would have to be known as
+    except BadInput:  # a method of another version; controls of all versions are known
         return False
 
 
 def is_control(result: TrialResult) -> bool:
-    """`only_controls` of a trial's recipe."""
+    """Return `only_controls` of a trial's recipe."""
     return only_controls(result.recipe)
 
 
 def controls_of(results: Sequence[TrialResult]) -> list[TrialResult]:
-    """The finished ones that every method has to beat."""
+    """Return the finished controls."""
     return [r for r in results if r.state == "finished" and is_control(r)]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`method` against `control`, the best of each that cost `budget` at most, in `cost`.
+    """The comparison of the best method with the best control within a budget.
 
-    `gain` in points of top-1, within `margin` of the truth with 95 %: paired, on so many `images`,
-    held-out ones or not. `rivals` controls cost so little. Without one of the two there is no gain,
-    and `otherwise` says why. `budget_is` says where the budget came from.
+    Attributes:
+        cost, budget: the cost and its upper bound, in the cost's unit.
+        budget_is: where the budget comes from.
+        method, control: the best of each; None if none is within the budget.
+        gain, margin: paired difference in points of top-1; within `margin` of the truth with 95 %.
+        images: number of images of the comparison.
+        held_out: whether these are held-out images.
+        rivals: number of controls within the budget.
+        otherwise: why there is no gain; else "".
     """
 
     cost: Objective
@@ -67,7 +71,7 @@ class Verdict:
 
     @property
     def shown(self) -> bool:
-        """Whether the gain is above 0 as it is printed."""
+        """Whether the gain is above 0 after rounding for print."""
         return bool(self.images) and _rounded(self.gain) > _outwards(self.margin)
 
     def __str__(self) -> str:
@@ -104,10 +108,13 @@ class Verdict:
 def verdict(
     results: Sequence[TrialResult], objectives: Sequence[str], max_gmacs: float | None = None
 ) -> Verdict | None:
-    """What these results come to at a budget: `max_gmacs`, or the knee's cost, or where the front
-    has no knee that of its middle. None before anything but the dense model is measured in full.
+    """Return the verdict at a budget; None until a trial besides dense is fully measured.
 
-    With a budget of the caller's, the interval is that of one budget, chosen before looking.
+    Args:
+        results: the study's.
+        objectives: names of the study's objectives.
+        max_gmacs: the budget; None uses the cost of the front's knee, or of its middle member if it
+            has no knee. The interval assumes that the budget does not depend on the results.
     """
     finished = [r for r in results if r.state == "finished"]
     rivals = controls_of(finished)
@@ -153,7 +160,7 @@ def _budget(
 
 
 def _best(results: Sequence[TrialResult], cost: Objective, budget: float) -> TrialResult | None:
-    """The most accurate within the budget, of equal ones the cheapest."""
+    """Return the most accurate result within the budget, of equal ones the cheapest."""
     return min(
         (r for r in results if _loss(cost, r) <= cost.sign * budget),
         key=lambda r: (-r.values["top1"], _loss(cost, r), r.trial),
@@ -171,7 +178,7 @@ def _loss(cost: Objective, result: TrialResult) -> float:
 
 
 def _compared(asked: Verdict) -> Verdict:
-    """With the difference of its two trials, on held-out images where both are certified."""
+    """Add the difference of the two trials, on held-out images if both are certified."""
     method, control = asked.method, asked.control
     assert method is not None and control is not None
     held_out = method.certified is not None and control.certified is not None
@@ -184,7 +191,7 @@ def _compared(asked: Verdict) -> Verdict:
     lost, gained = flips(one, other)
     gain = 100 * (gained - lost) / images
     low, high = paired_difference(gained, lost, images, ERROR)
-    # the same to both sides, so that "gain ± margin" holds the exact interval
+    # symmetric, so that "gain ± margin" contains the exact interval
     margin = max(gain - low, high - gain)
     return replace(asked, gain=gain, margin=margin, images=images, held_out=held_out)
 
@@ -206,7 +213,7 @@ def _cost(cost: Objective, result: TrialResult) -> str:
 
 
 def _kind(control: TrialResult) -> str:
-    """What a control is to somebody who has to choose a model."""
+    """Return what kind of control it is, for the sentence."""
     structure = control.recipe.get("structure")
     if not structure:
         return ""
@@ -215,7 +222,7 @@ def _kind(control: TrialResult) -> str:
 
 
 def recipe_line(result: TrialResult) -> str:
-    """A trial's recipe in one line."""
+    """Return a trial's recipe in one line."""
     try:
         return str(Recipe.from_dict(result.recipe))
     except BadInput:  # written by a version with other methods

@@ -75,9 +75,9 @@ from vitpareto.search.trials.run_study import run_study
 lines = []
 with local_cluster(2) as capacity:
     folder = run_study(checked, cpus=capacity.cpus, gpus=0, report=lines.append).folder
-out = {"states": [r.state for r in folder.results()], "lines": lines}
+out = {"states": [r.state for r in folder.trials.all()], "lines": lines}
 for name in job["methods"]:
-    result = next(r for r in folder.results() if r.method == name and r.state == "finished")
+    result = next(r for r in folder.trials.all() if r.method == name and r.state == "finished")
     bundle = export(folder, result, Path(job["store"]) / name, cache=job["cache"], images=8)
     out[name] = verify(bundle).verified
 print(json.dumps(out))
