@@ -241,7 +241,7 @@ def test_one_choice_needs_no_list() -> None:
     ("names", "space", "fixed", "code", "hint"),
     [
         ((), {}, {}, Code.EMPTY, ""),
-        (("tomee",), {}, {}, Code.UNKNOWN_NAME, "'tome'"),
+        (("tomee",), {}, {}, None, "'tome'"),
         (("tome",), {"tomee.inflection": [0, 1]}, {}, Code.UNKNOWN_NAME, "'tome'"),
         (("tome",), {"topk.keep_rate": [0.5, 0.9]}, {}, Code.UNKNOWN_NAME, ""),
         (("tome",), {}, {"tome.inflexion": 0}, Code.UNKNOWN_NAME, "'inflection'"),
@@ -271,8 +271,8 @@ def test_bad_space_is_refused(
     code: Code | None,
     hint: str,
 ) -> None:
-    """`hint`: the nearest name or the value, which the message must contain. `code`: None if a
-    parameter's own check refuses the value.
+    """`hint`: part of the message, the nearest name or the value. `code`: None if `methods`
+    refuses the value.
     """
     with pytest.raises(BadInput) as caught:
         Space.of(names, space, fixed)
