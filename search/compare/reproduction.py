@@ -21,7 +21,7 @@ from vitpareto.search.compare.published import PublishedRow, recompute
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
 from vitpareto.search.measure.closed_form import schedule_macs
 from vitpareto.search.models.loading import fresh_model, load_model, num_classes
@@ -115,7 +115,11 @@ def reproduce(
     if place is None:
         return
     if place.weights is not None and not place.weights.is_dir():
-        raise UserError(f"weights folder {place.weights} is not there")
+        raise UserError(
+            f"weights folder {place.weights} does not exist",
+            Code.NOT_FOUND,
+            path=str(place.weights),
+        )
     opened = {key: _open(*key, place) for key in groups}
     for key, (preprocess, data, head) in opened.items():
         tag, group = key[0], groups[key]

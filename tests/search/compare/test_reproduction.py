@@ -199,15 +199,19 @@ def test_trained_rows_are_never_measured(place: EvaluationSetup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "details"),
     [
-        ({"data": "/nowhere/val"}, "folder /nowhere/val does not exist"),
-        ({"data": "OTHER"}, "the model has 10 classes and .* has 2"),
-        ({"weights": Path("/nowhere/w")}, "weights folder /nowhere/w is not there"),
+        ({"data": "/nowhere/val"}, {"path": "/nowhere/val"}),
+        ({"data": "OTHER"}, {"got": 10, "accepted": (2,)}),
+        ({"weights": Path("/nowhere/w")}, {"path": "/nowhere/w"}),
     ],
 )
-def test_bad_input_is_told_before_weights_are_loaded(
-    place: EvaluationSetup, change: dict, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_bad_input_is_refused_before_weights_are_loaded(
+    place: EvaluationSetup,
+    change: dict,
+    details: dict,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if change.get("data") == "OTHER":
         for name in ("cat", "dog"):
@@ -220,8 +224,9 @@ def test_bad_input_is_told_before_weights_are_loaded(
         raise AssertionError("weights were asked for")
 
     monkeypatch.setattr("vitpareto.search.compare.reproduction.load_model", never)
-    with pytest.raises(BadInput, match=said):
+    with pytest.raises(BadInput) as caught:
         list(reproduce([DENSE], replace(place, **change)))
+    assert {name: caught.value.details.get(name) for name in details} == details
 
 
 def test_rows_of_a_model_by_name() -> None:
