@@ -29,4 +29,4 @@ def number(value: float | None, spec: str) -> str:
 def counter_notes(names: Iterable[str | None]) -> list[str]:
     """What the named conventions count."""
     known = set(names)
-    return [f"counter {c.name}: {c.says}" for c in COUNTERS.values() if c.name in known]
+    return [f"counter {c.name}: {c.description}" for c in COUNTERS.values() if c.name in known]

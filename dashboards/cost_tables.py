@@ -19,7 +19,8 @@ from vitpareto.dashboards.comparison_cells import (
     text_column,
 )
 from vitpareto.dashboards.table_cells import Column, interval_text, new_table
-from vitpareto.search.compare.cost_table import AT_MOST, GIVEN, KEPT, NEAREST, CostRow
+from vitpareto.search.compare.cost_table import CostRow
+from vitpareto.search.compare.matched_settings import AT_MOST, GIVEN, KEPT, NEAREST
 
 #: how a method's setting for a rate is found
 RULES = {

@@ -16,6 +16,7 @@ from vitpareto.search.commands.options import Cache, Store, TrackingUri
 from vitpareto.search.commands.terminal import log
 
 if TYPE_CHECKING:
+    from vitpareto.search.export.bundle import ExtraPrograms
     from vitpareto.search.export.verification import Verification
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.results import TrialResult
@@ -36,15 +37,6 @@ class Selection:
     knee: bool = False
     trial: int | None = None
     recovered: bool = False
-
-
-@dataclass(frozen=True)
-class Programs:
-    """Programs that a bundle holds beside ONNX and torch.export in float32."""
-
-    int8: bool
-    aoti: bool
-    static_batch: int | None
 
 
 @dataclass(frozen=True)
@@ -101,6 +93,8 @@ def export_command(
     vitpareto export deit-s --max-gmacs 3.2 --out bundle/
     vitpareto export deit-s --recovered --trial 12 --out bundle/
     """
+    from vitpareto.search.export.bundle import ExtraPrograms
+
     folder = find_study(store, name)
     selection = Selection(max_gmacs, max_latency_ms, min_top1, knee, trial, recovered)
     result = _select(folder, selection)
@@ -109,8 +103,8 @@ def export_command(
         _log_target(folder, result, max_latency_ms)
     log(f"trial {result.trial} ({result.method}): exporting and verifying")
     _check_static_batch(static_batch)
-    programs = Programs(int8, aoti, static_batch)
-    _export(folder, result, out, programs, registration, recovered, cache)
+    extra = ExtraPrograms(int8, aoti, static_batch)
+    _export(folder, result, out, extra, registration, recovered, cache)
 
 
 def verify_command(
@@ -136,7 +130,7 @@ def print_verification(found: Verification) -> None:
 def _select(folder: StudyFolder, selection: Selection) -> TrialResult:
     from vitpareto.methods import Code
     from vitpareto.search.errors import UserError
-    from vitpareto.search.export.bundle import choose_trial
+    from vitpareto.search.export.trial_choice import choose_trial
     from vitpareto.search.study.certificates import measured
     from vitpareto.search.study.objectives import objectives_named
 
@@ -207,7 +201,7 @@ def _check_static_batch(static_batch: int | None) -> None:
 
 
 def _export(
-    folder: StudyFolder, result: TrialResult, out: str, programs: Programs,
+    folder: StudyFolder, result: TrialResult, out: str, extra: ExtraPrograms,
     registration: Registration | None, recovered: bool, cache: str | None,
 ) -> None:  # fmt: skip
     """Write the bundle to a folder or to object storage, and register it."""
@@ -220,9 +214,13 @@ def _export(
             check_empty(out)
             bundle = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "bundle"
         export(
-            folder, result, bundle, cache=cache, int8=programs.int8, aoti=programs.aoti,
-            static=programs.static_batch, say=typer.echo,
-        )  # fmt: skip
+            folder,
+            result,
+            bundle,
+            cache=cache,
+            extra=extra,
+            log=typer.echo,
+        )
         if is_remote(out):
             upload_folder(bundle, out)
         typer.echo(out)

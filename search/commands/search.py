@@ -251,7 +251,7 @@ def _export_demo(folder: StudyFolder, store: str | None, cache: str | None) -> N
 
 
 def _demo_choice(folder: StudyFolder) -> tuple[TrialResult, str]:
-    from vitpareto.search.export.bundle import knee_trial
+    from vitpareto.search.export.trial_choice import knee_trial
     from vitpareto.search.study.front import front_of
     from vitpareto.search.study.objectives import objectives_named
 

@@ -1,8 +1,7 @@
-"""What methods cost side by side, without a study: MACs, parameters, throughput, memory.
+"""Costs of methods side by side, without a study: MACs, parameters, throughput, peak memory.
 
-A rate makes methods comparable: `setting_at` says what a method's setting at a rate is. No weight
-decides any of these figures, so that models get fresh ones and nothing is downloaded; methods whose
-trained parts are fresh have the right costs too.
+Methods are compared at equal rates (`setting_at`). No figure depends on weights, so models have
+fresh ones and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, ModelShape, Recipe
-from vitpareto.methods.engine.method import Method
-from vitpareto.methods.engine.parameters import Counts, Float, Int
-from vitpareto.methods.engine.staged import LAYERS_SPACE
+from vitpareto.methods import BadInput, Code, Recipe
+from vitpareto.search.compare.matched_settings import setting_at
 from vitpareto.search.compare.published import matching, recompute
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES
@@ -30,30 +26,17 @@ from vitpareto.search.measure.memory import count_parameters, peak_mb
 from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.models.loading import fresh_model
 
-#: search choices that are a rate: the fraction of the patches kept at each prune layer
-RATES = ("keep_rate", "rate")
-#: values of a choice that are tried to come near a cost
-STEPS = 256
-
-KEPT = "keep rate"
-NEAREST = "MACs nearest TopK's"
-AT_MOST = "at most: nearest TopK's"
-GIVEN = "TopK's counts"
-
-
-@dataclass(frozen=True)
-class MatchedSetting:
-    """A recipe for a rate, and by which rule (KEPT, NEAREST, AT_MOST, GIVEN)."""
-
-    recipe: Recipe
-    rule: str
-
 
 @dataclass(frozen=True)
 class PublishedFigure:
-    """A published figure of the same setting: GFLOPs as its source counts, and ours so counted
-    (None where that cannot be recomputed). differs: how the model of both is not the row's, ""
-    where it is, as timm's options; remark: what the source's row says of that.
+    """A published cost of the same setting.
+
+    Attributes:
+        gflops: as its source counts.
+        ours: our count in the same convention; None if it cannot be recomputed.
+        differs: timm options by which the source's model differs from the row's; empty if it is
+            the same.
+        remark: the source's remark on the difference.
     """
 
     gflops: float
@@ -66,12 +49,21 @@ class PublishedFigure:
 
 @dataclass(frozen=True)
 class CostRow:
-    """One candidate's cost. None: not measured, or not to be known without images (`note`).
+    """The cost of one candidate. A value is None if it was not measured (see `note`).
 
-    gmacs, share (of the dense model's MACs), params_m, images_per_s (the dense model's throughput
-    times the speed-up), speedup with its 95 % interval, peak_mb: as `search.measure.cost` measures
-    them; gmacs_low, gmacs_high: bounds, equal where no image decides; fvcore_gmacs: fvcore's own
-    count.
+    Attributes:
+        rate: fraction of patches kept; None for the dense model.
+        rule: how the setting was matched to the rate.
+        gmacs: GMACs per image; `gmacs_low` and `gmacs_high` are bounds, equal unless images decide.
+        share: fraction of the dense model's MACs.
+        fvcore_gmacs: GMACs per image as fvcore counts them.
+        params_m: parameters in millions.
+        images_per_s: the dense model's throughput times the speed-up.
+        speedup: over the dense model, with its 95 % interval.
+        peak_mb: peak memory in MB.
+        published: published costs of the same setting.
+        target: what the latency holds for.
+        note: why values are missing.
     """
 
     model: str
@@ -97,8 +89,12 @@ class CostRow:
 
 @dataclass(frozen=True)
 class CostSettings:
-    """How candidates are measured. rounds: of paired timing, 0 for costs in closed form alone;
-    check: count with fvcore too; say: hears what is being measured.
+    """How candidates are measured.
+
+    Attributes:
+        rounds: rounds of paired timing; 0 for costs in closed form only.
+        check: count with fvcore too.
+        log: called with what is measured next.
     """
 
     batch: int = 64
@@ -106,87 +102,31 @@ class CostSettings:
     dtype: str = "float32"
     rounds: int = 30
     check: bool = False
-    say: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
 
     def check_values(self, rates: Sequence[float]) -> None:
-        """UserError for a value, or a rate, that cannot be."""
+        """Raise UserError for a value or a rate out of range."""
         for rate in rates:
             if not 0 < rate < 1:
-                raise UserError(f"rate is {rate:g}: accepted is a number, 0 < rate < 1")
+                raise _out_of_range("rate", rate, "between 0 and 1")
         if self.batch < 1:
-            raise UserError(f"batch is {self.batch}: accepted is a whole number, 1 <= batch")
+            raise _out_of_range("batch", self.batch, "at least 1")
         if self.rounds < 0:
-            raise UserError(f"rounds is {self.rounds}: accepted is a whole number, 0 <= rounds")
+            raise _out_of_range("rounds", self.rounds, "at least 0")
         if self.dtype not in DTYPES:
-            raise UserError(f"dtype is {self.dtype!r}: accepted is one of {', '.join(DTYPES)}")
+            raise UserError(
+                f"dtype must be one of {', '.join(DTYPES)} (got {self.dtype!r})",
+                Code.UNKNOWN_NAME,
+                name="dtype",
+                got=self.dtype,
+                accepted=tuple(DTYPES),
+            )
 
 
-def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module) -> MatchedSetting:
-    """The method's setting at `rate` on a model of this shape (`skeleton`: the model, no weights).
-
-    From the method's first preset: (1) a choice that is a rate takes it; (2) where images decide
-    the counts and the method takes given ones, it is given TopK's at that rate; (3) otherwise the
-    first choice besides the layers is moved within the method's space until the MACs are as near
-    to TopK's at that rate as they come: the most it may cost, where images decide.
-
-    Raises BadInput where the method has no preset or no setting fits the model.
-    """
-    declared = methods.get(method)
-    if not declared.presets:
-        raise BadInput(f"{method} has no published setting to start from")
-    choices = dict(declared.presets[0].choices)
-    for name in RATES:
-        if name in choices:
-            params = declared.resolve({**choices, name: rate}, shape)
-            return MatchedSetting(_recipe(declared, declared.check(params, shape)), KEPT)
-    topk = setting_at("topk", rate, shape, skeleton).recipe.checked(shape)
-    adaptive = declared.kind == "tokens" and (
-        declared.counts(declared.preset(declared.presets[0], shape), shape) is None
+def _out_of_range(name: str, value: float, rule: str) -> UserError:
+    return UserError(
+        f"{name} must be {rule} (got {value:g})", Code.OUT_OF_RANGE, name=name, got=value
     )
-    if adaptive and any(isinstance(p, Counts) for p in declared.parameters):
-        assert topk.tokens is not None
-        counts = topk.tokens.declared.counts(topk.tokens.params, shape)
-        return MatchedSetting(_recipe(declared, declared.check({"counts": counts}, shape)), GIVEN)
-    target = recipe_macs(topk, shape)[1]
-    moved = _moved(declared, choices)
-    found: dict[str, tuple[int, Recipe]] = {}
-    refused = ""
-    for value in _values(moved):
-        try:
-            params = declared.check(declared.resolve({**choices, moved.name: value}, shape), shape)
-            recipe = _recipe(declared, params)
-            if str(recipe) not in found:
-                cost = recipe_macs(recipe, recipe.reshape(shape, skeleton)[0])[1]
-                found[str(recipe)] = (abs(cost - target), recipe)
-        except BadInput as error:
-            refused = str(error)
-    if not found:
-        raise BadInput(f"no setting of {method} fits the model: {refused}")
-    nearest = min(found.values(), key=lambda pair: pair[0])[1]
-    return MatchedSetting(nearest, AT_MOST if adaptive else NEAREST)
-
-
-def _recipe(declared: Method, params: dict[str, Any]) -> Recipe:
-    return Recipe.of(declared.name, **{k: v for k, v in params.items() if v is not None})
-
-
-def _moved(declared: Method, choices: dict[str, Any]) -> Float | Int:
-    """The choice that `setting_at` moves: the first number of the space that is not a layer's."""
-    layers = {p.name for p in LAYERS_SPACE}
-    for p in declared.space:
-        if isinstance(p, (Float, Int)) and p.name in choices and p.name not in layers:
-            return p
-    raise BadInput(f"{declared.name} has no choice that a cost could be reached by")
-
-
-def _values(choice: Float | Int) -> list[float]:
-    """Evenly spaced over the choice's range, in logs where it is searched in logs."""
-    if isinstance(choice, Int):
-        return list(range(choice.low, min(choice.high, choice.low + STEPS) + 1))
-    steps = [i / STEPS for i in range(STEPS + 1)]
-    if choice.log:
-        return [choice.low * (choice.high / choice.low) ** s for s in steps]
-    return [choice.low + (choice.high - choice.low) * s for s in steps]
 
 
 def cost_rows(
@@ -199,7 +139,8 @@ def cost_rows(
     """
     bench.check_values(rates)
     if not models or not rates:
-        raise UserError(f"no {'rate' if models else 'model'} is named: nothing to cost")
+        name = "rate" if models else "model"
+        raise UserError(f"at least one {name} must be given (got none)", Code.MISSING, name=name)
     chosen = [n for n in dict.fromkeys(names) if not methods.get(n).is_reference]
     skeletons: dict[str, nn.Module] = {}
     for name in dict.fromkeys(models):
@@ -224,8 +165,9 @@ def _model_rows(
         images = torch.randn(
             bench.batch, 3, *shape.image, device=bench.device, dtype=DTYPES[bench.dtype]
         )
-    say = bench.say if dense is not None else lambda text: None  # closed forms need no patience
-    say(f"{name}: dense")
+    # closed forms are fast, so their progress is not reported
+    log = bench.log if dense is not None else lambda text: None
+    log(f"{name}: dense")
     row = CostRow(name, Recipe().method, None, "", str(Recipe()))
     first = _measured(row, Recipe(), skeleton, dense, images, bench)
     yield first
@@ -236,7 +178,7 @@ def _model_rows(
             except BadInput as error:
                 yield CostRow(name, method, rate, "", "", note=str(error))
                 continue
-            say(f"{name}: {setting.recipe}")
+            log(f"{name}: {setting.recipe}")
             row = CostRow(name, method, rate, setting.rule, str(setting.recipe))
             row = _measured(row, setting.recipe, skeleton, dense, images, bench)
             if row.speedup is not None and first.images_per_s is not None:

@@ -1,7 +1,7 @@
-"""The figures that methods were published with (`published.json`), and ours in their convention.
+"""Published figures of the methods (`published.json`), and our costs in the same conventions.
 
-Data and arithmetic alone: no weights, no image; models are built on the meta device. Accuracies are
-measured in `search.compare.reproduction`.
+Data and arithmetic only: models are built on the meta device. `search.compare.reproduction`
+measures accuracies.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ FILE = "published.json"
 
 @dataclass(frozen=True)
 class PublishedRow:
-    """One published result. gflops are multiply-accumulates an image / 1e9 as `counter` counts;
-    top1 and dense_top1 in percent on ImageNet-1k's validation images; None: not published.
+    """One published result. A number is None if it is not published.
 
-    `setting` holds recipe parameters (of a row that is not `reproducible` perhaps others);
-    `model_options` is how the source's model differs from timm's `model`; `timm_tag` names timm's
-    weights, `crop_pct` the share of the resized image that the source evaluates on (None: the
-    weights' own); `figures` are the published numbers that nothing here recomputes.
+    Attributes:
+        setting: recipe parameters; possibly others if the row is not `reproducible`.
+        gflops: multiply-accumulates per image / 1e9, as `counter` counts them.
+        top1, dense_top1: percent on the ImageNet-1k validation images.
+        why: why the row is not reproducible.
+        model_options: timm options by which the source's model differs from `model`.
+        timm_tag: timm's name of the weights.
+        crop_pct: share of the resized image that the source evaluates on; the weights' own if None.
+        figures: published numbers that are not recomputed here.
     """
 
     method: str
@@ -55,7 +59,7 @@ class PublishedRow:
 
     @property
     def recipe(self) -> Recipe | None:
-        """The setting as a recipe; None for a row that cannot be reproduced and gives none."""
+        """The setting as a recipe; None if the row is not reproducible and has no valid setting."""
         if not self.reproducible:
             if self.method not in methods.names():
                 return None
@@ -90,7 +94,7 @@ def rows() -> tuple[PublishedRow, ...]:
 
 
 def source_model(row: PublishedRow) -> nn.Module:
-    """The dense model of a row as its source has it, on the meta device: dimensions alone."""
+    """The source's dense model of a row, on the meta device."""
     with torch.device("meta"):
         if row.model_options:
             return timm.create_model(row.model, **row.model_options)
@@ -98,8 +102,9 @@ def source_model(row: PublishedRow) -> nn.Module:
 
 
 def recompute(row: PublishedRow) -> float | None:
-    """The row's GFLOPs as we count them in its source's convention; None where the row gives none,
-    no convention, or is not reproducible.
+    """Our GFLOPs of the row in its source's convention.
+
+    None if the row has no GFLOPs, no known convention, or is not reproducible.
     """
     recipe = row.recipe
     if row.gflops is None or row.counter is None or not row.reproducible or recipe is None:
@@ -110,9 +115,13 @@ def recompute(row: PublishedRow) -> float | None:
 
 
 def matching(model: str, recipe: Recipe) -> tuple[PublishedRow, ...]:
-    """Rows of this model (timm name, with or without a tag) whose published setting is the checked
-    recipe's: what a row does not say may be anything. Where a row has `model_options`, its figures
-    are of a model that differs from timm's by them: they have to be shown with them.
+    """Rows of this model whose published setting equals the checked recipe's.
+
+    A parameter that a row does not state matches any value. The figures of a row with
+    `model_options` are of a model that differs from timm's, and must be shown with the options.
+
+    Args:
+        model: timm name, with or without a tag.
     """
     params = {} if recipe.tokens is None else recipe.tokens.plain()
     return tuple(

@@ -1,7 +1,7 @@
-"""Published accuracies of untrained methods, measured again: ours beside theirs, on all images.
+"""Published accuracies of untrained methods, measured again on all evaluation images.
 
-The same loading, preprocessing and evaluation as a study's; only the splits are put together again,
-since nothing is decided here. A row that cannot be run says why and has no number.
+Loading, preprocessing and evaluation are those of a study; the splits are joined, because nothing
+is chosen here. A row that cannot be run has a reason and no number.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods import BadInput, Code, Recipe
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.compare.published import PublishedRow, recompute
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION
-from vitpareto.search.errors import Code, UserError
+from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
 from vitpareto.search.measure.closed_form import schedule_macs
 from vitpareto.search.models.loading import fresh_model, load_model, num_classes
@@ -33,9 +33,9 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 @dataclass(frozen=True)
 class ReproducedAccuracy:
-    """Percent of `images` whose top class is right, with its 95 % interval, and the dense model's;
-    gmacs: an image's mean, as `search.measure.cost` counts; unreadable: images listed and not
-    decoded.
+    """Top-1 in percent with its 95 % interval, and the dense model's.
+
+    `gmacs` is the mean per image; `unreadable` counts images that could not be decoded.
     """
 
     top1: float
@@ -49,8 +49,10 @@ class ReproducedAccuracy:
 
 @dataclass(frozen=True)
 class ReproducedRow:
-    """A published row beside ours. gflops: recomputed as its source counts (`published.recompute`);
-    accuracy: None where it was not measured, `why` says the reason.
+    """A published row beside our measurement.
+
+    `gflops` is recomputed in the source's convention (`published.recompute`). `accuracy` is None if
+    it was not measured; `why` is the reason.
     """
 
     row: PublishedRow
@@ -61,9 +63,12 @@ class ReproducedRow:
 
 @dataclass(frozen=True)
 class EvaluationSetup:
-    """Where and how rows are measured. `weights`: a folder with TIMM_TAG.safetensors (or .pth) that
-    are taken instead of timm's downloads; `decode` hears (images decoded, images in all), `seen`
-    (what is measured, images seen, images in all).
+    """Images, weights and device with which rows are measured.
+
+    Attributes:
+        weights: folder of TIMM_TAG.safetensors (or .pth) files, used instead of timm's downloads.
+        decode: called with (images decoded, images in total).
+        seen: called with (what is measured, images seen, images in total).
     """
 
     data: str
@@ -77,11 +82,15 @@ class EvaluationSetup:
 
 
 def select(rows: Sequence[PublishedRow], models: Sequence[str] = ()) -> tuple[PublishedRow, ...]:
-    """Rows of these models (all where none is named); BadInput for a model that no row has."""
+    """Rows of these models; all if none is named. Raises BadInput for a model without rows."""
     known = {row.model for row in rows}
     for name in models:
         if name not in known:
-            raise BadInput(f"nothing is published of {name!r}{nearest(name, known)}")
+            raise BadInput(
+                f"no figure is published for model {name!r}{nearest(name, known)}",
+                Code.UNKNOWN_NAME,
+                name=name,
+            )
     return tuple(row for row in rows if not models or row.model in models)
 
 
@@ -131,7 +140,7 @@ def reproduce(
             yield from (ReproducedRow(row, recompute(row), None, why) for row in group)
             continue
         model = model.to(place.device, DTYPES[place.dtype])
-        bench = _Bench(place, model, preprocess, data, head)
+        bench = _RowEvaluator(place, model, preprocess, data, head)
         for row in group:
             try:
                 yield ReproducedRow(row, recompute(row), bench.measure(row))
@@ -159,10 +168,15 @@ def _weights_file(folder: Path | None, tag: str) -> Path | None:
     for suffix in WEIGHT_FILES:
         if (folder / f"{tag}{suffix}").is_file():
             return folder / f"{tag}{suffix}"
-    raise UserError(f"no {tag}.safetensors (or .pth) in {folder}")
+    raise UserError(
+        f"{tag}.safetensors (or .pth) does not exist in {folder}",
+        Code.NOT_FOUND,
+        name=tag,
+        path=str(folder),
+    )
 
 
-class _Bench:
+class _RowEvaluator:
     """One dense model and all its images; the dense model is measured once."""
 
     def __init__(

@@ -1,6 +1,6 @@
-"""A recipe shown on images: from names and files to what `search.compare.token_trace` follows.
+"""Token traces of a recipe on image files, or on the first images of a data set's search split.
 
-Images are files, or the first of a data set's search split; models run on the CPU, in float32.
+Models run on the CPU in float32. `search.compare.token_trace` records the traces.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import Recipe, Untrained
+from vitpareto.methods import Code, Recipe, Untrained
 from vitpareto.search.compare.token_trace import TokenTrace, trace_tokens
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.decode_chunks import IMAGE_ERRORS
@@ -28,16 +28,20 @@ from vitpareto.search.models.loading import fingerprint, load_model, num_classes
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 
-#: Images of a data set that are followed where no file is named, and the most that are at all.
+#: number of images traced if no file is given, and the largest number of images
 IMAGES, MOST = 4, 64
 CALIBRATION_BATCH = 64
 
 
 @dataclass(frozen=True)
 class TraceRequest:
-    """A recipe on a model. data: the set that names classes, calibrates and gives images where no
-    file is named; None: the embedded one, as far as one is needed. fingerprint: what the model
-    must be, where a study measured it. trained: the weights that the recipe names.
+    """A recipe on a model, to be traced.
+
+    Attributes:
+        data: data set for class names, calibration and, if no file is given, images. The embedded
+            data set if None and one is needed.
+        fingerprint: required fingerprint of the model, if a study measured it.
+        trained: the weights that the recipe names.
     """
 
     recipe: Recipe
@@ -50,14 +54,25 @@ class TraceRequest:
 
     @classmethod
     def of_trial(cls, folder: StudyFolder, number: int) -> TraceRequest:
-        """A trial of a study. UserError: there is none of that number, or it was not measured."""
+        """A trial of a study. Raises UserError if it does not exist or was not measured."""
         results = folder.trials.all()
         result = next((r for r in results if r.trial == number), None)
         if result is None:
             span = f"{results[0].trial} to {results[-1].trial}" if results else "none yet"
-            raise UserError(f"study {folder.name} has no trial {number}; its trials are {span}")
+            raise UserError(
+                f"trial {number} does not exist in study {folder.name} (its trials: {span})",
+                Code.NOT_FOUND,
+                study=folder.name,
+                trial=number,
+            )
         if result.state not in ("finished", "raced_out"):
-            raise UserError(f"trial {number} of {folder.name} is {result.state}: {result.reason}")
+            raise UserError(
+                f"trial {number} of study {folder.name} must be measured "
+                f"(got {result.state}: {result.reason})",
+                Code.UNSUPPORTED,
+                trial=number,
+                state=result.state,
+            )
         job = SearchConfig.of({**folder.job(), "store": folder.store})
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         known = str(folder.identity.read()["model_fingerprint"])
@@ -73,28 +88,44 @@ def trace_images(
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> TokenTrace:
-    """Follow the files, or the first `images` (default 4) of the data's search split.
+    """Trace the files, or the first `images` (default 4) of the data's search split.
 
-    Where the recipe needs calibration, it gets the data's calibration split, or, with files and no
-    data named, those files; a note says so. Raises UserError (also where a study's model is no
-    longer what it was) and whatever the recipe raises.
+    A recipe that needs calibration is calibrated on the data's calibration split, or on the files
+    if no data is named; a note says so.
+
+    Raises:
+        UserError: an image cannot be read, or a study's model has changed.
+        BadInput: the recipe does not fit the model.
     """
     if files and images is not None:
-        raise UserError("--images counts images of the data: with image files named there are none")
+        raise UserError(
+            "--images must not be given with image files: it counts images of the data",
+            Code.CONFLICT,
+            name="images",
+        )
     if len(files) > MOST or (images is not None and not 1 <= images <= MOST):
-        raise UserError(f"{len(files) or images} images asked for: accepted is 1 to {MOST}")
+        raise UserError(
+            f"the number of images must be between 1 and {MOST} (got {len(files) or images})",
+            Code.OUT_OF_RANGE,
+            name="images",
+            got=len(files) or images,
+        )
     for file in files:
         _check_there(file)
     dense = load_model(asked.model, asked.weights)
     if asked.fingerprint is not None and (now := fingerprint(dense)) != asked.fingerprint:
         raise UserError(
-            f"the study measured a model with fingerprint {asked.fingerprint}; {asked.model} with "
-            f"its weights is now {now} (another timm version?)"
+            f"{asked.model} must have the study's fingerprint {asked.fingerprint} (got {now}); "
+            "another timm version may be installed",
+            Code.MISMATCH,
+            key="model_fingerprint",
+            got=now,
+            expected=asked.fingerprint,
         )
     shape, _ = asked.recipe.reshape(methods.model_shape(dense), dense, asked.trained)
     recipe = asked.recipe.checked(shape)
     preprocess = Preprocess.of(dense)
-    # the embedded set knows its own model's classes, and nobody else's
+    # the embedded data set has class names for the embedded model only
     known = asked.data is not None or asked.model == embedded_model.NAME
     spec = asked.data or (embedded_model.NAME if known or not files else None)
     data = None
@@ -110,7 +141,7 @@ def trace_images(
     else:
         assert data is not None and spec is not None
         count = min(IMAGES if images is None else images, data.sizes["search"])
-        # a prefix of the split alone is decoded
+        # decodes only the first images of the split
         few = open_data(
             spec, preprocess, cache=cache, seed=asked.seed, images=count, progress=progress
         ).split("search")
@@ -136,17 +167,26 @@ def trace_images(
 
 def _check_there(file: Path) -> None:
     if not file.is_file():
-        raise UserError(f"image {file} {'is a folder' if file.is_dir() else 'is not there'}")
+        folder = file.is_dir()
+        raise UserError(
+            f"image {file} {'must be a file (got a folder)' if folder else 'does not exist'}",
+            Code.WRONG_TYPE if folder else Code.NOT_FOUND,
+            path=str(file),
+        )
 
 
 def read_image(file: Path) -> Image.Image:
-    """RGB; UserError where the file is not there or no image."""
+    """An image as RGB. Raises UserError if the file does not exist or is not an image."""
     _check_there(file)
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
     except IMAGE_ERRORS as error:
-        raise UserError(f"image {file} cannot be read: {type(error).__name__}: {error}") from error
+        raise UserError(
+            f"image {file} cannot be read: {type(error).__name__}: {error}",
+            Code.UNREADABLE,
+            path=str(file),
+        ) from error
 
 
 def _build(
@@ -158,7 +198,7 @@ def _build(
     notes: list[str],
     trained: Mapping[str, Tensor] | None,
 ) -> nn.Module:
-    """The pruned model; what it was calibrated on, and parts left untrained, go to `notes`."""
+    """The pruned model. Appends to `notes` what it was calibrated on and its untrained parts."""
     calibration: Iterator[Tensor] | None = None
     step = recipe.tokens
     if step is not None and step.declared.needs_calibration(step.params):
@@ -197,14 +237,14 @@ def _build(
 def _classes(
     dense: nn.Module, asked: TraceRequest, data: Data | None
 ) -> tuple[Sequence[str] | None, tuple[int, ...] | None]:
-    """(class names, the logits they stand for); None for what is not known."""
+    """Class names and the logits that stand for them; None if unknown."""
     outputs = num_classes(dense)
     if data is not None:
         head = check_head(outputs, data)
         if data.head_indices is not None:
             return _imagenet_names(data.head_indices), head
         return data.classes, head
-    # a head of 1,000 in a user's own weights may be anything
+    # 1,000 outputs of a user's own weights need not be ImageNet's classes
     own = asked.weights is not None or asked.model.startswith("local-dir:")
     return (_imagenet_names(range(outputs)) if outputs == 1000 and not own else None), None
 

@@ -1,5 +1,6 @@
-"""What a pruned model does to single images: which patches are kept, merged or dropped in each
-block. `dashboards.token_picture` draws it. Measures neither accuracy nor cost.
+"""Token traces: which patches of an image a pruned model keeps, merges or drops in each block.
+
+`dashboards` draws them. Accuracy and cost are not measured here.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, Recipe, Trace
+from vitpareto.methods import BadInput, Code, Recipe, Trace
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.accuracy import NonFiniteLogits
 
-#: What a token that holds several patches is: their mean, a sum weighted by attention in which
-#: dropped patches end, or a mixture of all patches that weighs these most.
+#: how a token holds several patches: as their mean, as a sum of dropped patches weighted by
+#: attention, or as a mixture of all patches that gives these the largest weights
 MergeKind = Literal["merged", "fused", "mixed"]
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A model's first choice: its class and the softmax's probability, 0 to 1."""
+    """A model's top class and its softmax probability, 0 to 1."""
 
     label: int
     name: str
@@ -34,9 +35,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class ImageTrace:
-    """One image. pixels: uint8 [h, w, 3], what the model cuts into patches (after preprocessing
-    and a `resize`). patches [depth]: left after each block. group [depth, n0]: `Trace.group`.
-    figures: the method's own numbers after each block. truth: the class, where it is known.
+    """The trace of one image.
+
+    Attributes:
+        pixels: uint8 [h, w, 3], the patch embedding's input, after preprocessing and a `resize`.
+        patches: [depth], patches left after each block.
+        group: [depth, n0], as `Trace.group`.
+        figures: the method's own numbers after each block.
+        truth: the class of the image, if it is known.
     """
 
     name: str
@@ -49,16 +55,17 @@ class ImageTrace:
     truth: str | None = None
 
     def stages(self) -> list[int]:
-        """The blocks after which something had become of a patch."""
+        """Blocks that merged, fused or dropped a patch."""
         before = np.vstack([np.arange(self.group.shape[1]), self.group[:-1]])
         moved = (before != self.group).any(axis=1)
-        # the last patch fused alone stays where it was, and is no longer what it was
+        # a patch that is fused alone keeps its group and changes its content
         fuses = np.array([figures.get("fused", 0) > 0 for figures in self.figures])
         return np.flatnonzero(moved | fuses).tolist()
 
     def fused(self) -> NDArray[np.bool_]:
-        """Which original patches are in a fused token after each block, [depth, n0]: from a block
-        that says in its figures that it fused some into its last token, on.
+        """Which original patches are in a fused token after each block, bool [depth, n0].
+
+        A block reports in its figures that it fused patches into its last token.
         """
         out = np.zeros(self.group.shape, dtype=np.bool_)
         rows = zip(self.group, self.patches, self.figures, strict=True)
@@ -68,12 +75,13 @@ class ImageTrace:
         return out & (self.group >= 0)
 
     def joined(self, together: MergeKind) -> NDArray[np.bool_]:
-        """Which original patches are no token of their own any more, and not dropped: [depth, n0].
-        A patch that was fused alone is not its own either: it became its weighted self.
+        """Which original patches share a token with others and are not dropped, bool [depth, n0].
+
+        A patch that was fused alone counts too, because fusing weights it.
         """
         if together == "fused":
             return self.fused()
-        if together == "mixed":  # once anything is mixed, everything is
+        if together == "mixed":  # every token of a mixing block holds all patches
             own = (self.group == np.arange(self.group.shape[1])).all(axis=1)
             return ~own[:, None] & (self.group >= 0)
         rows = []
@@ -85,8 +93,13 @@ class ImageTrace:
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """A recipe's way with some images. grid: patches (rows, columns); patch: pixels (height,
-    width); recipe: with what calibration found; notes: what a reader has to know besides.
+    """The traces of several images under one recipe.
+
+    Attributes:
+        recipe: with calibrated parameters filled in.
+        grid: patches (rows, columns).
+        patch: size of a patch in pixels (height, width).
+        notes: remarks for the reader, for example on calibration.
     """
 
     model: str
@@ -98,7 +111,7 @@ class TokenTrace:
     notes: tuple[str, ...] = ()
 
     def stages(self) -> list[int]:
-        """The blocks after which something had become of a patch of any image."""
+        """Blocks that merged, fused or dropped a patch of any image."""
         return sorted({block for image in self.images for block in image.stages()})
 
 
@@ -115,14 +128,18 @@ def trace_tokens(
     head_indices: Sequence[int] | None = None,
     notes: Sequence[str] = (),
 ) -> TokenTrace:
-    """Run both models over normalised images [B, 3, H, W] and keep what became of each patch.
+    """Run both models on normalised images [B, 3, H, W] and record the trace of each image.
 
-    pruned: what `methods.prune` or `Recipe.build` made of `dense`. classes: the names of the
-    logits, or of those at `head_indices`. Raises BadInput for a batch without images, and
-    NonFiniteLogits, naming the image.
+    Args:
+        pruned: what `methods.prune` or `Recipe.build` built from `dense`.
+        classes: names of the logits, or of those at `head_indices`.
+
+    Raises:
+        BadInput: there are no images.
+        NonFiniteLogits: the logits of an image are not finite.
     """
     if not len(images):
-        raise BadInput("there is no image to follow")
+        raise BadInput("images must have at least one image (got none)", Code.EMPTY, name="images")
     recipe: Recipe = cast(Any, pruned).recipe
     shape = methods.model_shape(pruned)
     preprocess = Preprocess.of(dense)
@@ -130,7 +147,7 @@ def trace_tokens(
     for i, image in enumerate(images.split(1)):
         name = names[i] if i < len(names) else f"image {i}"
         cut: list[Tensor] = []
-        # what is cut into patches, taken where that happens: a `resize` is inside the model
+        # a `resize` happens inside the model, so the pixels are taken at the patch embedding
         hook = cast(nn.Module, pruned.patch_embed).register_forward_pre_hook(
             lambda _, inputs, cut=cut: cut.append(inputs[0])
         )
@@ -157,7 +174,7 @@ def trace_tokens(
 
 
 def merge_kind(recipe: Recipe) -> MergeKind:
-    """What a token of this recipe is that holds several patches."""
+    """How a token of this recipe holds several patches."""
     if recipe.tokens is None:
         return "merged"
     if recipe.tokens.declared.mixes:
@@ -166,7 +183,7 @@ def merge_kind(recipe: Recipe) -> MergeKind:
 
 
 def denormalised(image: Tensor, preprocess: Preprocess) -> NDArray[np.uint8]:
-    """The model's input [3, H, W] as pixels again, uint8 [H, W, 3]."""
+    """The model's input [3, H, W] as pixels, uint8 [H, W, 3]."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (preprocess.mean, preprocess.std))
     scaled = image.detach().cpu().float() * std + mean
     return (255 * scaled.clamp(0, 1)).round().to(torch.uint8).permute(1, 2, 0).numpy()
@@ -179,7 +196,7 @@ def _guess(
     if head is not None:
         logits = logits[list(head)]
     if not bool(logits.isfinite().all()):
-        raise NonFiniteLogits(f"non-finite logits for {name}")
+        raise NonFiniteLogits(f"non-finite logits for image {name}", name)
     probability, label = (v.item() for v in logits.softmax(dim=0).max(dim=0))
     return Prediction(int(label), classes[int(label)] if classes else f"class {label}", probability)
 

@@ -1,1 +1,13 @@
-"""Bundles to deploy: written, verified, quantised and timed."""
+"""Bundles to deploy: written, verified, quantised and timed.
+
+- `trial_choice`: which trial of a study is exported
+- `rebuilt_trial`: the measured model of a trial, rebuilt with its images
+- `bundle`, `bundle_result`, `preprocessing`, `readme`: the folder and its files
+- `reference_outputs`, `isolated_process`, `verification`: proof that the exported programs are the
+  measured model
+- `int8`, `specialised`: additional programs
+- `benchmark`: latency of a bundle's programs
+
+Only this package and `search.runtimes` import onnx and onnxruntime. May import `search.study` and
+what is below it; not `search.trials`, `search.tracking` or `search.compare`.
+"""

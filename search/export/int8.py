@@ -1,9 +1,9 @@
-"""A bundle's program in int8: onnxruntime's static quantisation, measured before it is offered.
+"""The int8 program of a bundle: onnxruntime's static quantisation, measured on the search images.
 
-Weights and the activations that meet them are 8 bits (per channel, calibrated on the calibration
-split); products of two activations, attention's, stay float32: there scores decide which patches
-are kept. Another arithmetic is another model, so accuracy and latency are measured anew, the dense
-model's in int8 beside them.
+Weights and the activations that meet them are quantised to 8 bits, per channel, with ranges from
+the calibration split. Products of two activations, as in attention, stay in float32, because their
+scores decide which patches are kept. Accuracy and latency are measured again, beside the dense
+model in int8.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
+from vitpareto.search.export.bundle_result import Int8Result
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.timing import measure_latency
@@ -40,86 +39,35 @@ from vitpareto.search.stats.intervals import paired_difference
 from vitpareto.search.study.certificates import ERROR, flips
 
 FILE = "model.int8.onnx"
-#: calibration images, and images a call
+#: number of calibration images, and images per call
 CALIBRATION, BATCH = 256, 64
-#: the batches that latencies are measured at
+#: batch sizes at which latency is measured
 BATCHES = (1, 32)
-#: operators of which those with weights become int8
+#: operators that are quantised if one of their inputs is a weight
 OPERATORS = ("MatMul", "Gemm", "Conv")
-#: points of top-1 that it may lose against the float32 program and still be called verified
-MOST_LOST = 1.0
 
 
-@dataclass(frozen=True)
-class Int8:
-    """The int8 program, measured. Accuracies in percent on the same search images: its own, the
-    float32 program's and the dense model's in int8. `change` (points, with its 95 % interval) is
-    its own minus float32's. `latency`: beside the dense model in int8, by batch; `over_float`: its
-    speed-up over the float32 program. verified: measured, and no more than a point lost.
-    """
+class _CalibrationImages(CalibrationDataReader):
+    """Batches of normalised images for the program's input `name`."""
 
-    images: int
-    calibrated_on: int
-    top1: float
-    float_top1: float
-    dense_top1: float
-    change: float
-    change_low: float
-    change_high: float
-    agree: int
-    latency: Mapping[int, Latency]
-    over_float: Mapping[int, float]
-    megabytes: float
-    float_megabytes: float
-
-    @property
-    def verified(self) -> bool:
-        return self.change >= -MOST_LOST
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            **asdict(self),
-            "latency": {batch: timed.to_json() for batch, timed in self.latency.items()},
-            "verified": self.verified,
-            "most_lost": MOST_LOST,
-        }
-
-    def said(self) -> str:
-        """One line."""
-        fast = "; ".join(
-            f"batch {batch}: {timed.speedup:.2f} times dense int8, "
-            f"{self.over_float[batch]:.2f} times float32"
-            for batch, timed in self.latency.items()
-        )
-        word = "verified" if self.verified else "NOT VERIFIED"
-        return (
-            f"int8 {word}: top-1 {self.top1:.2f} % on {self.images} search images, float32 "
-            f"{self.float_top1:.2f} ({self.change:+.2f}, 95 %: {self.change_low:+.2f} to "
-            f"{self.change_high:+.2f}), dense int8 {self.dense_top1:.2f}; {fast}; "
-            f"{self.megabytes:.1f} MB, float32 {self.float_megabytes:.1f}"
-        )
-
-
-class _Images(CalibrationDataReader):
     def __init__(self, batches: Iterable[NDArray[np.float32]], name: str) -> None:
-        self.left: Iterator[NDArray[np.float32]] = iter(batches)
+        self.batches: Iterator[NDArray[np.float32]] = iter(batches)
         self.name = name
 
     def get_next(self) -> dict[str, NDArray[np.float32]] | None:
-        found = next(self.left, None)
-        return None if found is None else {self.name: found}
+        batch = next(self.batches, None)
+        return None if batch is None else {self.name: batch}
 
 
-def quantised(program: Path, out: Path, images: Iterable[NDArray[np.float32]]) -> None:
+def quantise(program: Path, out: Path, images: Iterable[NDArray[np.float32]]) -> None:
     """Write the int8 form of an ONNX program, calibrated on batches of normalised images."""
-    with tempfile.TemporaryDirectory(prefix="vitpareto-int8-") as scratch, _quietly():
+    with tempfile.TemporaryDirectory(prefix="vitpareto-int8-") as scratch, _errors_only():
         ready = Path(scratch) / "ready.onnx"
-        # symbolic shapes of a graph that gathers by scores cannot all be inferred
+        # not all symbolic shapes of a graph that gathers by scores can be inferred
         quant_pre_process(str(program), str(ready), skip_symbolic_shape=True)
         graph = onnx.load(ready).graph
         constants = {i.name for i in graph.initializer}
-        without = [
+        without_weights = [
             node.name
             for node in graph.node
             if node.op_type in OPERATORS and not constants & set(node.input)
@@ -127,10 +75,10 @@ def quantised(program: Path, out: Path, images: Iterable[NDArray[np.float32]]) -
         quantize_static(
             str(ready),
             str(out),
-            _Images(images, graph.input[0].name),
+            _CalibrationImages(images, graph.input[0].name),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(OPERATORS),
-            nodes_to_exclude=without,
+            nodes_to_exclude=without_weights,
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -140,8 +88,8 @@ def quantised(program: Path, out: Path, images: Iterable[NDArray[np.float32]]) -
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """onnxruntime's tools log to the root: advice on what is done here already."""
+def _errors_only() -> Iterator[None]:
+    """Hide what onnxruntime's tools log to the root logger: advice that is followed here."""
     before = logging.root.level
     logging.root.setLevel(logging.ERROR)
     try:
@@ -152,62 +100,73 @@ def _quietly() -> Iterator[None]:
 
 def measure_int8(
     program: Path, dense: Path, out: Path, search: Split, calibration: Split, preprocess: Preprocess
-) -> Int8:
-    """Write `out`, the int8 form of `program`, and measure it beside float32 and the `dense`
-    program's int8 form, on all search images.
+) -> Int8Result:
+    """Write `out`, the int8 form of `program`, and measure it on all search images.
+
+    Args:
+        program: the bundle's float32 ONNX program.
+        dense: the dense model's float32 ONNX program, which is quantised and measured too.
     """
-    most = min(CALIBRATION, len(calibration))
+    calibrated_on = min(CALIBRATION, len(calibration))
     with tempfile.TemporaryDirectory(prefix="vitpareto-int8-") as scratch:
-        dense8 = Path(scratch) / "dense.onnx"
-        for source, target in ((program, out), (dense, dense8)):
-            calibrating = (x.numpy() for x, _ in _batches(calibration, preprocess, most))
-            quantised(source, target, calibrating)
+        dense_int8 = Path(scratch) / "dense.onnx"
+        for source, target in ((program, out), (dense, dense_int8)):
+            images = (x.numpy() for x, _ in _batches(calibration, preprocess, calibrated_on))
+            quantise(source, target, images)
         runs = {
             name: onnx_session(path)
-            for name, path in (("int8", out), ("float", program), ("dense", dense8))
+            for name, path in (("int8", out), ("float", program), ("dense", dense_int8))
         }
-        right = {name: _right(run, search, preprocess) for name, run in runs.items()}
-        own, before = right["int8"], right["float"]
-        count = len(own)
-        lost, gained = flips(own, before)
-        low, high = paired_difference(gained, lost, count, ERROR)
-        timed, over = {}, {}
-        like, _ = next(_batches(search, preprocess))
-        for batch in BATCHES:
-            some = like[torch.arange(batch) % len(like)]
-            timed[batch] = measure_latency(
-                runs["int8"], runs["dense"], some, runtime="onnxruntime int8"
-            )
-            over[batch] = measure_latency(runs["int8"], runs["float"], some).speedup
-    top1 = {name: 100 * float(found.mean()) for name, found in right.items()}
-    return Int8(
-        images=count,
-        calibrated_on=most,
+        correct = {name: _correct(run, search, preprocess) for name, run in runs.items()}
+        latencies, over_float = _latencies(runs, search, preprocess)
+    int8, float32 = correct["int8"], correct["float"]
+    images_seen = len(int8)
+    lost, gained = flips(int8, float32)
+    low, high = paired_difference(gained, lost, images_seen, ERROR)
+    top1 = {name: 100 * float(c.mean()) for name, c in correct.items()}
+    return Int8Result(
+        images=images_seen,
+        calibrated_on=calibrated_on,
         top1=top1["int8"],
         float_top1=top1["float"],
         dense_top1=top1["dense"],
-        change=100 * (gained - lost) / count,
+        change=100 * (gained - lost) / images_seen,
         change_low=low,
         change_high=high,
-        agree=int((own == before).sum()),
-        latency=timed,
-        over_float=over,
+        agree=int((int8 == float32).sum()),
+        latency=latencies,
+        over_float=over_float,
         megabytes=out.stat().st_size / 1e6,
         float_megabytes=program.stat().st_size / 1e6,
     )
 
 
+def _latencies(
+    runs: dict[str, Run], search: Split, preprocess: Preprocess
+) -> tuple[dict[int, Latency], dict[int, float]]:
+    """By batch: latency beside the dense int8 program, and speed-up over the float32 program."""
+    latencies, over_float = {}, {}
+    images, _ = next(_batches(search, preprocess))
+    for batch in BATCHES:
+        inputs = images[torch.arange(batch) % len(images)]
+        latencies[batch] = measure_latency(
+            runs["int8"], runs["dense"], inputs, runtime="onnxruntime int8"
+        )
+        over_float[batch] = measure_latency(runs["int8"], runs["float"], inputs).speedup
+    return latencies, over_float
+
+
 def _batches(
-    split: Split, preprocess: Preprocess, most: int | None = None
+    split: Split, preprocess: Preprocess, stop: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images as the programs take them, with their labels; at most so many."""
-    return batches_of(split, preprocess, batch=BATCH, device="cpu", dtype=torch.float32, stop=most)
+    """The programs' input [B, 3, H, W] and labels [B] of the split's first `stop` images."""
+    return batches_of(split, preprocess, batch=BATCH, device="cpu", dtype=torch.float32, stop=stop)
 
 
-def _right(run: Run, split: Split, preprocess: Preprocess) -> NDArray[np.bool_]:
-    """Which images a program gets right."""
-    found = []
+def _correct(run: Run, split: Split, preprocess: Preprocess) -> NDArray[np.bool_]:
+    """Which images a program classifies correctly, bool [M]."""
+    correct = []
     for batch, labels in _batches(split, preprocess):
         logits = run(batch)[0]
-        found.append(logits.argmax(axis=1) == labels.numpy())
-    return np.concatenate(found)
+        correct.append(logits.argmax(axis=1) == labels.numpy())
+    return np.concatenate(correct)

@@ -1,11 +1,14 @@
-"""The README of a bundle: what it holds and two programs, made of the lines this model needs.
+"""The README of a bundle: what it holds, and two programs that run it.
 
-Text only: `search.export.bundle` writes it, and the tests run both programs as they stand in it.
+Text only. The tests run both programs as they stand in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+
+from vitpareto.search.export.bundle_result import Int8Result, SpecialisedProgram
 
 _SIZE = {
     "shorter": "w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)",
@@ -91,36 +94,27 @@ Both take an image file as their argument; without one, `example.png`, the first
 |---|---|
 | `model.onnx` | the ONNX program, weights inside (above 1.5 GB: in `model.onnx.data`) |
 | `model.pt2` | the torch.export program, for the CPU |
-| `recipe.yaml`, `weights.safetensors` | what was done to the model, and the result's state dict |
-| `preprocess.json`, `labels.json` | how an image becomes the input; what a class is called |
-| `result.json` | accuracy with its interval, cost, what it was measured with, hash of every file |
+| `recipe.yaml`, `weights.safetensors` | the recipe, and the pruned model's state dict |
+| `preprocess.json`, `labels.json` | preprocessing of an image; names of the classes |
+| `result.json` | accuracy with its interval, cost, provenance, hash of every file |
 | `verify.npz` | images and the measured model's logits, for `vitpareto verify` |
-| `verification.json` | what that found when this was exported |
+| `verification.json` | the result of `vitpareto verify` at the export |
 """
 
 
-def more_programs(int8: str, packages: list[dict[str, Any]]) -> str:
-    """What a README says of programs besides the two; "" where there are none.
-
-    int8: what measuring it found, one line, or "". packages: `packages.Package.plain` of each.
-    """
-    rows = [f"| `model.int8.onnx` | {int8}; it is run as `model.onnx` is |"] if int8 else []
-    for one in packages:
-        word = "verified" if one["verified"] else "not verified"
-        rows.append(f"| `{one['file']}` | {word}: {one['why']}; `{one['runs']}` |")
+def more_programs(int8: Int8Result | None, programs: Sequence[SpecialisedProgram]) -> str:
+    """The README's table of additional programs; empty if there are none."""
+    rows = []
+    if int8 is not None:
+        rows.append(f"| `model.int8.onnx` | {int8.summary()}; it is run as `model.onnx` is |")
+    for program in programs:
+        verdict = "verified" if program.verified else "not verified"
+        rows.append(f"| `{program.file}` | {verdict}: {program.why}; `{program.runs}` |")
     return "\n".join(["", "| more programs | |", "|---|---|", *rows, ""]) if rows else ""
 
 
-def resize_rule(preprocess: dict[str, Any]) -> str:
-    """Which of `_SIZE` is timm's evaluation resize for this crop mode and size."""
-    if preprocess["crop_mode"] in ("squash", "border"):
-        return {"squash": "exact", "border": "fit"}[preprocess["crop_mode"]]
-    height, width = preprocess["scale_size"]
-    return "shorter" if height == width else "cover"
-
-
 def readme(model: str, recipe: str, facts: str, preprocess: dict[str, Any], classes: int) -> str:
-    """The bundle's README.md; preprocess: what preprocess.json says."""
+    """The bundle's README.md; preprocess: content of `preprocess.json`."""
     rule = preprocess["resize"]
     scale = 'S = preprocess["scale_size"][0]' if rule == "shorter" else ""
     load = _LOAD.format(
@@ -140,7 +134,7 @@ def readme(model: str, recipe: str, facts: str, preprocess: dict[str, Any], clas
 
 
 def programs(text: str) -> tuple[str, str]:
-    """The two programs of a README, as they stand there: onnxruntime's, torch.export's."""
+    """The two programs of a README: onnxruntime's and torch.export's."""
     blocks = [part.partition("```")[0] for part in text.split("```python\n")[1:]]
     onnx, torch = blocks
     return onnx, torch

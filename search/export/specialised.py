@@ -1,8 +1,8 @@
-"""Programs for one runtime or one size, beside a bundle's: an AOTInductor package, and ONNX of a
-fixed batch for TensorRT.
+"""Programs for one runtime or one batch size: an AOTInductor package, and ONNX with fixed shapes.
 
 Each is marked "not verified" in result.json unless it was run here and compared with the measured
-model as the bundle's own programs are (`search.export.verification`).
+model in the same way as the bundle's own programs. AOTInductor is a private module of torch; only
+this file uses it.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
-from vitpareto.search.export.verification import ReferenceOutputs, compare
+from vitpareto.search.export.bundle_result import SpecialisedProgram
+from vitpareto.search.export.reference_outputs import ReferenceOutputs, compare
 from vitpareto.search.runtimes.backends import onnx_session
 from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
 
 AOTI = "model.aoti.pt2"
 
-#: run in a fresh process: a package that crashes shall not take an export with it
+#: run in a fresh process, so that a package that crashes does not end the export
 _PROGRAM = """
 import sys
 import numpy as np
@@ -40,83 +40,63 @@ np.save(out, torch.cat(found).numpy())
 """
 
 
-@dataclass(frozen=True)
-class SpecialisedProgram:
-    """One more program. verified: it was run here and its logits are the measured model's; else
-    `why` says what is known. runs: what to run it with.
-    """
-
-    file: str
-    verified: bool
-    why: str
-    runs: str
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def said(self) -> str:
-        """One line."""
-        return f"{self.file}: {'verified' if self.verified else 'not verified'}, {self.why}"
-
-
 def write_aoti(
-    deployed: ClassifierGraph, images: Tensor, measured: ReferenceOutputs, bundle: Path
+    graph: ClassifierGraph, images: Tensor, reference: ReferenceOutputs, bundle: Path
 ) -> SpecialisedProgram:
-    """An AOTInductor package for this machine's CPU, any batch of two or more; run and compared.
+    """Write an AOTInductor package for this machine's CPU, run it and compare it.
 
-    UserError where it cannot be compiled (it needs a C++ compiler).
+    It takes any batch size of two or more. Raises UserError if it cannot be compiled, for which a
+    C++ compiler is required.
     """
     path = bundle / AOTI
     try:
-        torch._inductor.aoti_compile_and_package(
-            trace_program(deployed, images), package_path=str(path)
-        )
+        program = trace_program(graph, images)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"AOTInductor cannot compile this model here: {first[:300]}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise UserError(
+            f"AOTInductor cannot compile this model here: {reason}",
+            Code.UNAVAILABLE,
+            name="AOTInductor",
+        ) from error
     runs = f'torch._inductor.aoti_load_package("{AOTI}")(images)'
     with tempfile.TemporaryDirectory(prefix="vitpareto-aoti-") as scratch:
-        given, out = Path(scratch) / "images.npy", Path(scratch) / "out.npy"
-        np.save(given, images.numpy())
+        inputs, out = Path(scratch) / "images.npy", Path(scratch) / "out.npy"
+        np.save(inputs, images.numpy())
         done = subprocess.run(
-            [sys.executable, "-I", "-c", _PROGRAM, str(path.absolute()), str(given), str(out)],
+            [sys.executable, "-I", "-c", _PROGRAM, str(path.absolute()), str(inputs), str(out)],
             cwd=scratch, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode != 0:
-            last = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
-            return SpecialisedProgram(AOTI, False, f"it does not run here: {last[:300]}", runs)
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            return SpecialisedProgram(AOTI, False, f"it does not run here: {reason[:300]}", runs)
         logits = np.load(out)
-    return _compared(AOTI, measured, logits, "in batches of 2", runs)
+    return _compared(AOTI, reference, logits, "in batches of 2", runs)
 
 
 def write_static(
-    deployed: ClassifierGraph, images: Tensor, measured: ReferenceOutputs, bundle: Path, batch: int
+    graph: ClassifierGraph, images: Tensor, reference: ReferenceOutputs, bundle: Path, batch: int
 ) -> SpecialisedProgram:
-    """model.bN.onnx, which takes batches of exactly N: for compilers that want fixed shapes. It is
-    run with onnxruntime and compared; TensorRT is not run, and `runs` says how to.
+    """Write model.bN.onnx, which takes batches of exactly N, for compilers that need fixed shapes.
+
+    It is run with onnxruntime and compared. TensorRT is not run; `runs` holds its command.
     """
     name = f"model.b{batch}.onnx"
-    write_onnx(trace_program(deployed, images, batch), bundle / name)
+    write_onnx(trace_program(graph, images, batch), bundle / name)
     run = onnx_session(bundle / name)
-    whole = images[torch.arange(-(-len(images) // batch) * batch) % len(images)]
-    logits = np.concatenate([run(part)[0] for part in whole.split(batch)])[: len(images)]
-    side = "x".join(str(n) for n in (batch, *images.shape[1:]))
-    runs = f"trtexec --onnx={name} --fp16 --saveEngine=model.engine  # input {side}; not verified"
-    return _compared(name, measured, logits, f"by onnxruntime at batch {batch}", runs)
+    padded = images[torch.arange(-(-len(images) // batch) * batch) % len(images)]
+    logits = np.concatenate([run(part)[0] for part in padded.split(batch)])[: len(images)]
+    shape = "x".join(str(n) for n in (batch, *images.shape[1:]))
+    runs = f"trtexec --onnx={name} --fp16 --saveEngine=model.engine  # input {shape}; not verified"
+    return _compared(name, reference, logits, f"by onnxruntime at batch {batch}", runs)
 
 
 def _compared(
-    name: str, measured: ReferenceOutputs, logits: np.ndarray, how: str, runs: str
+    name: str, reference: ReferenceOutputs, logits: np.ndarray, how: str, runs: str
 ) -> SpecialisedProgram:
-    some = ReferenceOutputs(
-        measured.images[: len(logits)], measured.labels[: len(logits)],
-        measured.logits[: len(logits)], measured.other_logits[:, : len(logits)],
-        measured.other_selection[:, : len(logits)],
-    )  # fmt: skip
-    found = compare(some, logits, name, len(logits))
+    found = compare(reference.first(len(logits)), logits, name, len(logits))
     why = (
         f"run {how} on {found.images} images: largest logit difference "
         f"{found.max_difference:.1e}, {found.near_tied} near-tied, {found.wrong} wrong"
     )
-    return SpecialisedProgram(name, found.good, why, runs)
+    return SpecialisedProgram(name, found.passed, why, runs)

@@ -1,20 +1,17 @@
-"""Prove a bundle: its files are the ones written, and its programs are the model that was measured.
+"""Verifies a bundle: its files are unchanged, and its programs are the model that was measured.
 
 `verify` hashes every file, rebuilds the eager model from recipe and weights, and runs the ONNX and
 torch.export programs in a fresh process that can import neither this project nor timm. It changes
 nothing in the bundle. Hashes show that a file was edited, not who wrote it: torch.export.load runs
-only once they hold, and still only on bundles whose origin is trusted.
+only after they match, and only bundles from a trusted origin should be verified.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,129 +20,47 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods import BadInput, Code, Recipe
 from vitpareto.search.errors import UserError
+from vitpareto.search.export import bundle_result, preprocessing
+from vitpareto.search.export.bundle_result import BundleResult, VerificationSummary, seal_of
+from vitpareto.search.export.isolated_process import BATCHES, IsolatedRun, run_isolated
+from vitpareto.search.export.preprocessing import normalised
+from vitpareto.search.export.reference_outputs import (
+    Comparison,
+    Floats,
+    ReferenceOutputs,
+    compare,
+)
 from vitpareto.search.models import embedded_model
 
-Floats = NDArray[np.float32]
-
-BATCHES = (1, 2, 5)
-#: Largest accepted logit difference, per unit of the measured model's largest logit. Float32
-#: rounding through 12 blocks gave at most 2e-6 of it; a mean read as a sum gives 1e-2 and more.
-TOLERANCE = 1e-4
-#: Share of the images that may differ by a near-tied selection (at least one image may).
-NEAR_TIED = 0.05
-#: What the fresh process refuses to import: this project, and the models' library it builds on.
-REFUSED = ("vitpareto", "timm")
-
-RESULT = "result.json"
 REQUIRED = (
     "recipe.yaml", "weights.safetensors", "model.onnx", "model.pt2", "preprocess.json",
     "labels.json", "README.md", "verify.npz",
 )  # fmt: skip
-
-#: Run with `python -I` in a folder of its own: bundle, refused names, batches, result file.
-PROGRAM = r"""
-import importlib, importlib.abc, json, sys
-from pathlib import Path
-
-bundle, refused, batches, out = Path(sys.argv[1]), *map(json.loads, sys.argv[2:4]), sys.argv[4]
-
-
-class Refuse(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in refused:
-            raise ModuleNotFoundError(f"{name} is refused here", name=name)
-
-
-# first, before the finders that an editable install puts on the path
-sys.meta_path.insert(0, Refuse())
-cannot = []
-for name in refused:
-    assert name not in sys.modules, name
-    try:
-        importlib.import_module(name)
-    except ModuleNotFoundError:
-        cannot.append(name)
-
-import numpy as np
-import onnxruntime
-import torch
-
-preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
-with np.load(bundle / "verify.npz", allow_pickle=False) as stored:
-    images = stored["images"].astype(np.float32) / 255
-mean, std = (np.array(preprocess[k], dtype=np.float32) for k in ("mean", "std"))
-images = np.ascontiguousarray(((images - mean) / std).transpose(0, 3, 1, 2))
-
-# one thread each: two pools that wait for each other cost a small model ten times its forward
-torch.set_num_threads(1)
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads = 1
-session = onnxruntime.InferenceSession(
-    bundle / "model.onnx", options, providers=["CPUExecutionProvider"]
-)
-names = [o.name for o in session.get_outputs()]
-assert names == ["logits", "score", "class"], names
-program = torch.export.load(bundle / "model.pt2").module()
-
-
-def onnx(batch):
-    return session.run(None, {"images": batch})
-
-
-@torch.no_grad()
-def pt2(batch):
-    return [t.numpy() for t in program(torch.from_numpy(batch))]
-
-
-found = {}
-for runtime, run in (("onnx", onnx), ("pt2", pt2)):
-    for size in batches:
-        parts = [run(images[i : i + size]) for i in range(0, len(images), size)]
-        for output, values in zip(("logits", "score", "class"), zip(*parts)):
-            found[f"{runtime}.{size}.{output}"] = np.concatenate(values)
-versions = {"onnxruntime": onnxruntime.__version__, "torch": torch.__version__}
-loaded = sorted({m.partition(".")[0] for m in sys.modules} & set(refused))
-found["report"] = np.array(json.dumps({"cannot": cannot, "loaded": loaded, "versions": versions}))
-np.savez(out, **found)
-"""
+#: prefixes of the fresh process's outputs, and the runtimes' names in a comparison
+RUNTIMES = (("onnx", "onnxruntime"), ("pt2", "torch.export"))
 
 
 class EditedBundle(UserError):
-    """A file of the bundle is not the one that was written; the message names file and hashes."""
+    """A file of the bundle differs from the one that was exported.
 
-
-@dataclass(frozen=True)
-class Comparison:
-    """One runtime at one batch size against the measured model, over all verification images.
-
-    max_difference: largest absolute logit difference over the images that are not near-tied.
-    same_class: images with the measured model's prediction. near_tied: images that differ by a
-    near-tied selection (`compare`). wrong: images that differ otherwise.
+    `details["files"]` maps each file to what is wrong: "edited", "missing", "unlisted" or "outside"
+    the bundle; `details["expected"]` maps edited and missing files to their sha256.
     """
-
-    runtime: str
-    batch: int
-    images: int
-    max_difference: float
-    same_class: int
-    near_tied: int
-    wrong: int
-
-    @property
-    def good(self) -> bool:
-        few = self.near_tied <= max(1, int(NEAR_TIED * self.images))
-        return self.wrong == 0 and few and self.same_class >= self.images - self.near_tied
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. tolerance: in logits. cannot_import: what the fresh process could not
-    import. notes: what could not be checked, and why, and anything else that was wrong.
+    """Result of a verification.
+
+    Attributes:
+        tolerance: in logits.
+        cannot_import: modules that the fresh process could not import, as required.
+        versions: of onnxruntime and torch in the fresh process.
+        notes: what could not be checked, and why; anything else that is wrong.
     """
 
     verified: bool
@@ -157,12 +72,23 @@ class Verification:
     notes: tuple[str, ...]
     seconds: float
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_json(self) -> dict[str, Any]:
+        """The content of `verification.json`."""
         return asdict(self)
 
+    def summary(self) -> VerificationSummary:
+        """What `result.json` holds."""
+        return VerificationSummary(
+            verified=self.verified,
+            images=self.images,
+            tolerance=self.tolerance,
+            max_difference=max(c.max_difference for c in self.comparisons),
+            near_tied=max(c.near_tied for c in self.comparisons),
+            not_checked=self.notes,
+        )
+
     def table(self) -> str:
-        """A few lines of text: the verdict and one row a runtime and batch size."""
+        """One row per runtime and batch size, then the verdict and the notes."""
         head = f"{'runtime':<13}{'batch':>5}  {'max difference':>14}  {'same class':>10}  "
         rows = [head + f"{'near-tied':>9}  {'wrong':>5}"]
         for c in self.comparisons:
@@ -178,127 +104,113 @@ class Verification:
         return "\n".join([*rows, *(f"note: {note}" for note in self.notes)])
 
 
-@dataclass(frozen=True)
-class ReferenceOutputs:
-    """The measured model on the verification images, as stored in verify.npz.
+def verify(bundle: Path) -> Verification:
+    """Check all hashes, then compare every runtime with the measured model at batches 1, 2 and 5.
 
-    images uint8 [M, H, W, 3]; labels int64 [M]; logits [M, K]; other_logits [R, M, K] and
-    other_selection bool [R, M]: the same model with its input changed by rounding-sized noise,
-    and whether it then selected other patches for that image.
+    An export that differs is not an error: `verified` is False.
+
+    Raises:
+        UserError: `bundle` is not a bundle.
+        EditedBundle: a file differs from the one that was exported.
     """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    logits: Floats
-    other_logits: Floats
-    other_selection: NDArray[np.bool_]
-
-    @classmethod
-    def load(cls, path: Path) -> ReferenceOutputs:
-        with np.load(path, allow_pickle=False) as stored:
-            return cls(**{name: stored[name] for name in cls.__dataclass_fields__})
-
-    def save(self, path: Path) -> None:
-        np.savez_compressed(path, allow_pickle=False, **self.__dict__)
-
-    @property
-    def tolerance(self) -> float:
-        """In logits."""
-        return TOLERANCE * max(1.0, float(np.abs(self.logits).max()))
-
-
-def compare(measured: ReferenceOutputs, logits: Floats, runtime: str, batch: int) -> Comparison:
-    """Count agreeing, near-tied and wrong images; logits [M, K] of a runtime at a batch size.
-
-    An image agrees where every logit is within the tolerance of the measured model's. One that
-    does not is near-tied, not wrong, only if both hold: (1) the measured model itself, in eager
-    mode, selected other patches for it when its input was changed by rounding-sized noise (a
-    relative 1e-6 or 1e-5); (2) the runtime's logits are within the tolerance of such a run's. So
-    a near-tied image still has to equal a result of the measured model, and at most 5 % of the
-    images (or one) may be near-tied: a wrong export cannot pass as one.
-    """
-    limit = measured.tolerance
-    # a NaN is no agreement: it must not pass a comparison that is false for it
-    off = np.nan_to_num(np.abs(logits - measured.logits).max(axis=1), nan=np.inf)
-    agrees = off <= limit
-    others = np.abs(logits[None] - measured.other_logits).max(axis=2) <= limit
-    tied = ~agrees & (others & measured.other_selection).any(axis=0)
-    same = logits.argmax(axis=1) == measured.logits.argmax(axis=1)
-    return Comparison(
-        runtime, batch, len(logits), float(off[~tied].max(initial=0.0)), int(same.sum()),
-        int(tied.sum()), int((~agrees & ~tied).sum()),
-    )  # fmt: skip
+    return check_programs(bundle, check_files(bundle))
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, as hex."""
+    """Hash of a file, as hex."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def seal(result: dict[str, Any]) -> str:
-    """sha256 of what result.json says, its own `seal` left out."""
-    rest = {k: v for k, v in result.items() if k != "seal"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def check_files(bundle: Path) -> BundleResult:
+    """Read `result.json` and check its seal and the hash of every other file.
 
-
-def check_files(bundle: Path) -> dict[str, Any]:
-    """result.json, after its seal and the hash of every other file are found to hold.
-
-    UserError where `bundle` is none; EditedBundle naming each file at fault, with its hashes.
+    Raises:
+        UserError: `bundle` is not a bundle.
+        EditedBundle: a file differs from the one that was exported.
     """
-    path = bundle / RESULT
+    path = bundle / bundle_result.FILE
     if not path.is_file():
-        raise UserError(f"{bundle} is not a bundle: it has no {RESULT}")
+        raise UserError(
+            f"{bundle} is not a bundle: {path.name} does not exist in it",
+            Code.NOT_FOUND,
+            path=str(bundle),
+        )
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        files = {str(k): str(v["sha256"]) for k, v in result["files"].items()}
-        sealed = str(result["seal"])
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(k): str(v["sha256"]) for k, v in stored["files"].items()}
+        seal = str(stored["seal"])
+        faults = _faults(bundle, files)
+        if seal != seal_of(stored):
+            faults = {path.name: ("edited", seal, seal_of(stored)), **faults}
+        result = None if faults else BundleResult.from_json(stored)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read as a bundle's: {error!r}") from error
-    wrong = []
-    if sealed != seal(result):
-        wrong.append(f"{RESULT} has sha256 {seal(result)} without its seal, sealed as {sealed}")
-    wrong += [f"{name} is not listed in {RESULT}" for name in REQUIRED if name not in files]
-    for name, expected in files.items():
-        if Path(name).name != name:
-            wrong.append(f"{name} is not a file of the bundle")
-        elif not (bundle / name).is_file():
-            wrong.append(f"{name} is missing, expected with sha256 {expected}")
-        elif (found := sha256(bundle / name)) != expected:
-            wrong.append(f"{name} has sha256 {found}, expected {expected}")
-    if wrong:
-        raise EditedBundle(f"{bundle} is not as it was exported: {'; '.join(wrong)}")
+        raise UserError(
+            f"{path} must be written by vitpareto export ({error!r})",
+            Code.UNREADABLE,
+            path=str(path),
+        ) from error
+    if result is None:
+        raise _edited(bundle, faults)
     return result
 
 
-def rebuild(bundle: Path, result: dict[str, Any]) -> nn.Module:
-    """The measured model from recipe.yaml, weights.safetensors and what result.json says of its
-    architecture, in eager mode, on the CPU.
-    """
+#: file -> (kind of fault, expected hash, actual hash)
+_Faults = dict[str, tuple[str, str, str]]
+
+
+def _faults(bundle: Path, files: dict[str, str]) -> _Faults:
+    """What is wrong with the files besides `result.json`; empty if nothing is."""
+    faults: _Faults = {name: ("unlisted", "", "") for name in REQUIRED if name not in files}
+    for name, expected in files.items():
+        if Path(name).name != name:
+            faults[name] = ("outside", "", "")
+        elif not (bundle / name).is_file():
+            faults[name] = ("missing", expected, "")
+        elif (actual := sha256(bundle / name)) != expected:
+            faults[name] = ("edited", expected, actual)
+    return faults
+
+
+def _edited(bundle: Path, faults: _Faults) -> EditedBundle:
+    texts = {
+        "edited": "{name} has sha256 {actual}, expected {expected}",
+        "missing": "{name} does not exist, expected with sha256 {expected}",
+        "unlisted": "{name} is not listed in " + bundle_result.FILE,
+        "outside": "{name} is not in the bundle's folder",
+    }
+    parts = [
+        texts[kind].format(name=name, expected=expected, actual=actual)
+        for name, (kind, expected, actual) in faults.items()
+    ]
+    return EditedBundle(
+        f"{bundle} was edited after the export: {'; '.join(parts)}",
+        Code.MISMATCH,
+        path=str(bundle),
+        files={name: kind for name, (kind, _, _) in faults.items()},
+        expected={name: expected for name, (_, expected, _) in faults.items() if expected},
+    )
+
+
+def rebuild(bundle: Path, result: BundleResult) -> nn.Module:
+    """The measured model in eager mode on the CPU, from the bundle's recipe and weights."""
     weights = safetensors.torch.load_file(bundle / "weights.safetensors")
     dense = fresh_dense(result, len(weights["head.weight"]))
     recipe = Recipe.from_yaml((bundle / "recipe.yaml").read_text(encoding="utf-8"))
     return recipe.build(dense, weights=weights).eval()
 
 
-def fresh_dense(result: dict[str, Any], outputs: int | None = None) -> nn.Module:
-    """The dense model that result.json names, with fresh weights; outputs: of its head, where they
-    are not those of its architecture. Raises whatever timm raises.
+def fresh_dense(result: BundleResult, outputs: int | None = None) -> nn.Module:
+    """The dense model of a bundle, with fresh weights. Raises whatever timm raises.
+
+    outputs: number of outputs of its head; those of its architecture if None.
     """
-    if result["model"] == embedded_model.NAME:
+    if result.model == embedded_model.NAME:
         return embedded_model.build(pretrained=False).eval()
-    options = dict(result.get("model_args", {}))
+    options = dict(result.model_args)
     if outputs is not None:
         options["num_classes"] = outputs
-    return timm.create_model(result.get("architecture", result["model"]), **options).eval()
-
-
-def normalised(images: NDArray[np.uint8], preprocess: dict[str, Any]) -> torch.Tensor:
-    """uint8 [M, H, W, 3] -> float32 [M, 3, H, W], as preprocess.json says."""
-    mean, std = (np.array(preprocess[k], dtype=np.float32) for k in ("mean", "std"))
-    scaled = (images.astype(np.float32) / 255 - mean) / std
-    return torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2)))
+    return timm.create_model(result.architecture or result.model, **options).eval()
 
 
 @torch.no_grad()
@@ -306,84 +218,70 @@ def eager_logits(
     model: Callable[[torch.Tensor], Any],
     images: torch.Tensor,
     batch: int,
-    head_indices: list[int] | None,
+    head_indices: Sequence[int] | None,
 ) -> Floats:
-    """Logits [M, K] of an eager model, `batch` images at a time, restricted to the data's."""
+    """Logits [M, K] of an eager model, `batch` images at a time, restricted to `head_indices`."""
     logits = torch.cat([cast(torch.Tensor, model(part)) for part in images.split(batch)])
-    return (logits if head_indices is None else logits[:, head_indices]).numpy()
+    return (logits if head_indices is None else logits[:, list(head_indices)]).numpy()
 
 
-def run_isolated(bundle: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any], str]:
-    """`PROGRAM` on the bundle: its outputs by name, its report, and what went wrong ("": nothing).
-
-    Nothing of this process reaches it: no environment (`-I`), no path, its own empty folder.
-    """
-    with tempfile.TemporaryDirectory(prefix="vitpareto-verify-") as scratch:
-        out = Path(scratch) / "found.npz"
-        words = (json.dumps(REFUSED), json.dumps(BATCHES), str(out))
-        done = subprocess.run(
-            [sys.executable, "-I", "-c", PROGRAM, str(bundle.absolute()), *words],
-            cwd=scratch,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode != 0:
-            return {}, {}, f"the fresh process failed: {done.stderr.strip()[-1500:]}"
-        with np.load(out, allow_pickle=False) as stored:
-            found = {name: stored[name] for name in stored.files}
-    return found, json.loads(str(found.pop("report"))), ""
-
-
-def verify(bundle: Path) -> Verification:
-    """Hashes first, then every runtime at batches 1, 2 and 5 against the measured model's logits.
-
-    UserError where `bundle` is none, EditedBundle where a file is not the one written. An export
-    that differs is no error: `verified` is False.
-    """
-    return check_programs(bundle, check_files(bundle))
-
-
-def check_programs(bundle: Path, result: dict[str, Any]) -> Verification:
-    """`verify` without the hashes; result: what result.json says of model and head_indices."""
+def check_programs(bundle: Path, result: BundleResult) -> Verification:
+    """`verify` without the hashes."""
     begin = time.monotonic()
-    measured = ReferenceOutputs.load(bundle / "verify.npz")
-    preprocess = json.loads((bundle / "preprocess.json").read_text(encoding="utf-8"))
-    notes, comparisons = [], []
+    reference = ReferenceOutputs.load(bundle / "verify.npz")
+    eager, notes = _compare_eager(bundle, result, reference)
+    run = run_isolated(bundle)
+    programs, program_notes = _compare_programs(run, reference)
+    comparisons = (*eager, *programs)
+    sound = run.isolated and not program_notes
+    return Verification(
+        verified=sound and all(c.passed for c in comparisons),
+        images=len(reference.images),
+        tolerance=reference.tolerance,
+        comparisons=comparisons,
+        cannot_import=run.cannot_import,
+        versions=run.versions,
+        notes=(*notes, *program_notes),
+        seconds=round(time.monotonic() - begin, 2),
+    )
+
+
+def _compare_eager(
+    bundle: Path, result: BundleResult, reference: ReferenceOutputs
+) -> tuple[list[Comparison], list[str]]:
+    """Comparisons of the rebuilt model; a note instead if it cannot be built here."""
     try:
         model = rebuild(bundle, result)
     except BadInput:
         raise
-    except Exception as error:  # a model of a hub that cannot be reached, or of another timm
-        notes.append(f"{result['model']} cannot be built here, so eager was not checked: {error}")
-    else:
-        images = normalised(measured.images, preprocess)
-        for batch in BATCHES:
-            logits = eager_logits(model, images, batch, result["head_indices"])
-            comparisons.append(compare(measured, logits, "eager", batch))
-    found, report, failed = run_isolated(bundle)
-    sound = not failed and report["cannot"] == list(REFUSED) and not report["loaded"]
-    if failed:
-        notes.append(failed)
-    elif not sound:
-        notes.append(f"the fresh process could import {report['loaded']}: it proves nothing")
-    for runtime, name in (("onnx", "onnxruntime"), ("pt2", "torch.export")) if found else ():
+    except Exception as error:  # a hub that cannot be reached, or another version of timm
+        return [], [f"eager is not checked, because {result.model} cannot be built here: {error}"]
+    steps = json.loads((bundle / preprocessing.FILE).read_text(encoding="utf-8"))
+    images = normalised(reference.images, steps)
+    return [
+        compare(reference, eager_logits(model, images, batch, result.head_indices), "eager", batch)
+        for batch in BATCHES
+    ], []
+
+
+def _compare_programs(
+    run: IsolatedRun, reference: ReferenceOutputs
+) -> tuple[list[Comparison], list[str]]:
+    """Comparisons of the exported programs, and notes on what is wrong besides."""
+    notes, comparisons = [], []
+    if run.error:
+        notes.append(f"the fresh process failed: {run.error}")
+    elif not run.isolated:
+        notes.append(f"the fresh process must not import this project (loaded {run.loaded})")
+    for prefix, runtime in RUNTIMES if run.outputs else ():
         for batch in BATCHES:
             logits, score, label = (
-                found[f"{runtime}.{batch}.{output}"] for output in ("logits", "score", "class")
+                run.outputs[f"{prefix}.{batch}.{output}"] for output in ("logits", "score", "class")
             )
-            comparisons.append(compare(measured, logits, name, batch))
-            shares = np.exp(logits - logits.max(axis=1, keepdims=True))
-            off = np.abs(1 / shares.sum(axis=1) - score).max()
-            if label.dtype != np.int64 or (label != logits.argmax(1)).any() or not off < 1e-5:
-                sound = False
-                notes.append(f"{name} at batch {batch}: score or class do not follow its logits")
-    return Verification(
-        sound and all(c.good for c in comparisons),
-        len(measured.images),
-        measured.tolerance,
-        tuple(comparisons),
-        tuple(report.get("cannot", ())),
-        dict(report.get("versions", {})),
-        tuple(notes),
-        round(time.monotonic() - begin, 2),
-    )
+            comparisons.append(compare(reference, logits, runtime, batch))
+            exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+            difference = np.abs(1 / exponentials.sum(axis=1) - score).max()
+            follows = label.dtype == np.int64 and (label == logits.argmax(1)).all()
+            if not follows or not difference < 1e-5:
+                notes.append(f"{runtime} at batch {batch}: score or class do not match its logits")
+    return comparisons, notes

@@ -1,4 +1,4 @@
-"""Correctness of a model, image by image, on a slice of a split; nothing is aggregated here."""
+"""Correctness of a model on each image of a slice of a split, and batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vitpareto.search.measure.closed_form import padded_counts, recipe_of, sched
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 
 
-#: what torch's CPU allocator and oneDNN say, which have no error of their own for it
-UNNAMED = (
+#: messages of torch's CPU allocator and oneDNN, which raise a plain RuntimeError without memory
+MEMORY_MESSAGES = (
     "DefaultCPUAllocator: can't allocate",
     "could not create a primitive",
     "could not create a memory object",
@@ -32,24 +32,38 @@ T = TypeVar("T")
 
 
 class NonFiniteLogits(RuntimeError):
-    """The model gave NaN or infinite logits: its accuracy would be a meaningless number."""
+    """The model returned NaN or infinite logits, so its accuracy would be meaningless.
+
+    `image` is the first such image: its index in the split, or its name.
+    """
+
+    def __init__(self, message: str, image: int | str) -> None:
+        super().__init__(message, image)
+        self.image = image
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class OutOfMemory(RuntimeError):
-    """Not even a single image fits."""
+    """A single image does not fit into memory."""
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory is what was missing, on a GPU or in the machine."""
+    """Whether the error means that a GPU or the machine is out of memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     known = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, known) or any(text in str(error) for text in UNNAMED)
+    return isinstance(error, known) or any(text in str(error) for text in MEMORY_MESSAGES)
 
 
 def largest_fitting_batch(batch: int, attempt: Callable[[int], T]) -> tuple[int, T]:
-    """The largest of batch, batch/2, batch/4, … that memory suffices for, and what `attempt` gives
-    at it. Raises OutOfMemory where one image is too many, and whatever else `attempt` raises.
+    """Run `attempt` at batch, batch/2, batch/4, … until it fits into memory.
+
+    Returns the batch size that fits and the result of `attempt` at it.
+
+    Raises:
+        OutOfMemory: a single image does not fit. Any other error of `attempt` passes through.
     """
     while True:
         try:
@@ -58,7 +72,7 @@ def largest_fitting_batch(batch: int, attempt: Callable[[int], T]) -> tuple[int,
             if not out_of_memory(error):
                 raise
             why = str(error).strip().splitlines()[0] if str(error).strip() else "no memory"
-        # only here, where the error and with it the frames that hold tensors are gone
+        # after the except block, which releases the error and the frames that hold tensors
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -69,8 +83,12 @@ def largest_fitting_batch(batch: int, attempt: Callable[[int], T]) -> tuple[int,
 
 @dataclass(frozen=True)
 class Correctness:
-    """top1, top5: bool [M], image i of the slice right. macs: per image as run, padding included;
-    macs_each: [M], of every image alone (both None unless images decide the cost).
+    """Correctness and cost of each image of a slice.
+
+    Attributes:
+        top1, top5: bool [M], whether image i is classified correctly.
+        macs: MACs per image as run, padding included. None unless images decide the cost.
+        macs_each: [M], MACs of each image alone. None unless images decide the cost.
     """
 
     top1: np.ndarray
@@ -80,11 +98,11 @@ class Correctness:
 
     @property
     def macs_mean(self) -> float | None:
-        """Per image alone."""
+        """Mean MACs of an image alone."""
         return None if self.macs_each is None else float(self.macs_each.mean())
 
     def then(self, later: Correctness) -> Correctness:
-        """This slice and the one after it."""
+        """This slice followed by the one after it."""
         images, more = len(self.top1), len(later.top1)
         macs = each = None
         if self.macs is not None and later.macs is not None:
@@ -109,7 +127,7 @@ def batches_of(
     start: int = 0,
     stop: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised batches [B, 3, H, W] of images start..stop-1 of a split, with labels [B]."""
+    """Normalised batches [B, 3, H, W] of images start..stop-1 of a split, and labels [B]."""
     stop = len(split) if stop is None else min(stop, len(split))
     for first in range(start, stop, batch):
         raw, labels = split.batch(first, min(first + batch, stop))
@@ -130,9 +148,15 @@ def evaluate(
     stop: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Correctness:
-    """Correctness of `model` on images start..stop-1. `head_indices` restricts the logits.
+    """Correctness of `model` on images start..stop-1.
 
-    Raises NonFiniteLogits, naming the first image, and ValueError for a slice without images.
+    Args:
+        head_indices: the logits that stand for the data's classes; all if None.
+        progress: called with the number of images of each batch.
+
+    Raises:
+        NonFiniteLogits: the logits of an image are not finite.
+        ValueError: the range contains no image.
     """
     recipe, adaptive = recipe_of(model), False
     shape = None
@@ -161,7 +185,7 @@ def evaluate(
         finite = logits.isfinite().all(dim=1)
         if not bool(finite.all()):
             bad = start + seen + int((~finite).nonzero()[0, 0])
-            raise NonFiniteLogits(f"non-finite logits, first for image {bad} of {split.name}")
+            raise NonFiniteLogits(f"non-finite logits, first for image {bad} of {split.name}", bad)
         order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         top1.append(order[:, 0].cpu())
         top5.append(order.any(dim=1).cpu())
@@ -170,7 +194,10 @@ def evaluate(
             progress(len(images))
     if not seen:
         end = len(split) if stop is None else stop
-        raise ValueError(f"no images {start}..{end} in the {len(split)} of '{split.name}'")
+        raise ValueError(
+            f"the range must contain an image (got {start}..{end} of the {len(split)} images of "
+            f"{split.name!r})"
+        )
     return Correctness(
         torch.cat(top1).numpy(),
         torch.cat(top5).numpy(),

@@ -1,7 +1,7 @@
-"""How published sources count a forward's arithmetic: each tool's convention, as a small function.
+"""Counting conventions of published sources, one small function per tool.
 
-One model at one setting has as many "GFLOPs" as there are tools. A published figure is compared
-with ours in the convention of its source, never with another's (`search.compare.published`).
+The "GFLOPs" of a model depend on the tool that counts them. A published figure is compared with
+ours in the convention of its source only (`search.compare.published`).
 """
 
 from __future__ import annotations
@@ -12,18 +12,20 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitpareto.methods import BadInput, Recipe, model_shape
+from vitpareto.methods import BadInput, Code, Recipe, model_shape
 from vitpareto.methods.engine.errors import nearest
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one image's forward does, by kind.
+    """Arithmetic of the forward of one image, by kind.
 
-    layers: multiply-accumulates of linear and convolutional layers, biases left out; products:
-    those of the two products of attention, QK^T and AV; norms: elements that LayerNorms normalise;
-    scores: elements of the attention maps, all heads and blocks; own: the method's own arithmetic
-    (`Method.extra_macs`).
+    Attributes:
+        layers: multiply-accumulates of linear and convolutional layers, without biases.
+        products: multiply-accumulates of the two products of attention, QK^T and AV.
+        norms: elements that LayerNorms normalise.
+        scores: elements of the attention maps, over all heads and blocks.
+        own: arithmetic of the method itself (`Method.extra_macs`).
     """
 
     layers: int
@@ -34,10 +36,10 @@ class Work:
 
 
 def work(recipe: Recipe, model: nn.Module) -> Work:
-    """The work of `recipe` on a dense `model`, which may be on the meta device; no image is run.
+    """The work of `recipe` on a dense `model`, which may be on the meta device. Runs no image.
 
-    Raises BadInput where images decide the schedule, or where a LayerNorm has no weights (its
-    convention is nobody's published one).
+    Raises BadInput if images decide the token counts, or if a LayerNorm has no weights, for which
+    no source has a convention.
     """
     shape, model = recipe.reshape(model_shape(model), model)
     bare = model_shape(_without_norms(model))
@@ -47,7 +49,11 @@ def work(recipe: Recipe, model: nn.Module) -> Work:
         params = declared.check(recipe.tokens.params, shape)
         fixed = declared.counts(params, shape)
         if fixed is None:
-            raise BadInput(f"the cost of {recipe} depends on images: no tool counts it without one")
+            raise BadInput(
+                f"the cost of {recipe} depends on images, so it has no published convention",
+                Code.UNSUPPORTED,
+                recipe=str(recipe),
+            )
         counts = fixed
         site, entering = declared.site, declared.entering(params, shape)
         own = declared.extra_macs(params, shape, counts)
@@ -60,12 +66,15 @@ def work(recipe: Recipe, model: nn.Module) -> Work:
     # fvcore's 5 an element is what `ModelShape` counts
     norms, rest = divmod(shape.macs(counts, site, entering) - without_norms, 5)
     if rest:
-        raise BadInput("the model has LayerNorms without weights: no source counts such a model")
+        raise BadInput(
+            "the LayerNorms of the model must have weights: no source has a convention without",
+            Code.UNSUPPORTED,
+        )
     return Work(without_norms - products, products, norms, scores, own)
 
 
 def _without_norms(model: nn.Module) -> nn.Module:
-    """The same model with nothing in its LayerNorms' places."""
+    """A copy of the model in which every LayerNorm is the identity."""
     bare = copy.deepcopy(model)
     for module in list(bare.modules()):
         for name, child in list(module.named_children()):
@@ -76,15 +85,15 @@ def _without_norms(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Counter:
-    """A convention: `says` what counts, `count` a forward's work in it."""
+    """A convention: `description` says what counts, `count` applies it to a forward's work."""
 
     name: str
-    says: str
+    description: str
     count: Callable[[Work], int]
 
 
-#: What `counter` in published.json may be. Elementwise additions, GELU and gathers count nothing in
-#: any of them.
+#: the accepted values of `counter` in published.json. None of them counts elementwise additions,
+#: GELU or gathers
 COUNTERS: dict[str, Counter] = {
     c.name: c
     for c in (
@@ -98,14 +107,14 @@ COUNTERS: dict[str, Counter] = {
             "as fvcore, without the method's own arithmetic",
             lambda w: w.layers + w.products + 5 * w.norms,
         ),
-        # thop counts modules, and what no module does is not seen: not the products of attention,
-        # not a method's scores; a LayerNorm with weights is 4 an element, a softmax module 3
+        # thop counts modules, so the products of attention and a method's scores are missed; a
+        # LayerNorm with weights is 4 per element, a softmax module 3
         Counter(
             "thop",
             "layers, 4 a LayerNorm element, 3 a softmax element; no product of attention",
             lambda w: w.layers + 4 * w.norms + 3 * w.scores,
         ),
-        # every multiplication is one, also that of the scores by 1 / sqrt(D)
+        # each multiplication counts, including that of the scores by 1 / sqrt(D)
         Counter(
             "torchprofile",
             "layers, both products of attention and their scaling, 1 a LayerNorm element, the "
@@ -117,7 +126,12 @@ COUNTERS: dict[str, Counter] = {
 
 
 def counter(name: str) -> Counter:
-    """The convention of that name; BadInput with the nearest one."""
+    """The convention of this name. Raises BadInput for an unknown one."""
     if name not in COUNTERS:
-        raise BadInput(f"unknown counter {name!r}{nearest(name, COUNTERS)}")
+        raise BadInput(
+            f"counter {name!r} does not exist{nearest(name, COUNTERS)}",
+            Code.UNKNOWN_NAME,
+            name=name,
+            accepted=tuple(COUNTERS),
+        )
     return COUNTERS[name]

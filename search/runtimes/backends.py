@@ -1,5 +1,6 @@
-"""What runs a model when its latency is measured: PyTorch as it comes, compiled, as a CUDA graph,
-or onnxruntime on the exported program. A latency holds for its runtime alone (`cost.latency`).
+"""Runtimes whose latency is measured: PyTorch eager, compiled, as a CUDA graph, and onnxruntime.
+
+A latency holds for its runtime only (`search.measure.latency.LatencyTarget`).
 """
 
 from __future__ import annotations
@@ -12,39 +13,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitpareto.methods import Code
 from vitpareto.methods.engine.errors import nearest
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
 
-#: runs of a model before its CUDA graph is recorded, as torch.cuda.graph asks for
+#: warm-up runs before a CUDA graph is recorded, as torch.cuda.graph requires
 BEFORE_GRAPH = 3
 
 Run = Callable[[Tensor], Any]
 
 
 def check_runtime(runtime: str, device: str, dtype: str) -> None:
-    """UserError where it is none, or cannot run on this device in this dtype."""
+    """Raise UserError if the runtime is unknown or cannot run on this device in this dtype."""
     if runtime not in RUNTIMES:
-        raise UserError(f"runtime is {runtime!r}{nearest(runtime, RUNTIMES)}")
+        raise UserError(
+            f"runtime {runtime!r} does not exist{nearest(runtime, RUNTIMES)}",
+            Code.UNKNOWN_NAME, key="runtime", got=runtime, accepted=tuple(RUNTIMES),
+        )  # fmt: skip
     if runtime == "cudagraph" and not device.startswith("cuda"):
-        raise UserError(f"a CUDA graph needs a CUDA device; the device is {device}")
+        raise UserError(
+            f"device must be a CUDA device for runtime cudagraph (got {device})",
+            Code.UNSUPPORTED, key="runtime", got=runtime, device=device,
+        )  # fmt: skip
     if runtime == "onnxruntime":
         if dtype != "float32":
-            raise UserError(f"programs are exported in float32, and the dtype is {dtype}")
+            raise UserError(
+                f"dtype must be float32 for runtime onnxruntime (got {dtype})",
+                Code.UNSUPPORTED, key="runtime", got=runtime, dtype=dtype,
+            )  # fmt: skip
         if device.startswith("cuda") and "CUDAExecutionProvider" not in _providers():
             raise UserError(
-                "onnxruntime has no CUDA provider here (it has "
-                f"{', '.join(_providers())}): install onnxruntime-gpu, or measure on the CPU"
-            )
+                "onnxruntime must have a CUDA provider for a CUDA device (got "
+                f"{', '.join(_providers())}): install onnxruntime-gpu, or measure on the CPU",
+                Code.UNAVAILABLE, key="runtime", got=runtime, providers=tuple(_providers()),
+            )  # fmt: skip
 
 
 def prepare_runtime(model: nn.Module, images: Tensor, runtime: str) -> Run:
-    """The model as this runtime runs it on batches like `images` [B, 3, H, W]; it takes such a
-    batch and gives what the runtime gives. Compiling, recording or exporting happens here or in the
-    first calls: warm it up. Threads are torch's.
+    """A call that runs the model in this runtime on batches of the shape of `images` [B, 3, H, W].
 
-    UserError where the runtime cannot run here (`check_runtime`).
+    Compiling, recording and exporting happen here or in the first calls, so warm it up. It uses as
+    many threads as torch does. Raises UserError if the runtime cannot run here.
     """
     dtype = str(images.dtype).removeprefix("torch.")
     check_runtime(runtime, str(images.device), dtype)
@@ -55,7 +66,7 @@ def prepare_runtime(model: nn.Module, images: Tensor, runtime: str) -> Run:
     if runtime == "onnxruntime":
         with tempfile.TemporaryDirectory(prefix="vitpareto-onnx-") as scratch:
             path = Path(scratch) / "model.onnx"
-            # a program is made on the CPU; the model then goes back to where it was
+            # programs are exported on the CPU; the model is moved back afterwards
             deployed = ClassifierGraph(model, None).to("cpu")
             write_onnx(trace_program(deployed, images.detach().to("cpu")), path)
             model.to(images.device)
@@ -64,18 +75,17 @@ def prepare_runtime(model: nn.Module, images: Tensor, runtime: str) -> Run:
 
 
 def onnx_session(path: Path, cuda: bool = False, threads: int | None = None) -> Run:
-    """An ONNX file as a call on a batch; it gives the program's outputs as arrays.
+    """A call that runs an ONNX file on a batch and returns its outputs as arrays.
 
-    threads: of one operator (None: torch's).
+    threads: threads per operator; as many as torch uses if None.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads() if threads is None else threads
     options.log_severity_level = 3
-    # two sessions are timed in turn, and the threads of the one that waits would spin on the cores
-    # of the one that runs: at batch 1 a third of its time went there. They spin within a run alone;
-    # not at all is slower by a tenth, dense and pruned
+    # two sessions are timed in alternation; threads of the idle one would spin on the cores of the
+    # other and cost it a third of its time at batch 1. Without any spinning both are 10 % slower
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(
         path, options, providers=["CUDAExecutionProvider" if cuda else "CPUExecutionProvider"]
@@ -96,27 +106,27 @@ def _providers() -> list[str]:
 
 
 def compile_model(model: nn.Module) -> Run:
-    """The model compiled by torch in its first calls, for batches of their size."""
-    # one size alone is timed: nothing is to be guarded for others
-    made: Run = torch.compile(model, dynamic=False)
-    return made
+    """The model, compiled by torch in its first calls for batches of their size."""
+    # only one size is timed, so dynamic shapes would cost guards for nothing
+    compiled: Run = torch.compile(model, dynamic=False)
+    return compiled
 
 
 def _graph(model: nn.Module, images: Tensor) -> Run:
-    """One recorded graph; a call copies its batch in, replays, and gives the same memory again."""
-    held = images.clone()
+    """A recorded CUDA graph; each call copies its batch in, replays and returns the same memory."""
+    static_images = images.clone()
     stream = torch.cuda.Stream(images.device)
     stream.wait_stream(torch.cuda.current_stream(images.device))
     with torch.cuda.stream(stream), torch.inference_mode():
         for _ in range(BEFORE_GRAPH):
-            model(held)
+            model(static_images)
     torch.cuda.current_stream(images.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), torch.inference_mode():
-        out = model(held)
+        out = model(static_images)
 
-    def run(given: Tensor) -> Any:
-        held.copy_(given)
+    def run(batch: Tensor) -> Any:
+        static_images.copy_(batch)
         graph.replay()
         return out
 

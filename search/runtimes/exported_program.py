@@ -1,6 +1,6 @@
-"""A model as programs that run without this project: torch.export, and ONNX made from that.
+"""Programs of a model that run without this project: torch.export, and ONNX converted from it.
 
-The graph gives logits, the best class and its score, for any batch size, float32 on the CPU.
+A program returns logits, score and class, for any batch size, in float32 on the CPU.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-#: what the graph takes and gives, in this order
+#: names of the program's input and outputs, in order
 INPUT, OUTPUTS = "images", ("logits", "score", "class")
 
 
 class ClassifierGraph(nn.Module):
-    """What is exported: images [B, 3, H, W] -> logits [B, K] of the data's classes in float32,
-    score [B] (the softmax's largest) and class [B] (int64).
+    """The exported module: images [B, 3, H, W] -> logits [B, K], score [B] and class [B].
+
+    Logits are float32, of the data's classes; score is the largest softmax output, class is int64.
     """
 
     def __init__(self, model: nn.Module, head_indices: tuple[int, ...] | None):
@@ -40,27 +41,30 @@ class ClassifierGraph(nn.Module):
 def trace_program(
     deployed: ClassifierGraph, images: Tensor, batch: int | None = None
 ) -> ExportedProgram:
-    """The torch.export program. images: some [M >= 1, 3, H, W] to trace with. batch: the only size
-    that it takes; None: any.
+    """The torch.export program.
+
+    Args:
+        images: example images [M >= 1, 3, H, W].
+        batch: the only batch size that the program accepts; any size if None.
     """
-    # two images: torch.export takes a batch of one for a constant
-    several = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
+    # two images, because torch.export treats a batch of one as a constant
+    example = images[:2] if len(images) > 1 else images.repeat(2, 1, 1, 1)
     shapes = {"images": {0: torch.export.Dim("batch")}}
     if batch is not None:
-        several = images[:1].repeat(batch, 1, 1, 1)
+        example = images[:1].repeat(batch, 1, 1, 1)
         shapes = {"images": {}}
     with torch.no_grad():
-        return torch.export.export(deployed.eval(), (several,), dynamic_shapes=shapes)
+        return torch.export.export(deployed.eval(), (example,), dynamic_shapes=shapes)
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """The program as ONNX, checked by ONNX's own checker."""
+    """Write the program as ONNX and run ONNX's checker on it."""
     with torch.no_grad():
-        made = torch.onnx.export(
+        exported = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(OUTPUTS)
         )
-    assert made is not None
-    made.save(str(path))
+    assert exported is not None
+    exported.save(str(path))
     onnx.checker.check_model(str(path))
 
 
@@ -70,9 +74,9 @@ def load_onnx(path: Path) -> onnx.ModelProto:
 
 
 def write_programs(deployed: ClassifierGraph, images: Tensor, bundle: Path) -> dict[str, float]:
-    """model.pt2 and model.onnx for any batch size; images: some [M >= 1, 3, H, W] to trace with.
+    """Write model.pt2 and model.onnx, for any batch size. Returns the seconds that each took.
 
-    Returns the seconds each took.
+    images: example images [M >= 1, 3, H, W].
     """
     begin = time.monotonic()
     program = trace_program(deployed, images)

@@ -15,13 +15,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import Code, UserError, nearest
-from vitpareto.search.export.verification import ReferenceOutputs, check_files, normalised
+from vitpareto.search.export.bundle_result import BundleResult
+from vitpareto.search.export.preprocessing import normalised
+from vitpareto.search.export.reference_outputs import ReferenceOutputs
+from vitpareto.search.export.verification import check_files
 from vitpareto.search.runtimes.exported_program import load_onnx
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
@@ -221,26 +224,27 @@ def _description(folder: StudyFolder) -> str:
 
 
 def _tags(
-    folder: StudyFolder, result: TrialResult, bundle_result: dict[str, Any], recovered: bool
+    folder: StudyFolder, result: TrialResult, bundle_result: BundleResult, recovered: bool
 ) -> dict[str, str]:
     axes = objectives_named(folder.objectives)
     front = [r.trial for r in front_of(measured(folder, recovered), axes)]
     position = "none"
     if result.trial in front:
         position = f"{front.index(result.trial) + 1} of {len(front)}"
-    certified, verification = result.certified, bundle_result["verification"]
+    certified, verification = result.certified, bundle_result.verification
+    assert verification is not None, "every bundle that is written completely is verified"
     tags = {
         "study": folder.name,
         "trial": str(result.trial),
-        "recipe": Recipe.from_dict(bundle_result["recipe"]).to_yaml(),
+        "recipe": Recipe.from_dict(dict(bundle_result.recipe)).to_yaml(),
         "front": position,
         "recovered": str(recovered).lower(),
         "top1": f"{result.values['top1']:.4f}",
         "gmacs": f"{result.values['gmacs']:.6g}",
-        "verified": str(verification["verified"]).lower(),
-        "verified.images": str(verification["images"]),
-        "verified.max_difference": f"{verification['max_difference']:.2e}",
-        "seal": bundle_result["seal"],
+        "verified": str(verification.verified).lower(),
+        "verified.images": str(verification.images),
+        "verified.max_difference": f"{verification.max_difference:.2e}",
+        "seal": bundle_result.seal,
     }
     if certified is not None:
         tags["certified_top1"] = (

@@ -14,7 +14,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from vitpareto.methods import BadInput, Recipe
+from tests.refusals import refused
+from vitpareto.methods import Recipe
 from vitpareto.search.compare import published
 from vitpareto.search.compare.published import PublishedRow
 from vitpareto.search.compare.reproduction import (
@@ -150,7 +151,7 @@ def test_without_weights_a_row_says_which(place: EvaluationSetup, tmp_path: Path
     (tmp_path / "w").mkdir()
     (one,) = reproduce([DENSE], replace(place, weights=tmp_path / "w"))
     assert one.accuracy is None
-    assert one.why == f"no digits.safetensors (or .pth) in {tmp_path / 'w'}"
+    assert "digits.safetensors" in one.why and str(tmp_path / "w") in one.why
 
 
 def test_weights_that_cannot_be_downloaded(
@@ -199,19 +200,15 @@ def test_trained_rows_are_never_measured(place: EvaluationSetup) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "details"),
+    ("change", "code"),
     [
-        ({"data": "/nowhere/val"}, {"path": "/nowhere/val"}),
-        ({"data": "OTHER"}, {"got": 10, "accepted": (2,)}),
-        ({"weights": Path("/nowhere/w")}, {"path": "/nowhere/w"}),
+        ({"data": "/nowhere/val"}, "not-found"),
+        ({"data": "OTHER"}, "mismatch"),
+        ({"weights": Path("/nowhere/w")}, "not-found"),
     ],
 )
-def test_bad_input_is_refused_before_weights_are_loaded(
-    place: EvaluationSetup,
-    change: dict,
-    details: dict,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+def test_bad_input_is_told_before_weights_are_loaded(
+    place: EvaluationSetup, change: dict, code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if change.get("data") == "OTHER":
         for name in ("cat", "dog"):
@@ -224,14 +221,13 @@ def test_bad_input_is_refused_before_weights_are_loaded(
         raise AssertionError("weights were asked for")
 
     monkeypatch.setattr("vitpareto.search.compare.reproduction.load_model", never)
-    with pytest.raises(BadInput) as caught:
+    with refused(code):
         list(reproduce([DENSE], replace(place, **change)))
-    assert {name: caught.value.details.get(name) for name in details} == details
 
 
 def test_rows_of_a_model_by_name() -> None:
     chosen = select(published.rows(), ["deit_small_patch16_224"])
     assert {r.method for r in chosen} == {"ppt", "evit", "dynamicvit"}
     assert select(published.rows()) == published.rows()
-    with pytest.raises(BadInput, match="nothing is published of 'deit_smal_patch16_224': did you"):
+    with refused("unknown-name", name="deit_smal_patch16_224"):
         select(published.rows(), ["deit_smal_patch16_224"])

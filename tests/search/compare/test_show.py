@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from tests.refusals import refused
 from tests.search import small
-from vitpareto.methods import BadInput, Code, Recipe
+from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.compare.show import MOST, TraceRequest, trace_images
 from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
@@ -113,7 +113,7 @@ def test_classes_are_named_by_the_data(cache: Path, tmp_path: Path) -> None:
     (image,) = trace_images(asked, images=1, cache=cache).images
     assert image.dense.name in ("tench", "tabby", "tiger cat") and image.dense.label < 3
     assert image.truth in ("tench", "tabby", "tiger cat") and image.name == "data search 0"
-    with refused(Code.MISMATCH, UserError, got=1000, accepted=(10,)):
+    with refused("mismatch", UserError, got=1000, accepted=(10,)):
         trace_images(replace(asked, data="digits"), cache=cache)
 
 
@@ -137,12 +137,12 @@ def test_a_trial_is_shown_as_it_was_measured(study: StudyFolder, cache: Path) ->
     assert seen.images[0].patches == (64, 60, 50, *[40] * 9) and seen.notes == ()
     assert seen.images[0].truth is not None
 
-    with pytest.raises(UserError, match="no trial 7; its trials are 1 to 2"):
+    with refused("not-found", UserError, study="s", trial=7):
         TraceRequest.of_trial(study, 7)
-    with pytest.raises(UserError, match="trial 2 of s is failed: ValueError: no"):
+    with refused("unsupported", UserError, trial=2, state="failed"):
         TraceRequest.of_trial(study, 2)
     (study.folder / "study.json").write_text('{"schema": 1, "model_fingerprint": "0123"}')
-    with pytest.raises(UserError, match="measured a model with fingerprint 0123"):
+    with refused("mismatch", UserError, key="model_fingerprint", expected="0123"):
         trace_images(TraceRequest.of_trial(study, 1), cache=cache)
 
 
@@ -150,16 +150,16 @@ def test_bad_input_is_named(cache: Path, files: list[Path], tmp_path: Path) -> N
     broken = tmp_path / "broken.png"
     broken.write_bytes(files[0].read_bytes()[:200])
     cases = (
-        ([tmp_path / "no.png"], None, "no.png is not there"),
-        ([tmp_path], None, "is a folder"),
-        ([broken], None, "broken.png cannot be read"),
-        (files, 2, "--images counts images of the data"),
-        ([], MOST + 1, f"accepted is 1 to {MOST}"),
-        ([], 0, f"accepted is 1 to {MOST}"),
-        (files * MOST, None, f"accepted is 1 to {MOST}"),
+        ([tmp_path / "no.png"], None, "not-found", {"path": str(tmp_path / "no.png")}),
+        ([tmp_path], None, "wrong-type", {"path": str(tmp_path)}),
+        ([broken], None, "unreadable", {"path": str(broken)}),
+        (files, 2, "conflict", {"name": "images"}),
+        ([], MOST + 1, "out-of-range", {"got": MOST + 1}),
+        ([], 0, "out-of-range", {"got": 0}),
+        (files * MOST, None, "out-of-range", {"got": len(files) * MOST}),
     )
-    for given, images, expected in cases:
-        with pytest.raises(UserError, match=expected):
+    for given, images, code, details in cases:
+        with refused(code, UserError, **details):
             trace_images(TraceRequest(TOPK), given, images=images, cache=cache)
-    with pytest.raises(BadInput, match="prune_layers must be block indices"):
+    with pytest.raises(BadInput):
         trace_images(TraceRequest(Recipe.of("topk", keep_rate=0.5, prune_layers=[12])), cache=cache)

@@ -20,16 +20,19 @@ import onnx
 import pytest
 import torch
 
+from tests.refusals import refused
 from vitpareto import methods
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.benchmark import bench_bundle, dense_model
-from vitpareto.search.export.bundle import export
-from vitpareto.search.export.int8 import Int8
+from vitpareto.search.export.bundle import ExtraPrograms, export
+from vitpareto.search.export.bundle_result import Int8Result
+from vitpareto.search.export.preprocessing import normalised
+from vitpareto.search.export.reference_outputs import ReferenceOutputs
 from vitpareto.search.export.specialised import write_static
-from vitpareto.search.export.verification import ReferenceOutputs, check_files, normalised, verify
+from vitpareto.search.export.verification import check_files, verify
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models import embedded_model
 from vitpareto.search.runtimes.backends import onnx_session, prepare_runtime
@@ -80,6 +83,7 @@ def bundle(
     return export(study, chosen, tmp_path_factory.mktemp("out") / "b", cache=str(cache), images=4)
 
 
+@pytest.mark.slow
 def test_a_version_says_what_it_is(study: StudyFolder, chosen: TrialResult, bundle: Path) -> None:
     first = register(study, chosen, bundle)
     second = register(study, chosen, bundle, aliases=["champion"])
@@ -98,6 +102,7 @@ def test_a_version_says_what_it_is(study: StudyFolder, chosen: TrialResult, bund
     assert {"MLmodel", "labels.json", "preprocess.json", "recipe.yaml"} <= files
 
 
+@pytest.mark.slow
 def test_an_alias_that_is_none_or_another_trials_is_refused(
     study: StudyFolder, chosen: TrialResult, bundle: Path
 ) -> None:
@@ -134,13 +139,14 @@ def elsewhere(place: Path) -> Path:
     script = place / "bin" / "uvicorn"
     script.write_text(f"#!{python}\nfrom uvicorn.main import main\nmain()\n")
     script.chmod(0o755)
-    command = [python, "-c", "import search"]
+    command = [python, "-c", "import vitpareto"]
     found = subprocess.run(command, cwd=place, capture_output=True, text=True)
     assert "ModuleNotFoundError" in found.stderr, found.stderr
     return python
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_mlflow_serves_it_where_this_project_is_not(
     study: StudyFolder, chosen: TrialResult, bundle: Path, tmp_path: Path
 ) -> None:
@@ -168,25 +174,24 @@ def test_mlflow_serves_it_where_this_project_is_not(
             command, env=environment, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            deadline = time.monotonic() + 120
+            # the server answers or ends; how long it takes depends on the machine's load
             while True:
                 try:
-                    opener.open(f"http://127.0.0.1:{port}/ping", timeout=5).close()
+                    opener.open(f"http://127.0.0.1:{port}/ping", timeout=60).close()
                     break
                 except OSError:
-                    said = (tmp_path / "log").read_text()
-                    assert time.monotonic() < deadline and server.poll() is None, said
+                    assert server.poll() is None, (tmp_path / "log").read_text()
                     time.sleep(0.3)
             asked = urllib.request.Request(
                 f"http://127.0.0.1:{port}/invocations",
                 json.dumps({"inputs": {"images": images.tolist()}}).encode(),
                 {"Content-Type": "application/json"},
             )
-            with opener.open(asked, timeout=60) as answer:
+            with opener.open(asked, timeout=600) as answer:
                 found = json.load(answer)["predictions"]
         finally:
             os.killpg(server.pid, signal.SIGTERM)
-            server.wait(timeout=30)
+            server.wait()
     assert np.abs(np.array(found["logits"]) - known.logits).max() < known.tolerance
     assert found["class"] == known.logits.argmax(axis=1).tolist()
     assert all(0 < score <= 1 for score in found["score"])
@@ -203,17 +208,18 @@ def extended(
     said: list[str] = []
     out = tmp_path_factory.mktemp("extended") / "b"
     made = export(
-        study, chosen, out, cache=str(cache), images=5, int8=True, static=2, aoti=COMPILER,
-        say=said.append,
+        study, chosen, out, cache=str(cache), images=5,
+        extra=ExtraPrograms(int8=True, aoti=COMPILER, static_batch=2), log=said.append,
     )  # fmt: skip
     return made, said
 
 
+@pytest.mark.slow
 def test_int8_is_measured_on_all_search_images_before_it_is_called_verified(
     study: StudyFolder, extended: tuple[Path, list[str]], cache: Path
 ) -> None:
     bundle, said = extended
-    found = check_files(bundle)["int8"]
+    found = check_files(bundle).int8
     config = SearchConfig.of({**study.job(), "cache": str(cache)})
     prepared = check_job(config)
     images = [
@@ -225,29 +231,30 @@ def test_int8_is_measured_on_all_search_images_before_it_is_called_verified(
     ]  # fmt: skip
     program = onnx_session(bundle / "model.int8.onnx")
     right = sum(int((program(x)[0].argmax(1) == y.numpy()).sum()) for x, y in images)
-    assert found["images"] == 100 and found["top1"] == pytest.approx(right)
-    assert found["change"] == pytest.approx(found["top1"] - found["float_top1"])
-    assert found["change_low"] <= found["change"] <= found["change_high"]
-    assert found["verified"] == (found["change"] >= -1)
-    assert found["megabytes"] < 0.5 * found["float_megabytes"]
+    assert found is not None and found.images == 100 and found.top1 == pytest.approx(right)
+    assert found.change == pytest.approx(found.top1 - found.float_top1)
+    assert found.change_low <= found.change <= found.change_high
+    assert found.verified == (found.change >= -1)
+    assert found.megabytes < 0.5 * found.float_megabytes
     types = {n.op_type for n in onnx.load(bundle / "model.int8.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= types
-    assert {t["target"]["runtime"] for t in found["latency"].values()} == {"onnxruntime int8"}
+    assert {t.target.runtime for t in found.latency.values()} == {"onnxruntime int8"}
     assert any(line.startswith("int8 ") and "dense int8" in line for line in said)
 
 
 def test_an_int8_program_that_lost_too_much_is_not_verified() -> None:
-    one = Int8(100, 64, 90.0, 91.5, 95.0, -1.5, -4.0, 1.0, 95, {}, {}, 1.0, 4.0)
-    assert not one.verified and one.said().startswith("int8 NOT VERIFIED: top-1 90.00 %")
+    one = Int8Result(100, 64, 90.0, 91.5, 95.0, -1.5, -4.0, 1.0, 95, {}, {}, 1.0, 4.0)
+    assert not one.verified and one.summary().startswith("int8 NOT VERIFIED: top-1 90.00 %")
     assert replace(one, change=-1.0).verified
 
 
+@pytest.mark.slow
 def test_packages_say_whether_they_were_run(extended: tuple[Path, list[str]]) -> None:
     bundle, said = extended
-    packages = {p["file"]: p for p in check_files(bundle)["packages"]}
+    packages = {p.file: p for p in check_files(bundle).packages}
     fixed = packages["model.b2.onnx"]
-    assert fixed["verified"] and fixed["runs"].startswith("trtexec --onnx=model.b2.onnx")
-    assert fixed["runs"].endswith("not verified")
+    assert fixed.verified and fixed.runs.startswith("trtexec --onnx=model.b2.onnx")
+    assert fixed.runs.endswith("not verified")
     shape = onnx.load(bundle / "model.b2.onnx").graph.input[0].type.tensor_type.shape
     assert [d.dim_value for d in shape.dim] == [2, 3, 64, 64]
     assert "model.b2.onnx: verified" in "\n".join(said)
@@ -256,14 +263,16 @@ def test_packages_say_whether_they_were_run(extended: tuple[Path, list[str]]) ->
     assert verify(bundle).verified
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler: AOTInductor compiles with one")
 def test_an_aotinductor_package_runs_as_the_measured_model(
     extended: tuple[Path, list[str]],
 ) -> None:
-    packages = {p["file"]: p for p in check_files(extended[0])["packages"]}
-    assert packages["model.aoti.pt2"]["verified"], packages
+    packages = {p.file: p for p in check_files(extended[0]).packages}
+    assert packages["model.aoti.pt2"].verified, packages
 
 
+@pytest.mark.slow
 def test_a_package_that_is_another_model_is_not_verified(bundle: Path, tmp_path: Path) -> None:
     """Its weights are not those that were measured."""
     result = check_files(bundle)
@@ -278,15 +287,16 @@ def test_a_package_that_is_another_model_is_not_verified(bundle: Path, tmp_path:
 # ------------------------------------------------------------------------------------- timing
 
 
+@pytest.mark.slow
 def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> None:
     heard = []
-    found = bench_bundle(bundle, batches=(1, 3), rounds=6, heard=heard.append)
+    found = bench_bundle(bundle, batches=(1, 3), rounds=6, on_result=heard.append)
     assert [(t.runtime, t.batch) for t in found] == [
         ("onnxruntime", 1), ("onnxruntime", 3), ("torch.export", 1), ("torch.export", 3),
     ]  # fmt: skip
     result = check_files(bundle)
     for timed in found:
-        assert timed.macs_ratio == result["dense"]["gmacs"] / result["cost"]["gmacs"]
+        assert timed.macs_ratio == result.dense["gmacs"] / result.cost["gmacs"]
         assert timed.latency.target.runtime == timed.runtime
         assert timed.latency.target.batch == timed.batch and timed.latency.rounds == 6
         assert timed.efficiency == timed.latency.speedup / timed.macs_ratio
@@ -294,12 +304,13 @@ def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> Non
     assert heard == found
 
 
+@pytest.mark.slow
 def test_a_runtime_that_is_none_and_a_batch_of_nothing_are_refused(bundle: Path) -> None:
-    with pytest.raises(UserError, match="runtime is 'onnxruntme': did you mean 'onnxruntime'"):
+    with refused("unknown-name", UserError, got="onnxruntme"):
         bench_bundle(bundle, runtimes=["onnxruntme"])
-    with pytest.raises(UserError, match=r"batches are \[0\]"):
+    with refused("out-of-range", UserError, key="batches", got=[0]):
         bench_bundle(bundle, batches=[0])
-    with pytest.raises(UserError, match="is not a bundle"):
+    with refused("not-found", UserError, path=str(bundle.parent)):
         bench_bundle(bundle.parent)
 
 
@@ -308,7 +319,7 @@ def test_every_runtime_gives_the_models_logits(runtime: str) -> None:
     model = methods.prune(embedded_model.build(), "topk", keep_rate=0.6, prune_layers=(3, 6))
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     if runtime == "cudagraph" and not torch.cuda.is_available():
-        with pytest.raises(UserError, match="a CUDA graph needs a CUDA device; the device is cpu"):
+        with refused("unsupported", UserError, got="cudagraph", device="cpu"):
             prepare_runtime(model, images, runtime)
         pytest.skip("needs a CUDA device: the graph itself")
     if runtime == "cudagraph":
@@ -326,8 +337,8 @@ def test_a_runtime_that_cannot_run_here_is_refused_before_the_search(
 ) -> None:
     job = {"store": str(tmp_path), "cache": str(cache), "device": "cpu", "images": 20}
     for more, said in (
-        ({"latency_runtime": "cudagraph"}, "a CUDA graph needs a CUDA device"),
-        ({"latency_runtime": "onnxruntime", "dtype": "bfloat16"}, "exported in float32"),
+        ({"latency_runtime": "cudagraph"}, "must be a CUDA device"),
+        ({"latency_runtime": "onnxruntime", "dtype": "bfloat16"}, "dtype must be float32"),
         ({"latency_runtime": "egaer"}, "did you mean 'eager'"),
         ({"max_latency_ms": 0}, "max_latency_ms"),
     ):

@@ -115,11 +115,11 @@ def test_slices_concatenate_to_the_whole(search: Split, cuts: tuple[int, ...]) -
 
 
 def test_a_slice_without_images_is_an_error(search: Split) -> None:
-    with pytest.raises(ValueError, match="no images 28..28 in the 28 of 'search'"):
+    with pytest.raises(ValueError):
         judged(vit(7), search, start=28)
-    with pytest.raises(ValueError, match="no images 5..5 in the 28"):
+    with pytest.raises(ValueError):
         judged(vit(7), search, start=5, stop=5)
-    with pytest.raises(ValueError, match="no images -1.."):
+    with pytest.raises(ValueError):
         judged(vit(7), search, start=-1, stop=5)
 
 
@@ -150,9 +150,9 @@ class Poisoned(nn.Module):
 def test_logits_that_are_no_numbers_stop_the_measurement(
     search: Split, value: float, at: int, start: int
 ) -> None:
-    message = f"non-finite logits, first for image {start + at} of search"
-    with pytest.raises(NonFiniteLogits, match=message):
+    with pytest.raises(NonFiniteLogits) as caught:
         judged(Poisoned(at, value), search, start=start)
+    assert caught.value.image == start + at
 
 
 def test_images_decide_the_cost_of_an_adaptive_recipe(search: Split) -> None:

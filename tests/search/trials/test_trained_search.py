@@ -23,7 +23,8 @@ from vitpareto.methods.slicing.sliced_model import model_widths
 from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
 from vitpareto.search.compare.show import TraceRequest
 from vitpareto.search.errors import UserError
-from vitpareto.search.export.bundle import choose_trial, export
+from vitpareto.search.export.bundle import export
+from vitpareto.search.export.trial_choice import choose_trial
 from vitpareto.search.export.verification import verify
 from vitpareto.search.measure import macs
 from vitpareto.search.measure.accuracy import evaluate

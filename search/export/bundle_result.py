@@ -1,0 +1,290 @@
+"""`result.json` of a bundle as typed records. Data only: nothing here runs a model.
+
+The keys on disk are those of the fields; `to_json` and `from_json` convert. Bundles of earlier
+versions, which lack some keys, are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from vitpareto.search.measure.latency import Latency
+from vitpareto.search.study.objectives import OBJECTIVES
+
+SCHEMA = 1
+FILE = "result.json"
+#: points of top-1 that the int8 program may lose against float32 and still count as verified
+MAX_INT8_LOSS = 1.0
+
+
+@dataclass(frozen=True)
+class BundleAccuracy:
+    """Accuracy of the measured model on `images` images of `split`, in percent.
+
+    `top1_low` and `top1_high` are the interval that `interval` names.
+    """
+
+    top1: float
+    top1_low: float | None
+    top1_high: float | None
+    interval: str
+    top5: float | None
+    images: int
+    split: str
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How the programs were written. `seconds` is the export time by program ("pt2", "onnx")."""
+
+    dtype: str
+    device: str
+    versions: Mapping[str, str]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class VerificationSummary:
+    """What `verification.json` holds in full.
+
+    `tolerance` and `max_difference` are in logits; `near_tied` is the largest count of near-tied
+    images; `not_checked` lists what could not be checked and why.
+    """
+
+    verified: bool
+    images: int
+    tolerance: float
+    max_difference: float
+    near_tied: int
+    not_checked: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SpecialisedProgram:
+    """One more program of a bundle, for one runtime or one batch size.
+
+    `verified` is true only if it was run here and its logits are the measured model's. `why` says
+    what was compared, or why it was not. `runs` is the code or command that runs it.
+    """
+
+    file: str
+    verified: bool
+    why: str
+    runs: str
+
+    def summary(self) -> str:
+        """One line."""
+        return f"{self.file}: {'verified' if self.verified else 'not verified'}, {self.why}"
+
+
+@dataclass(frozen=True)
+class Int8Result:
+    """The int8 program, measured on the search images.
+
+    `top1`, `float_top1` and `dense_top1` are percent: of this program, of the float32 program and
+    of the dense model in int8. `change` is `top1` minus `float_top1` in points, with its 95 %
+    interval. `agree` counts images that both programs classify alike. `latency` is by batch, beside
+    the dense model in int8; `over_float` is the speed-up over the float32 program by batch.
+    """
+
+    images: int
+    calibrated_on: int
+    top1: float
+    float_top1: float
+    dense_top1: float
+    change: float
+    change_low: float
+    change_high: float
+    agree: int
+    latency: Mapping[int, Latency]
+    over_float: Mapping[int, float]
+    megabytes: float
+    float_megabytes: float
+
+    @property
+    def verified(self) -> bool:
+        """Whether at most `MAX_INT8_LOSS` points of top-1 are lost."""
+        return self.change >= -MAX_INT8_LOSS
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "latency": {str(batch): timed.to_json() for batch, timed in self.latency.items()},
+            "over_float": {str(batch): ratio for batch, ratio in self.over_float.items()},
+            "verified": self.verified,
+            "most_lost": MAX_INT8_LOSS,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Int8Result:
+        values = {f.name: stored[f.name] for f in fields(cls)}
+        latency = {int(k): Latency.from_json(v) for k, v in stored["latency"].items()}
+        over_float = {int(k): float(v) for k, v in stored["over_float"].items()}
+        return cls(**{**values, "latency": latency, "over_float": over_float})
+
+    def summary(self) -> str:
+        """One line."""
+        latency = "; ".join(
+            f"batch {batch}: {timed.speedup:.2f} times dense int8, "
+            f"{self.over_float[batch]:.2f} times float32"
+            for batch, timed in self.latency.items()
+        )
+        verdict = "verified" if self.verified else "NOT VERIFIED"
+        return (
+            f"int8 {verdict}: top-1 {self.top1:.2f} % on {self.images} search images, float32 "
+            f"{self.float_top1:.2f} ({self.change:+.2f}, 95 %: {self.change_low:+.2f} to "
+            f"{self.change_high:+.2f}), dense int8 {self.dense_top1:.2f}; {latency}; "
+            f"{self.megabytes:.1f} MB, float32 {self.float_megabytes:.1f}"
+        )
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Hash and size of a file of the bundle; the size is None in bundles that do not state it."""
+
+    sha256: str
+    bytes: int | None
+
+
+@dataclass(frozen=True)
+class BundleResult:
+    """What a bundle is, what it was measured with, and the hash of each of its files.
+
+    Attributes:
+        model: the dense model's name. `architecture` and `model_args` are timm's, for a model from
+            a local folder; None and empty for any other.
+        study, trial: the trial that was exported.
+        recipe: the resolved recipe.
+        cost: cost objectives by name, in the units of `search.study.objectives.OBJECTIVES`.
+        latency: the trial's latency, if it was measured.
+        dense: all objectives of the dense model by name.
+        measured_with: provenance of the trial.
+        rebuilt_as_measured: on how many verification images the rebuilt model is right or wrong as
+            the trial was, for example "20 of 20".
+        labels: class names. `head_indices` are the logits that stand for them; None: all.
+        packages: additional programs, other than int8.
+        files: hash and size of each file but `result.json`.
+        seal: hash of `result.json` without the seal.
+    """
+
+    model: str
+    study: str
+    trial: int
+    recipe: Mapping[str, Any]
+    accuracy: BundleAccuracy
+    cost: Mapping[str, float]
+    latency: Latency | None
+    dense: Mapping[str, float] | None
+    measured_with: Mapping[str, Any]
+    seed: int | None
+    device: str | None
+    data_fingerprint: str | None
+    exported: ExportSettings
+    rebuilt_as_measured: str
+    labels: tuple[str, ...]
+    head_indices: tuple[int, ...] | None
+    architecture: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    verification: VerificationSummary | None = None
+    int8: Int8Result | None = None
+    packages: tuple[SpecialisedProgram, ...] = ()
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    seal: str = ""
+    schema: int = SCHEMA
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of `result.json`, without the seal."""
+        source = {}
+        if self.architecture is not None:
+            source = {"architecture": self.architecture, "model_args": dict(self.model_args)}
+        head, top5 = self.head_indices, self.accuracy.top5
+        objectives = ("top1", *(() if top5 is None else ("top5",)), *self.cost)
+        return {
+            "schema": self.schema,
+            "model": self.model,
+            **source,
+            "study": self.study,
+            "trial": self.trial,
+            "recipe": dict(self.recipe),
+            "accuracy": asdict(self.accuracy),
+            "cost": {
+                **self.cost,
+                "units": {n: OBJECTIVES[n].unit for n in objectives if n in OBJECTIVES},
+            },
+            "latency": None if self.latency is None else self.latency.to_json(),
+            "dense": None if self.dense is None else dict(self.dense),
+            "measured_with": dict(self.measured_with),
+            "seed": self.seed,
+            "device": self.device,
+            "data_fingerprint": self.data_fingerprint,
+            "exported": asdict(self.exported),
+            "rebuilt_as_measured": self.rebuilt_as_measured,
+            "labels": list(self.labels),
+            "head_indices": None if head is None else list(head),
+            "verification": None if self.verification is None else asdict(self.verification),
+            **({} if self.int8 is None else {"int8": self.int8.to_json()}),
+            "packages": [asdict(program) for program in self.packages],
+            "files": {name: asdict(record) for name, record in self.files.items()},
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> BundleResult:
+        """Read `result.json`, of this or an earlier version.
+
+        Raises KeyError or TypeError for a missing key or a value of another type.
+        """
+        head, latency, int8 = stored["head_indices"], stored.get("latency"), stored.get("int8")
+        verification, exported = stored.get("verification"), stored["exported"]
+        return cls(
+            schema=stored["schema"],
+            model=stored["model"],
+            architecture=stored.get("architecture"),
+            model_args=stored.get("model_args", {}),
+            study=stored["study"],
+            trial=stored["trial"],
+            recipe=stored["recipe"],
+            accuracy=BundleAccuracy(**_known(BundleAccuracy, stored["accuracy"])),
+            cost={k: v for k, v in stored["cost"].items() if k != "units"},
+            latency=None if latency is None else Latency.from_json(latency),
+            dense=stored["dense"],
+            measured_with=stored["measured_with"],
+            seed=stored.get("seed"),
+            device=stored.get("device"),
+            data_fingerprint=stored.get("data_fingerprint"),
+            exported=ExportSettings(**_known(ExportSettings, exported)),
+            rebuilt_as_measured=stored["rebuilt_as_measured"],
+            labels=tuple(stored["labels"]),
+            head_indices=None if head is None else tuple(head),
+            verification=None if verification is None else _verification(verification),
+            int8=None if int8 is None else Int8Result.from_json(int8),
+            packages=tuple(
+                SpecialisedProgram(**_known(SpecialisedProgram, program))
+                for program in stored.get("packages", ())
+            ),
+            files={
+                name: FileRecord(record["sha256"], record.get("bytes"))
+                for name, record in stored.get("files", {}).items()
+            },
+            seal=stored.get("seal", ""),
+        )
+
+
+def seal_of(stored: Mapping[str, Any]) -> str:
+    """sha256 of the content of `result.json` without its `seal`."""
+    rest = {k: v for k, v in stored.items() if k != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _verification(stored: Mapping[str, Any]) -> VerificationSummary:
+    values = _known(VerificationSummary, stored)
+    return VerificationSummary(**{**values, "not_checked": tuple(values["not_checked"])})
+
+
+def _known(record: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a record's fields; keys that a later version added are left out."""
+    names = {f.name for f in fields(record)}
+    return {k: v for k, v in stored.items() if k in names}
