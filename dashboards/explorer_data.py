@@ -192,7 +192,7 @@ def _data_address(png: Path) -> str:
 
 def _is_published_data(results: Sequence[TrialResult]) -> bool:
     """Whether the data have as many classes as those of published results."""
-    return any(r.provenance.get("classes") == _PUBLISHED_CLASSES for r in results)
+    return any(r.provenance.classes == _PUBLISHED_CLASSES for r in results)
 
 
 def published_results(model: str) -> list[PublishedResult]:

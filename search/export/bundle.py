@@ -181,11 +181,11 @@ class _BundleWriter:
 
     def _draft(self, agreement: str, seconds: dict[str, float]) -> BundleResult:
         """`result.json` without verification, additional programs, files and seal."""
-        result, provenance = self.result, dict(self.result.provenance)
+        result, provenance = self.result, self.result.provenance
         dense = reference_of(self.folder.trials.all())
         values, job = result.values, self.folder.job()
         return BundleResult(
-            model=provenance.get("model", job.get("model")),
+            model=provenance.model or job["model"],
             **architecture(job["model"]),
             study=self.folder.name,
             trial=result.trial,
@@ -204,13 +204,15 @@ class _BundleWriter:
             dense=None if dense is None else dense.values,
             measured_with={
                 **{
-                    k: v for k, v in provenance.items() if k not in ("versions", "data_fingerprint")
+                    k: v
+                    for k, v in provenance.to_json().items()
+                    if k not in ("versions", "data_fingerprint")
                 },
-                "versions": dict(provenance.get("versions", {})),
+                "versions": dict(provenance.versions or {}),
             },
-            seed=provenance.get("seed"),
-            device=provenance.get("device"),
-            data_fingerprint=provenance.get("data_fingerprint"),
+            seed=provenance.seed,
+            device=provenance.device,
+            data_fingerprint=provenance.data_fingerprint,
             exported=ExportSettings(
                 dtype="float32",
                 device="cpu",

@@ -106,7 +106,7 @@ class RebuiltTrial:
                 other_selection.append(_differs(trace, noisy_trace))
         right = logits.argmax(axis=1) == labels.numpy()
         same = int((right == unpack_bits(result.bits, result.images)[:count]).sum())
-        exact = result.provenance.get("dtype") == "float32"
+        exact = result.provenance.dtype == "float32"
         if exact and count - same > max(1, int(MAX_NEAR_TIED * count)):
             raise NotVerified(
                 f"the rebuilt model of trial {result.trial} is right or wrong as it was measured "

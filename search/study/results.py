@@ -16,6 +16,7 @@ import numpy as np
 from vitpareto.methods import Recipe
 from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.study.provenance import Provenance
 
 TrialState = Literal["finished", "raced_out", "failed", "running"]
 
@@ -101,7 +102,7 @@ class TrialResult:
         top1_low, top1_high: 95 % interval of top-1, in percent.
         seconds: duration of the measurement.
         reason: why the trial was not measured, or not in full; else "".
-        provenance: what made the result: versions, model, data, seed, device.
+        provenance: what made the result.
         latency: a `Latency` as a dict, if it was an objective.
         ended_ms: end of the measurement, in ms since 1970.
         certified: added when a study is read (`certificates.measured`); not in result files.
@@ -119,7 +120,7 @@ class TrialResult:
     top1_high: float | None = None
     seconds: float = 0.0
     reason: str = ""
-    provenance: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = Provenance()
     latency: dict[str, Any] | None = None
     ended_ms: int = field(default_factory=lambda: int(1e3 * time.time()))
     certified: Certified | None = None
@@ -127,11 +128,12 @@ class TrialResult:
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TrialResult:
         """Return the result of a file's JSON."""
-        return cls(**stored)
+        provenance = Provenance.from_json(stored.get("provenance", {}))
+        return cls(**{**stored, "provenance": provenance})
 
     def to_json(self) -> dict[str, Any]:
         """Return the result for a file."""
-        return asdict(self)
+        return {**asdict(self), "provenance": self.provenance.to_json()}
 
     @property
     def begun_ms(self) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from vitpareto.search.study.provenance import Provenance
+
 #: reason of a result whose cost or latency lies outside the study's limits
 OUTSIDE_BUDGETS = "outside the budgets"
 #: start of the reason of a result copied from an earlier trial; the trial's number follows
@@ -26,7 +28,7 @@ class RungReport:
         right: bool [n], per-image correctness.
         macs_each: float [n], per-image MACs where images decide the cost, else None.
         bounds: fewest and most MACs that an image can cost.
-        record: how the candidate got its weights, for the result's provenance.
+        provenance: how the candidate got its weights, and the device.
         seconds: since the trial started.
     """
 
@@ -37,5 +39,5 @@ class RungReport:
     right: np.ndarray = field(repr=False)
     macs_each: np.ndarray | None = field(default=None, repr=False)
     bounds: tuple[float, float] = (0.0, 0.0)
-    record: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = Provenance()
     seconds: float = 0.0

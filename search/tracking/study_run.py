@@ -74,9 +74,8 @@ def _params(folder: StudyFolder) -> dict[str, str]:
 
 
 def _version_tags(results: Sequence[TrialResult]) -> dict[str, str]:
-    versions: dict[str, str] = next(
-        (r.provenance["versions"] for r in results if "versions" in r.provenance), {}
-    )
+    known = (r.provenance.versions for r in results)
+    versions = next((v for v in known if v is not None), {})
     return {f"version.{name}": str(version) for name, version in versions.items()}
 
 

@@ -23,6 +23,7 @@ from vitpareto.methods import Recipe, Step
 from vitpareto.methods.engine.preparation import PreparationOutcome, not_prepared
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.models.weight_store import WeightStore
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.preparation_cache import (
     CachedPreparation,
@@ -40,10 +41,10 @@ from vitpareto.search.trials.study_training import StudyTraining
 
 @dataclass(frozen=True)
 class TrainedRecipe:
-    """A recipe that names its weights, and how they were made (for the result's provenance)."""
+    """A recipe that names its weights, and how they were made."""
 
     recipe: Recipe
-    record: dict[str, Any]
+    provenance: Provenance
 
 
 class CandidateTrainer:
@@ -131,8 +132,7 @@ class CandidateTrainer:
                 built = Recipe(tokens=tokens).build(base, calibration())
                 resolved: Recipe = built.recipe  # type: ignore[assignment]
                 recipe = replace(recipe, tokens=resolved.tokens)
-        prepared_with = [use.to_json() for use in uses]
-        return TrainedRecipe(replace(recipe, weights=digest), {"prepared": prepared_with})
+        return TrainedRecipe(replace(recipe, weights=digest), Provenance(prepared=tuple(uses)))
 
     def _train_for(
         self,
@@ -155,8 +155,8 @@ class CandidateTrainer:
             "loss": history[-1].loss,
             "seconds": round(time.monotonic() - begin, 3),
         }
-        record = {"prepared": [use.to_json() for use in uses], "training": training}
-        return TrainedRecipe(replace(recipe, weights=digest), record)
+        provenance = Provenance(prepared=tuple(uses), training=training)
+        return TrainedRecipe(replace(recipe, weights=digest), provenance)
 
     def fit(
         self, model: nn.Module, settings: TrainingSettings, recipe: Recipe, checkpoint: Path

@@ -18,6 +18,7 @@ from vitpareto.search.study.certificates import Record
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, reference_of
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.verdict import controls_of, verdict
 from vitpareto.search.trials.measurement import measure_model
@@ -139,7 +140,8 @@ def _certify(task: TrialTask, result: TrialResult, recovered: bool = False) -> N
     """On a worker: rebuild the candidate as it was resolved, measure it and write the result."""
     worker = Worker.open(task)
     model = worker.build(Recipe.from_dict(result.resolved or result.recipe))
-    measured = measure_model(worker, result.trial, model, {"split": task.images.search.name})
+    split = Provenance(split=task.images.search.name)
+    measured = measure_model(worker, result.trial, model, split)
     task.study.folder.certification(recovered).write_result(replace(measured, recipe=result.recipe))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from vitpareto.methods import Recipe
 from vitpareto.search.stats.confidence_sequences import cost_floor
 from vitpareto.search.stats.racing import Incumbent, Race
 from vitpareto.search.study.objectives import Objective
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.verdict import only_controls
@@ -38,7 +38,7 @@ class EarlyStopping:
 
     race: Race
     objectives: Sequence[Objective]
-    provenance: dict[str, Any]
+    provenance: Provenance
     dense: np.ndarray | None = None
     #: fully measured trials that no other one covers, for controls (True) and for all (False)
     _fronts: dict[bool, list[Incumbent]] = field(default_factory=lambda: {True: [], False: []})
@@ -89,7 +89,7 @@ class EarlyStopping:
             top1_high=estimate.high,
             seconds=report.seconds,
             reason=f"behind trial {lost.by} after {seen} of {len(self.dense)} images",
-            provenance={**self.provenance, **report.record},
+            provenance=self.provenance.updated(report.provenance),
         )
 
     def _costs(self, values: dict[str, float]) -> tuple[float, ...]:

@@ -29,6 +29,7 @@ from vitpareto.search.runtimes.backends import check_runtime
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import IDENTITY, TRAINING_IDENTITY, SearchConfig
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
 from vitpareto.search.study.window_check import check_window
@@ -121,20 +122,20 @@ class CheckedJob:
         }
 
     @property
-    def provenance(self) -> dict[str, Any]:
+    def provenance(self) -> Provenance:
         """What made a result; part of every result file."""
-        return {
-            "versions": {**package_versions(*VERSIONED), "python": platform.python_version()},
-            "model": self.config.model,
-            "classes": len(self.data.classes),
-            "model_fingerprint": self.model.fingerprint,
-            "data": self.config.data,
-            "data_fingerprint": self.data.fingerprint,
-            "seed": self.config.seed,
-            "device": device_name(self.device),
-            "dtype": self.config.dtype,
-            "batch": self.config.batch,
-        }
+        return Provenance(
+            versions={**package_versions(*VERSIONED), "python": platform.python_version()},
+            model=self.config.model,
+            classes=len(self.data.classes),
+            model_fingerprint=self.model.fingerprint,
+            data=self.config.data,
+            data_fingerprint=self.data.fingerprint,
+            seed=self.config.seed,
+            device=device_name(self.device),
+            dtype=self.config.dtype,
+            batch=self.config.batch,
+        )
 
 
 def check_job(

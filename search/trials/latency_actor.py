@@ -35,7 +35,7 @@ class LatencyActor:
 
     def device(self) -> str:
         """Name of the device that it measures on."""
-        return str(self.worker.task.provenance["device"])
+        return str(self.worker.task.provenance.device)
 
     def measure(self, recipe: Recipe) -> Latency:
         return self.worker.measure_latency(self.worker.build(recipe))

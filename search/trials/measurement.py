@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -21,6 +20,7 @@ from vitpareto.search.measure.closed_form import recipe_macs, recipe_of, schedul
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.memory import count_parameters, peak_mb
 from vitpareto.search.stats.intervals import wilson_interval
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, SAME_CANDIDATE, RungReport
 from vitpareto.search.trials.task import TrialTask
@@ -61,20 +61,21 @@ class KnownCost:
 class Candidate:
     """A built recipe with everything that is known of it before it runs.
 
-    recipe: resolved, with calibrated settings written into it. record: how it got its weights, for
-    the result's provenance.
+    recipe: resolved, with calibrated settings written into it. provenance:
+    how it got its weights.
     """
 
     model: nn.Module
     recipe: Recipe
     key: str
     cost: KnownCost
-    record: dict[str, Any]
+    provenance: Provenance
 
     @classmethod
-    def of(cls, model: nn.Module, record: dict[str, Any]) -> Candidate:
+    def of(cls, model: nn.Module, provenance: Provenance) -> Candidate:
         recipe, shape = recipe_of(model), methods.model_shape(model)
-        return cls(model, recipe, recipe.key(shape), KnownCost.of(model, recipe, shape), record)
+        cost = KnownCost.of(model, recipe, shape)
+        return cls(model, recipe, recipe.key(shape), cost, provenance)
 
     @property
     def is_dense(self) -> bool:
@@ -94,7 +95,7 @@ def run_rungs(worker: Worker, trial: int, recipe: Recipe) -> Iterator[RungReport
     """
     task, start = worker.task, time.monotonic()
     weighted = worker.with_weights(recipe)
-    candidate = Candidate.of(worker.build(weighted.recipe), weighted.record)
+    candidate = Candidate.of(worker.build(weighted.recipe), weighted.provenance)
     proposed = recipe.to_dict()
     values = candidate.cost.values
     if "gmacs" in values and task.window.violation(values["gmacs"]) > 0 and not candidate.is_dense:
@@ -116,7 +117,7 @@ def run_rungs(worker: Worker, trial: int, recipe: Recipe) -> Iterator[RungReport
             top1_high=known.top1_high,
             seconds=time.monotonic() - start,
             reason=f"{SAME_CANDIDATE} {known.trial}",
-            provenance={**known.provenance, **candidate.record},
+            provenance=known.provenance.updated(candidate.provenance),
         )
         return
     for step in measure_rungs(worker, trial, candidate, task.rungs):
@@ -135,13 +136,13 @@ def measure_recipe(worker: Worker, trial: int, recipe: Recipe) -> TrialResult:
 
 
 def measure_model(
-    worker: Worker, trial: int, model: nn.Module, record: dict[str, Any]
+    worker: Worker, trial: int, model: nn.Module, provenance: Provenance
 ) -> TrialResult:
     """Measure a built candidate on all search images; the result's recipe is the resolved one.
 
-    record: how it got its weights, for the result's provenance.
+    provenance: what the result's has in addition, for example how it got its weights.
     """
-    *_, result = measure_rungs(worker, trial, Candidate.of(model, record), ())
+    *_, result = measure_rungs(worker, trial, Candidate.of(model, provenance), ())
     assert isinstance(result, TrialResult)
     return result
 
@@ -239,10 +240,10 @@ class _Measurement:
         return added if seen is None else seen.then(added)
 
     @property
-    def _record(self) -> dict[str, Any]:
-        """For provenance: how the candidate got its weights, and the batch if it was halved."""
-        halved = {} if self.batch == self.task.execution.batch else {"batch": self.batch}
-        return {**self.candidate.record, **halved}
+    def _provenance(self) -> Provenance:
+        """How the candidate got its weights, and the batch if it was halved."""
+        batch = None if self.batch == self.task.execution.batch else self.batch
+        return self.candidate.provenance.updated(Provenance(batch=batch))
 
     def report(self) -> RungReport:
         assert self.correctness is not None
@@ -255,7 +256,7 @@ class _Measurement:
             macs_each=self.correctness.macs_each,
             bounds=cost.macs if cost.adaptive else (0.0, 0.0),
             # the driver writes a stopped trial's result, and may run on another device
-            record={"device": self.task.provenance["device"], **self._record},
+            provenance=replace(self._provenance, device=self.task.provenance.device),
         )
 
     def result(self, trial: int) -> TrialResult:
@@ -274,7 +275,7 @@ class _Measurement:
             top1_low=low,
             top1_high=high,
             seconds=time.monotonic() - self.start,
-            provenance={**self.task.provenance, **self._record},
+            provenance=self.task.provenance.updated(self._provenance),
             latency=None if self.latency is None else self.latency.to_json(),
         )
 

@@ -157,8 +157,7 @@ def preparation_summary(study: StudyFolder, results: Sequence[TrialResult]) -> l
         for r in recorded(study)
     }
     for result in results:
-        for data in result.provenance.get("prepared", ()):
-            use = PreparationUse.from_json(data)
+        for use in result.provenance.prepared or ():
             counts[use.method, use.key] += 1
             before = known.setdefault((use.method, use.key), use)
             if use.fresh and not before.fresh:  # a trial trained what the others found

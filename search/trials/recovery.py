@@ -23,6 +23,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.training.settings import TrainingSettings
 from vitpareto.search.trials.certification import certify_front
@@ -201,16 +202,14 @@ def _recover(task: TrialTask, before: TrialResult) -> TrialResult:
         model = recipe.build(worker.trainer.dense, weights=weights)
     history = worker.trainer.fit(model, settings, recipe, progress / CHECKPOINT)
     digest = study.artifacts.save(model.state_dict())
-    record: dict[str, Any] = {
-        "recovery": {
-            **settings.to_json(),
-            "from_trial": before.trial,
-            "from_top1": before.values["top1"],
-            "loss": history[-1].loss,
-        }
+    recovery = {
+        **settings.to_json(),
+        "from_trial": before.trial,
+        "from_top1": before.values["top1"],
+        "loss": history[-1].loss,
     }
     built = worker.build(replace(recipe, weights=digest))
-    measured = measure_model(worker, before.trial, built, record)
+    measured = measure_model(worker, before.trial, built, Provenance(recovery=recovery))
     result = replace(measured, recipe=before.recipe, seconds=time.monotonic() - start)
     study.recovery.write(result)
     delete_tree(progress)

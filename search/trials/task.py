@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -21,6 +21,7 @@ from vitpareto.search.measure.latency import Latency
 from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.trials.local_images import local_split
 from vitpareto.search.trials.study_training import StudyTraining
 
@@ -122,7 +123,7 @@ class TrialTask:
     model: MappedModel
     images: StudyImages
     execution: Execution
-    provenance: dict[str, Any]
+    provenance: Provenance
     window: BudgetWindow = BudgetWindow()
     latency: LatencySettings = LatencySettings()
     training: StudyTraining | None = None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class TrialActor(tune.Trainable):
                 recipe.to_dict(),
                 str(self.proposal["key"]),
                 reason=f"{type(error).__name__}: {error}",
-                provenance={**self.worker.task.provenance, "traceback": trace},
+                provenance=replace(self.worker.task.provenance, traceback=trace),
             )
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -20,6 +20,7 @@ from vitpareto.search.measure.device import device_name
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.runtimes.backends import Run, prepare_runtime
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.trials.candidates import CandidateTrainer, TrainedRecipe
 from vitpareto.search.trials.code_check import check_own_code
 from vitpareto.search.trials.task import TrialTask
@@ -45,7 +46,7 @@ class Worker:
         check_own_code(task.code)
         if task.execution.threads is not None:
             torch.set_num_threads(task.execution.threads)
-        provenance = {**task.provenance, "device": device_name(task.execution.device)}
+        provenance = replace(task.provenance, device=device_name(task.execution.device))
         task = replace(task.on_this_node(), provenance=provenance)
         dense = task.model.load(task.execution.device, task.execution.torch_dtype)
         return cls(task, dense, methods.model_shape(dense))
@@ -91,7 +92,7 @@ class Worker:
         """
         training = self.task.training
         if training is None or not training.needs_weights(recipe):
-            return TrainedRecipe(recipe, {})
+            return TrainedRecipe(recipe, Provenance())
         folder = self.task.study.folder
         return self.trainer.make(
             recipe,

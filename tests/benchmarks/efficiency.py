@@ -40,6 +40,7 @@ from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_trials import RACED_OUT_AS, RacedOutAs
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.session import SessionSettings, StudySession
@@ -121,7 +122,7 @@ def ours(race: bool = True, tell: RacedOutAs = RACED_OUT_AS) -> Arm:
             folder = StudyFolder(Path(scratch) / "s")
             folder.create()
             rules = Race(lab.images, 0.05, lab.trials)
-            early_stopping = EarlyStopping(rules, AXES, {}) if race else None
+            early_stopping = EarlyStopping(rules, AXES, Provenance()) if race else None
             settings = SessionSettings(
                 objectives=NAMES, sampler="tpe", seed=lab.seed, trials=lab.trials, raced_out_as=tell
             )

@@ -31,6 +31,7 @@ from vitpareto import methods
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
@@ -102,7 +103,9 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
         early_stopping = None
         if race:
             race_rules = Race(images, 0.05, trials)
-            early_stopping = EarlyStopping(race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], {})
+            early_stopping = EarlyStopping(
+                race_rules, [OBJECTIVES[o] for o in OBJECTIVE_NAMES], Provenance()
+            )
         cpu: list[float] = []
         memory: list[float] = []
 

@@ -8,7 +8,6 @@ It loads no torch, so that one machine holds many of them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -33,7 +32,7 @@ class Place:
     def write(self, result: TrialResult, epoch: str) -> None:
         assert (self.folder / "epoch").read_text(encoding="utf-8") == epoch
         path = self.folder / "trials" / f"{result.trial:06d}.json"
-        write_atomic(path, json.dumps(dataclasses.asdict(result)))
+        write_atomic(path, json.dumps(result.to_json()))
         with contextlib.suppress(FileExistsError):
             os.link(path, self.folder / "by_key" / f"{result.key}.json")
 

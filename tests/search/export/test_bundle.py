@@ -147,8 +147,8 @@ def test_what_result_json_says(study: Study) -> None:
     assert said.accuracy.top1 == result.values["top1"]
     assert said.accuracy.top1_low == result.top1_low
     assert said.cost["gmacs"] == result.values["gmacs"]
-    assert said.data_fingerprint == result.provenance["data_fingerprint"]
-    assert (said.seed, said.device) == (0, result.provenance["device"])
+    assert said.data_fingerprint == result.provenance.data_fingerprint
+    assert (said.seed, said.device) == (0, result.provenance.device)
     assert said.measured_with["versions"]["torch"] == torch.__version__
     stored = json.loads((bundle / "result.json").read_text())
     written = json.loads(json.dumps({**said.to_json(), "seal": said.seal}))

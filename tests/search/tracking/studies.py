@@ -15,6 +15,7 @@ from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.front_table import study_front_rows
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.progress import StudyProgress
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking.client import open_client
 from vitpareto.search.tracking.page import StudyPage
@@ -46,7 +47,7 @@ class GrowingStudy:
         image_bits = {"images": 8, "bits": "/w=="}
         values = {"top1": 80.0, "top5": 95.0, "gmacs": 4.0, "params_m": 1.5, "peak_mb": 9.0}
         if trial == 0:
-            versions = {"versions": {"torch": "2.13", "timm": "1.0"}}
+            versions = Provenance(versions={"torch": "2.13", "timm": "1.0"})
             return TrialResult(
                 0, "finished", {}, "k0", values, seconds=0.5, provenance=versions, **image_bits
             )

@@ -396,7 +396,7 @@ def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> N
         # other thread counts and batches may flip a near-tied image
         assert int(np.sum(right != unpack_bits(found.bits, found.images))) <= 1
         assert found.key == result.key and found.images == 400
-        assert found.provenance["split"] == "held-out"
+        assert found.provenance.split == "held-out"
     certified = [r for r in measured(real.folder) if r.certified is not None]
     assert [r.trial for r in certified] == sorted(held)
     assert sum(r.certified.images for r in certified if r.certified) == 400 * len(held)

@@ -15,6 +15,7 @@ from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.session import SessionSettings, StudySession
@@ -58,7 +59,7 @@ def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> RungReport:
 
 def early_stopping() -> EarlyStopping:
     """The dense model at 2 GMACs, and a good method at 1."""
-    found = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {"seed": 0})
+    found = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, Provenance(seed=0))
     found.on_result(result(0, Recipe(), bits(0.95), 2.0))
     found.on_result(result(1, TOPK, bits(0.9, 1), 1.0))
     return found
@@ -66,14 +67,16 @@ def early_stopping() -> EarlyStopping:
 
 def test_a_confidently_worse_trial_is_stopped() -> None:
     right = bits(0.4, 2)[:90]
-    stopped = early_stopping().on_rung(7, TOPK, rung(right, 1.2, seconds=3.0, record={"loss": 1.0}))
+    stopped = early_stopping().on_rung(
+        7, TOPK, rung(right, 1.2, seconds=3.0, provenance=Provenance(batch=8))
+    )
     assert stopped is not None
     assert (stopped.state, stopped.trial, stopped.images) == ("raced_out", 7, 90)
     assert stopped.reason == "behind trial 1 after 90 of 240 images"
     assert (unpack_bits(stopped.bits, 90) == right).all()
     assert stopped.values["gmacs"] == 1.2 and stopped.seconds == 3.0
     assert stopped.top1_low <= stopped.values["top1"] <= stopped.top1_high  # type: ignore[operator]
-    assert stopped.provenance == {"seed": 0, "loss": 1.0}
+    assert stopped.provenance == Provenance(seed=0, batch=8)
 
 
 def test_the_cheapest_trial_is_never_stopped() -> None:
@@ -81,7 +84,7 @@ def test_the_cheapest_trial_is_never_stopped() -> None:
 
 
 def test_the_dense_model_is_never_stopped_and_must_be_known() -> None:
-    early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, {})
+    early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, Provenance())
     assert early.on_rung(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
     assert early_stopping().on_rung(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
 
@@ -112,7 +115,7 @@ def test_an_adaptive_cost_counts_with_its_lower_bound() -> None:
 
 def test_a_trial_is_stopped_only_if_worse_in_all_objectives() -> None:
     axes = [*AXES, OBJECTIVES["params_m"]]
-    found = EarlyStopping(Race(IMAGES, 0.05, 20), axes, {})
+    found = EarlyStopping(Race(IMAGES, 0.05, 20), axes, Provenance())
     found.on_result(result(0, Recipe(), bits(0.95), 2.0))
     found.on_result(result(1, TOPK, bits(0.9, 1), 1.0))
     poor = rung(bits(0.4, 2)[:150], 1.2)
@@ -134,7 +137,9 @@ def worker(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Worker:
 
 
 def session_of(folder: StudyFolder, worker: Worker, **changed: Any) -> StudySession:
-    early_stopping = changed.pop("early_stopping", EarlyStopping(Race(IMAGES, 0.05, 12), AXES, {}))
+    early_stopping = changed.pop(
+        "early_stopping", EarlyStopping(Race(IMAGES, 0.05, 12), AXES, Provenance())
+    )
     given: dict[str, Any] = {
         "objectives": ("top1", "gmacs"), "sampler": "tpe", "seed": 0, "trials": 12, **changed,
     }  # fmt: skip

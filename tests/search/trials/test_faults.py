@@ -169,7 +169,7 @@ def test_a_failing_recipe_is_a_failed_trial_and_the_worker_continues(
     failed = worker.task.study.folder.trials.get(3)
     assert failed is not None and failed.state == "failed" and not failed.values
     assert re.match(reason, failed.reason), failed.reason
-    assert "Traceback" in failed.provenance["traceback"]
+    assert "Traceback" in failed.provenance.traceback
     actor.worker = worker
     actor.reset_config({"trial": 4, "key": "k4", "recipe": Recipe.of("tome", r=2).to_dict()})
     while not actor.step()["done"]:
@@ -270,7 +270,7 @@ for limit in (here + 60 * 2**20, resource.RLIM_INFINITY):
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     for recipe in (fixed, adaptive):
         result = measure_recipe(worker, 1, recipe)
-        print(result.provenance["batch"], result.values["top1"], result.values["gmacs"])
+        print(result.provenance.batch, result.values["top1"], result.values["gmacs"])
 """
 
 

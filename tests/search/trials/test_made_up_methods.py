@@ -59,7 +59,8 @@ for number, name in enumerate(job["methods"]):
     recorded = checked.folder.artifacts
     weights = (result.resolved or {}).get("weights")
     out[name] = [result.state, weights, weights is not None and recorded.has(weights),
-                 sorted(result.provenance), result.provenance.get("prepared", [])]
+                 sorted(result.provenance.to_json()),
+                 result.provenance.to_json().get("prepared", [])]
 print(json.dumps(out))
 """
 )

@@ -77,9 +77,9 @@ def test_results_record_their_provenance(study: tuple[StudyFolder, Any, list[Any
         assert result.values["top1"] == pytest.approx(100 * bits.mean())
         assert result.top1_low is not None and result.top1_high is not None
         assert result.top1_low <= result.values["top1"] <= result.top1_high
-        assert result.provenance["device"] == "cpu" and result.provenance["dtype"] == "float32"
-        assert result.provenance["versions"]["torch"] == torch.__version__
-        assert len(result.provenance["data_fingerprint"]) == 64
+        assert result.provenance.device == "cpu" and result.provenance.dtype == "float32"
+        assert result.provenance.versions["torch"] == torch.__version__
+        assert len(result.provenance.data_fingerprint) == 64
         assert set(result.values) >= {"top1", "top5", "gmacs", "params_m", "peak_mb"}
 
 

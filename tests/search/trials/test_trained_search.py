@@ -134,7 +134,7 @@ def test_shared_preparations_are_trained_once(study: Study) -> None:
     plain = [r for r in study.of("tnt") if r.method == "tnt"]
     assert len(plain) >= 2
     assert len({Recipe.from_dict(r.resolved).weights for r in plain}) == 1, "one training for all"
-    assert all(not use["fresh"] for r in plain for use in r.provenance["prepared"])
+    assert all(not use.fresh for r in plain for use in r.provenance.prepared or ())
     lines = preparation_summary(study.folder, study.results)
     counted = len([r for r in plain])
     assert any(line.startswith("tnt ") and line.endswith(f" {counted} trials") for line in lines)
@@ -203,7 +203,7 @@ def test_a_trained_trial_records_its_training_and_deletes_its_checkpoint(study: 
     trained = study.of("patchmerger")
     assert len(trained) >= 2
     for result in trained:
-        said = result.provenance["training"]
+        said = result.provenance.training
         assert (said["epochs"], said["lr"], said["batch"]) == (2, 1e-3, 10)
         assert said["loss"] > 0 and said["seconds"] > 0
     assert len({Recipe.from_dict(r.resolved).weights for r in trained}) == len(trained)
@@ -435,7 +435,7 @@ def test_a_recovered_trial_keeps_its_number_and_the_first_result(
         was, now = (Recipe.from_dict(r.resolved) for r in (before, after))
         assert now == replace(was, weights=now.weights) and now.weights != was.weights
         assert folder.artifacts.has(str(now.weights))
-        said = after.provenance["recovery"]
+        said = after.provenance.recovery
         assert said["from_top1"] == before.values["top1"] and said["epochs"] == 2
     assert not list((folder.folder / "recovered" / "training").glob("*"))
 

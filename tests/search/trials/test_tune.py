@@ -15,6 +15,7 @@ from ray import tune
 from timm.models.vision_transformer import VisionTransformer
 
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
@@ -46,7 +47,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
             values = {"top1": 50.0 + trial, "gmacs": 1.0 + trial}
             result = TrialResult(
                 trial, "finished", recipe, self.asked["key"], values, recipe, 8,
-                pack_bits([True] * 8), provenance={"pid": os.getpid()},
+                pack_bits([True] * 8), provenance=Provenance(extra={"pid": os.getpid()}),
             )  # fmt: skip
             self.folder.trials.write(result)
             return {"done": True, "trial_number": trial}
@@ -77,7 +78,7 @@ def test_workers_that_start_slowly_all_get_trials(tmp_path: Path, capacity: Any)
         searcher = FrontSearcher(session)
         errand: Any = SimpleNamespace(study=folder)
         run_tune(searcher, errand, TrialResources(2, 1, 0.0), actor=worker_that_starts_slowly())
-    done = Counter(r.provenance["pid"] for r in folder.trials.all())
+    done = Counter(r.provenance.extra["pid"] for r in folder.trials.all())
     assert sum(done.values()) == TRIALS == searcher.progress.done
     first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)
     assert second >= 4, f"trials by worker: {dict(done)}"

@@ -1,0 +1,80 @@
+"""What made a result: software, model, data, device, and how the candidate got its weights.
+
+Data only: it may not measure, read or write anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from vitpareto.search.training.preparation_cache import PreparationUse
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made a result. A value that does not apply is None and is not written.
+
+    The order of the attributes is the order of the keys in a result file.
+
+    Attributes:
+        versions: of Python and packages, by name.
+        model: name or path of the dense model.
+        classes: number of classes of the data.
+        model_fingerprint: of the dense model's weights.
+        data: name or path of the dataset.
+        data_fingerprint: of the images.
+        seed: of the study.
+        device: name of the device that measured.
+        dtype: of the forward passes.
+        batch: images per forward pass.
+        prepared: the preparations that the candidate's weights come from; () if its method shares
+            none.
+        training: settings of the candidate's training, with its last loss and its seconds.
+        recovery: settings of the fine-tuning after the search, with the trial that it starts from
+            and the last loss.
+        split: that was measured, if it is not the search split.
+        traceback: of the error that ended the trial.
+        extra: values under keys that this version does not know; written last.
+    """
+
+    versions: Mapping[str, str] | None = None
+    model: str | None = None
+    classes: int | None = None
+    model_fingerprint: str | None = None
+    data: str | None = None
+    data_fingerprint: str | None = None
+    seed: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    batch: int | None = None
+    prepared: tuple[PreparationUse, ...] | None = None
+    training: Mapping[str, Any] | None = None
+    recovery: Mapping[str, Any] | None = None
+    split: str | None = None
+    traceback: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Provenance:
+        """Return the provenance of a file's JSON; unknown keys go to `extra`."""
+        names = {f.name for f in fields(cls)} - {"extra"}
+        known = {k: v for k, v in stored.items() if k in names}
+        if known.get("prepared") is not None:
+            known["prepared"] = tuple(PreparationUse.from_json(use) for use in known["prepared"])
+        return cls(**known, extra={k: v for k, v in stored.items() if k not in names})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values that apply, for a file."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        written = {name: value for name, value in known.items() if value is not None}
+        if self.prepared is not None:
+            written["prepared"] = [use.to_json() for use in self.prepared]
+        return {**written, **self.extra}
+
+    def updated(self, other: Provenance) -> Provenance:
+        """Return this provenance with the values that `other` has."""
+        known = {f.name: getattr(other, f.name) for f in fields(other) if f.name != "extra"}
+        given = {name: value for name, value in known.items() if value is not None}
+        return replace(self, **given, extra={**self.extra, **other.extra})
