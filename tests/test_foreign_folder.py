@@ -143,13 +143,14 @@ def test_workers_with_other_code_are_refused(tmp_path: Path, cache: Path) -> Non
         from vitpareto.clusters.connect import local_cluster
         from vitpareto.methods import BadInput
         from vitpareto.search.study.job import SearchConfig
-        from vitpareto.search.trials import run
+        from vitpareto.search.trials.job_check import check_job
+        from vitpareto.search.trials.run_study import run_study
         config = SearchConfig.of({{"name": "s", "store": {str(tmp_path / "studies")!r},
                                   "cache": {str(cache)!r}, "methods": "topk", "trials": 2}})
-        prepared = run.prepare(config)
+        job = check_job(config)
         with local_cluster() as capacity:
             try:
-                run.search(prepared, cpus=capacity.cpus, gpus=0)
+                run_study(job, cpus=capacity.cpus, gpus=0)
             except BadInput as error:
                 print(error.code, error.details["nodes"])
         """
@@ -166,14 +167,16 @@ CELL = """
 import vitpareto, timm
 from vitpareto.clusters.connect import local_cluster
 from vitpareto.search.study.job import SearchConfig
-from vitpareto.search.trials import run
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.run_study import run_study
 
 model = timm.create_model("vit_tiny_patch16_224", depth=2).eval()
 vitpareto.prune(model, "tome", r=13)
-prepared = run.prepare(SearchConfig.of(JOB))
+job = check_job(SearchConfig.of(JOB))
 with local_cluster() as capacity:
-    folder, _ = run.search(prepared, cpus=capacity.cpus, gpus=capacity.gpus)
-print([r.values["top1"] for r in sorted(folder.trials.all(), key=lambda r: r.trial)])
+    outcome = run_study(job, cpus=capacity.cpus, gpus=capacity.gpus)
+results = sorted(outcome.folder.trials.all(), key=lambda r: r.trial)
+print([r.values["top1"] for r in results])
 """
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from vitpareto.methods import BadInput
 from vitpareto.search.study.progress import StudyProgress
 from vitpareto.search.study.session import StudySession
-from vitpareto.search.trials.trial_actor import RUNG
+from vitpareto.search.trials.trial_actor import REFUSED, RUNG
 
 
 class FrontSearcher(Searcher):
@@ -25,6 +26,8 @@ class FrontSearcher(Searcher):
         self.session = session
         #: propose nothing the next time Ray asks, so that it starts a pending trial first
         self.skip_next = False
+        #: why a worker cannot take part; the search ends with it
+        self.refusal: BadInput | None = None
 
     @property
     def progress(self) -> StudyProgress:
@@ -32,7 +35,7 @@ class FrontSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Return the next trial's config; None if there is none now, FINISHED at the end."""
-        if self.progress.ended:
+        if self.progress.ended or self.refusal is not None:
             return Searcher.FINISHED
         if self.skip_next:
             self.skip_next = False
@@ -57,6 +60,10 @@ class FrontSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """Idempotent, and never raises: Ray would call it again, without the result."""
+        if result is not None and result.get(REFUSED) is not None:
+            # the trial stays running in Optuna's storage: the next driver enqueues it again
+            self.refusal = result[REFUSED]
+            return
         violation = None
         if result is not None and result.get("outside"):
             violation = float(result["violation"])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from vitpareto.methods import Recipe
+from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.files.atomic import delete_tree
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, RungReport
@@ -25,6 +25,8 @@ from vitpareto.search.trials.worker import Worker
 
 #: key of a report to Ray that holds its `RungReport`
 RUNG = "rung"
+#: key of a report to Ray that holds the `BadInput` for which this process cannot take part
+REFUSED = "refused"
 
 
 class TrialActor(tune.Trainable):
@@ -32,7 +34,11 @@ class TrialActor(tune.Trainable):
 
     def setup(self, config: dict[str, Any], task: TrialTask | None = None) -> None:
         assert task is not None, "tune.with_parameters passes the task"
-        self.worker = Worker.open(task)
+        self.refusal: BadInput | None = None
+        try:
+            self.worker = Worker.open(task)
+        except BadInput as error:  # raised here, Ray would start the actor again
+            self.refusal = error
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -42,6 +48,8 @@ class TrialActor(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Measure one rung. A result is written before Ray gets the report."""
+        if self.refusal is not None:
+            return {"done": True, "top1": 0.0, REFUSED: self.refusal}
         task = self.worker.task
         result = self._next_step()
         if isinstance(result, RungReport):

@@ -36,6 +36,9 @@ def run_tune(
     Args:
         task: what every actor gets, once: a `TrialTask`.
         actor: the trainable that measures; it must be reusable.
+
+    Raises:
+        BadInput: a worker cannot take part, because its code or its images differ.
     """
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     folder = searcher.session.folder.folder.absolute()
@@ -65,6 +68,8 @@ def run_tune(
             ),
         )
         tuner.fit()
+    if searcher.refusal is not None:
+        raise searcher.refusal
 
 
 @contextlib.contextmanager

@@ -14,13 +14,20 @@ import torch
 from ray import tune
 from timm.models.vision_transformer import VisionTransformer
 
+from tests.refusals import refused
+from vitpareto.clusters.connect import ClusterCapacity
+from vitpareto.methods import Code
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
+from vitpareto.search.trials import study_task
+from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.resources import TrialResources
+from vitpareto.search.trials.run_study import run_study
 from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.tune import run_tune
 
@@ -83,3 +90,19 @@ def test_workers_that_start_slowly_all_get_trials(tmp_path: Path, capacity: Any)
     first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)
     assert second >= 4, f"trials by worker: {dict(done)}"
     assert first + second == TRIALS, f"workers were started again: {dict(done)}"
+
+
+def test_a_worker_with_other_code_ends_the_search(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, capacity: ClusterCapacity
+) -> None:
+    """The refusal of a worker is the search's; the same study continues once the code is equal."""
+    config = SearchConfig.of(
+        {"name": "s", "trials": 3, "methods": "topk", "images": 40, "store": str(tmp_path),
+         "cache": str(cache), "latency": "off", "certify": "off"}
+    )  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(study_task, "code_fingerprint", lambda: "another")
+        with refused(Code.MISMATCH, expected="another"):
+            run_study(check_job(config), cpus=capacity.cpus, gpus=0)
+    outcome = run_study(check_job(config), cpus=capacity.cpus, gpus=0)
+    assert [r.state for r in outcome.folder.trials.all()] == ["finished"] * 3
