@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ from vitpareto.search.tracking.connection import connect
 from vitpareto.search.tracking.server_address import shown_uri, tracking_uri
 from vitpareto.search.tracking.study_runs import StudyRuns
 from vitpareto.search.tracking.sync import sync
+from vitpareto.search.versions import package_versions
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -207,7 +207,9 @@ def save_model(bundle: Path, folder: Path) -> None:
             str(folder),
             signature=infer_signature({"images": image}, outputs),
             input_example={"images": image},
-            pip_requirements=[f"{package}=={version(package)}" for package in REQUIREMENTS],
+            pip_requirements=[
+                f"{name}=={version}" for name, version in package_versions(*REQUIREMENTS).items()
+            ],
             onnx_execution_providers=["CPUExecutionProvider"],
         )
     for name in BUNDLE_FILES:

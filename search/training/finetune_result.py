@@ -7,7 +7,6 @@ OUT/training.json       inputs, settings, versions, and accuracy before and afte
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import timm
-import torch
 from torch import nn
 
 from vitpareto.methods import Code, Recipe, weights_digest
@@ -26,6 +23,7 @@ from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.models.weight_store import plain_state
 from vitpareto.search.training.checkpoints import describe, differences
 from vitpareto.search.training.loop import Epoch
+from vitpareto.search.versions import package_versions
 
 
 @dataclass(frozen=True)
@@ -113,12 +111,7 @@ def save_result(
 
 
 def _versions() -> dict[str, str]:
-    return {
-        "vitpareto": importlib.metadata.version("vitpareto"),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": platform.python_version(),
-    }
+    return {**package_versions("vitpareto", "torch", "timm"), "python": platform.python_version()}
 
 
 def load_result(out: Path, inputs: Mapping[str, Any]) -> FinetuneResult | None:
