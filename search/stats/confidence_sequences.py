@@ -1,13 +1,13 @@
-"""Confidence at every look: bets on what is still unseen, a floor under a cost, an estimate.
+"""Bounds that hold at every look, and the control-variate estimate of an accuracy.
 
-Pure arithmetic on numpy arrays. Nothing here knows a trial, a study or which look it is.
+Arithmetic on numpy arrays. It may not know trials, studies or looks.
 
-The `capital` of a bettor against a claim is a non-negative supermartingale that starts at 1 where
-the claim is true, so that it ever reaches 1/a with chance a at most (Ville's inequality), however
-often and for whatever reason it is looked at. It is the martingale for sampling without replacement
-of Waudby-Smith and Ramdas, "Confidence sequences for sampling without replacement" (NeurIPS 2020),
-with bets as in "Estimating means of bounded random variables by betting" (JRSS B 86(1), 2024,
-sections 4 and 5): a mixture over fixed parts of the largest safe bet.
+The capital of a bettor against a true hypothesis is a non-negative supermartingale that starts at
+1. By Ville's inequality it ever reaches 1/a with probability a at most, however often it is
+checked. The martingale is that of Waudby-Smith and Ramdas, "Confidence sequences for sampling
+without replacement" (NeurIPS 2020), with bets as in "Estimating means of bounded random variables
+by betting" (JRSS B 86(1), 2024, sections 4 and 5): a mixture over fixed fractions of the largest
+bet.
 """
 
 from __future__ import annotations
@@ -21,64 +21,80 @@ from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.stats.hypergeometric import Bits, Floats
 from vitpareto.search.stats.intervals import Z95
 
-#: bets, as parts of the largest that cannot lose everything; the capital is their mean
-BETS = (0.05, 0.12, 0.25, 0.5, 0.9)
-#: what is expected of a candidate before anything is seen, on images that the reference has right
-#: and wrong, and how many images that expectation is worth
-EXPECTED, WORTH = (0.9, 0.4), 2.0
-#: images on whose mean cost one bet is made: costs vary little
+#: Bets as fractions of the largest one that keeps the capital non-negative; they are averaged.
+BET_FRACTIONS = (0.05, 0.12, 0.25, 0.5, 0.9)
+#: Prior mean of the candidate's accuracy on images that the reference has right and wrong, and the
+#: weight of the prior in images.
+PRIOR_MEANS, PRIOR_WEIGHT = (0.9, 0.4), 2.0
+#: Number of images per bet on costs, which vary little.
 BLOCK = 8
 
 
 def log_capital(candidate: Bits, reference: Bits, wanted: int) -> float:
-    """Log of the capital after betting against "the candidate is right on `wanted` images or more".
+    """Return the log capital against the hypothesis "right on at least `wanted` of all images".
 
-    candidate [n]: correctness on the images seen, in order; reference [M]: a model's on all. inf
-    where the claim has become impossible.
+    Under the hypothesis, the mean of the remaining images is at least m = (wanted - right so far) /
+    remaining before every image. The bet is on x = right - b * (reference - its mean over the
+    remaining images). The second term has mean 0 for every b that is chosen before the image is
+    seen; b is the slope of the regression of candidate on reference so far, which minimises the
+    variance of x.
 
-    If it is true, the mean of what is left is at least m = (wanted - right so far) / left before
-    every image. What is bet on is x = right - b * (reference - its mean over what is left): the
-    second term has mean 0 whatever b is, as long as b is chosen before the image is seen, and b is
-    the slope of a regression of candidate on reference so far, which leaves x the least variance.
+    Args:
+        candidate: [n], correctness on the images seen, in order.
+        reference: [M], a model's correctness on all images.
+        wanted: number of images of the hypothesis.
+
+    Returns:
+        The log capital; inf if the hypothesis has become impossible.
     """
     n, images = len(candidate), len(reference)
-    own, known = candidate.astype(np.float64), reference.astype(np.float64)
-    left = images - np.arange(n)
-    if wanted - own.sum() > images - n:
+    seen, known = candidate.astype(np.float64), reference.astype(np.float64)
+    remaining = images - np.arange(n)
+    if wanted - seen.sum() > images - n:
         return math.inf
     if n == 0:
         return 0.0
-    beside = known[:n]
-    right, had, both = (_before(x) for x in (own, beside, own * beside))
-    fair, mean = (wanted - right) / left, (known.sum() - had) / left
-    on_right = (both + WORTH * EXPECTED[0]) / (had + WORTH)
-    on_wrong = (right - both + WORTH * EXPECTED[1]) / (np.arange(n) - had + WORTH)
+    prefix = known[:n]
+    right, reference_right, both = (_sum_before(x) for x in (seen, prefix, seen * prefix))
+    fair, mean = (wanted - right) / remaining, (known.sum() - reference_right) / remaining
+    on_right = (both + PRIOR_WEIGHT * PRIOR_MEANS[0]) / (reference_right + PRIOR_WEIGHT)
+    on_wrong = (right - both + PRIOR_WEIGHT * PRIOR_MEANS[1]) / (
+        np.arange(n) - reference_right + PRIOR_WEIGHT
+    )
     slope = np.maximum(0.0, on_right - on_wrong)
-    gain = fair - (own - slope * (beside - mean))
-    # the most that can be lost: right where the reference is wrong
-    room = np.maximum(1 + slope * mean - fair, 1e-12)
-    # once enough are right the claim is true: nothing is bet any more
-    return _mixture(np.where(fair > 0, gain / room, 0.0))
+    gain = fair - (seen - slope * (prefix - mean))
+    # the largest loss: the candidate is right and the reference is wrong
+    largest_loss = np.maximum(1 + slope * mean - fair, 1e-12)
+    # the hypothesis is true once `wanted` images are right: no further bets
+    return _log_mixture(np.where(fair > 0, gain / largest_loss, 0.0))
 
 
-def _before(x: Floats) -> Floats:
-    """Sum of what came before each, [n]."""
+def _sum_before(x: Floats) -> Floats:
+    """Return the sum of the elements before each, [n]."""
     return np.concatenate([[0.0], np.cumsum(x[:-1])])
 
 
-def _mixture(gains: Floats) -> float:
-    """Log of the mean capital of all `BETS`; gains [n] as parts of what may be lost, >= -1."""
-    logs = np.log1p(np.outer(BETS, gains)).sum(axis=1)
+def _log_mixture(gains: Floats) -> float:
+    """Return the log of the mean capital of all bets.
+
+    gains: [n], relative to the largest loss, >= -1.
+    """
+    logs = np.log1p(np.outer(BET_FRACTIONS, gains)).sum(axis=1)
     top = float(logs.max())
     return top + math.log(float(np.exp(logs - top).mean()))
 
 
 def cost_floor(costs: Floats, bounds: tuple[float, float], images: int, error: float) -> float:
-    """Lower confidence bound on the mean cost of all `images`, valid at every look at once.
+    """Return a lower confidence bound on the mean cost, valid at all looks simultaneously.
 
-    costs [n]: of the images seen, in order, each within `bounds`. The largest mean that the capital
-    has refuted, or the seen costs with the lowest possible ones for the rest, whichever is higher;
-    the mean itself once all are seen.
+    The larger of two bounds: the largest mean that the capital rejects, and the mean with the
+    lowest possible cost for all remaining images. Once all images are seen it is the mean.
+
+    Args:
+        costs: [n], of the images seen, in order.
+        bounds: smallest and largest possible cost of an image.
+        images: number of images in all.
+        error: probability that the bound ever exceeds the mean.
 
     Raises BadInput if a cost is outside the bounds, because the result would not be a bound.
     """
@@ -90,27 +106,27 @@ def cost_floor(costs: Floats, bounds: tuple[float, float], images: int, error: f
             f"costs must be {low:g} to {high:g} (got {costs.min():g} to {costs.max():g})",
             Code.OUT_OF_RANGE, name="costs", got=(float(costs.min()), float(costs.max())),
         )  # fmt: skip
-    sure = (float(costs.sum()) + (images - n) * low) / images
+    certain = (float(costs.sum()) + (images - n) * low) / images
     blocks = n // BLOCK
     if high <= low or n == images or blocks == 0:
-        return sure
+        return certain
     x = np.clip((costs[: blocks * BLOCK] - low) / (high - low), 0, 1)
     x = x.reshape(blocks, BLOCK).mean(axis=1)
-    before, left = BLOCK * _before(x), images - BLOCK * np.arange(blocks)
-    refuted, open_ = 0.0, float(x.mean())
+    before, remaining = BLOCK * _sum_before(x), images - BLOCK * np.arange(blocks)
+    rejected, accepted = 0.0, float(x.mean())
     for _ in range(16):
-        middle = (refuted + open_) / 2
-        fair = (middle * images - before) / left
+        middle = (rejected + accepted) / 2
+        fair = (middle * images - before) / remaining
         if fair.min() <= 0:
-            # so little in all would have been exceeded by what was seen
+            # the costs seen already exceed this total
             impossible = middle * images < BLOCK * x.sum()
-            refuted, open_ = (middle, open_) if impossible else (refuted, middle)
+            rejected, accepted = (middle, accepted) if impossible else (rejected, middle)
             continue
-        if _mixture((x - fair) / fair) >= -math.log(error):
-            refuted = middle
+        if _log_mixture((x - fair) / fair) >= -math.log(error):
+            rejected = middle
         else:
-            open_ = middle
-    return max(sure, low + refuted * (high - low))
+            accepted = middle
+    return max(certain, low + rejected * (high - low))
 
 
 @dataclass(frozen=True)
@@ -123,18 +139,27 @@ class Estimate:
 
 
 def control_variate(candidate: Bits, dense: Bits) -> Estimate:
-    """Accuracy on all images of a candidate seen on the first n: the dense model's on all, plus the
-    mean paired difference on those seen.
+    """Estimate the accuracy on all images of a candidate that was seen on the first n.
 
-    candidate [n], dense [M]. Unbiased at a number of images fixed beforehand; of a candidate that
-    was stopped for what was seen it is biased downwards, and the interval with it. The interval is
-    that of Agresti and Min ("Simple improved confidence intervals for comparing matched
-    proportions", Statistics in Medicine 24, 2005: half an image more in every cell), narrowed for
-    the finite set, and no wider than what the images left can still make of the accuracy.
+    The estimate is the dense model's accuracy on all images plus the mean paired difference on the
+    images seen. It is unbiased if n is fixed beforehand. If the candidate was stopped because of
+    the images seen, the estimate and its interval are biased downwards.
+
+    The interval is that of Agresti and Min ("Simple improved confidence intervals for comparing
+    matched proportions", Statistics in Medicine 24, 2005; it adds half an image to every cell),
+    with the finite population correction, and within the accuracies that are still possible.
+
+    Args:
+        candidate: [n], correctness on the images seen, in order.
+        dense: [M], correctness of the dense model on all images.
+
+    Raises BadInput if no image was seen.
     """
     n, images = len(candidate), len(dense)
     if n == 0:
-        raise BadInput("an estimate needs at least one image (got 0)", Code.EMPTY, name="candidate")
+        raise BadInput(
+            "candidate must have at least one image (got 0)", Code.EMPTY, name="candidate"
+        )
     gained = int((candidate & ~dense[:n]).sum())
     lost = int((~candidate & dense[:n]).sum())
     whole = 100 * float(dense.mean())
@@ -146,5 +171,5 @@ def control_variate(candidate: Bits, dense: Bits) -> Estimate:
     spread = math.sqrt(max(0.0, a + b - (a - b) ** 2 / cells)) / cells
     spread *= math.sqrt((images - n) / max(1, images - 1))
     low, high = (whole + 100 * (centre + sign * Z95 * spread) for sign in (-1, 1))
-    # it always holds the estimate
+    # the interval always contains the estimate
     return Estimate(value, min(value, max(least, low)), max(value, min(most, high)))

@@ -1,18 +1,18 @@
-"""Racing: when a trial is confidently behind one that was measured in full and costs no more.
+"""Racing: whether a trial is confidently dominated by a fully measured one that costs no more.
 
-Only decisions, on bits and costs; `search.trials.early_stopping` brings them from a study, and
-`search.stats.hypergeometric` and `search.stats.confidence_sequences` have the bounds. All trials
-see the M search images in one shuffled order; a trial that has seen n of them is compared with the
-most accurate incumbent whose costs are all no higher. Null hypothesis: on all M images it is right
-more often. Refuting that stops it.
+Decisions on correctness and costs only. `search.trials.early_stopping` takes them from a study;
+the bounds are in `search.stats.hypergeometric` and `search.stats.confidence_sequences`. All trials
+see the M search images in the same shuffled order. A trial that has seen n of them is compared with
+the most accurate incumbent whose costs are all at most its own. The null hypothesis is that the
+trial is right on more of all M images; a trial whose hypothesis is rejected is stopped.
 
-The error is the chance, per study, that a trial is stopped which is better than the one it was
-stopped for, so that the front could lose it. Each look has an equal part of its trial's error, and
-trials share the study's after Holm (Scand. J. Stat. 6, 1979): what is behind already cannot be lost
-any more, and leaves its part to the others. Until the first wrong stop only trials that really are
-behind have left theirs, so that the sum over those that could be lost never exceeds the error;
-until then, too, the best incumbent of no higher cost is the best of all trials that were tried,
-whoever was stopped, so that whom a trial is compared with does not depend on the images' order.
+The error is the probability per study that a trial is stopped although it is better than the
+incumbent, so that the front could lose it. All looks of a trial share its error equally. Trials
+share the error of the study by Holm's procedure (Scand. J. Stat. 6, 1979): a dominated trial cannot
+be lost any more, and its share goes to the others. Until the first wrong stop, only dominated
+trials have released their share, so the sum over the trials that could be lost never exceeds the
+error. Until then, the best incumbent of no higher cost is also the best of all trials so far, so
+which incumbent a trial is compared with does not depend on the order of the images.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ import numpy as np
 
 from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.stats.confidence_sequences import Estimate, control_variate, log_capital
-from vitpareto.search.stats.hypergeometric import Bits, Seen
+from vitpareto.search.stats.hypergeometric import Bits, PairedCounts
 
-#: the first look's images, at least so many and at least so large a part, and how looks grow
+#: Images of the first look: at least this number and this fraction; growth from look to look.
 FIRST, FIRST_SHARE, GROWTH = 32, 1 / 64, 1.3
-#: what of the error goes to the trials that were planned; the rest to those of a longer study
-PLANNED = 0.9
-#: trials that share that where nobody said how many there will be
-UNPLANNED = 100
-#: what of a trial's error goes to its comparisons of accuracy, and not to an uncertain cost
+#: Fraction of the error budget reserved for planned trials; the rest is for additional trials.
+PLANNED_SHARE = 0.9
+#: Number of planned trials if the study has no limit.
+DEFAULT_PLANNED = 100
+#: Fraction of a trial's error for comparisons of accuracy; the rest is for an uncertain cost.
 ACCURACY_SHARE = 0.8
 
 
 def rungs(
     images: int, first: int = FIRST, share: float = FIRST_SHARE, growth: float = GROWTH
 ) -> tuple[int, ...]:
-    """Numbers of images after which a trial is looked at, rising to `images`, the last one."""
+    """Return the numbers of images after which a trial is checked, up to `images`."""
     out, at = [], float(max(first, math.ceil(share * images)))
     while at < images / math.sqrt(growth):  # a look just before the end saves nothing
         out.append(round(at))
@@ -53,10 +53,11 @@ def rungs(
 class Rule:
     """How a trial is compared.
 
-    estimator: beside which known correctness the trial is seen: "plain" (none: its own accuracy),
-    "paired" (the incumbent's, image by image) or "control" (the dense model's: a control variate).
-    bound: "split" (exact tails, the error split over the looks) or "sequence" (bets, valid at every
-    look).
+    Attributes:
+        estimator: the known correctness that the trial's is paired with: "plain" (none), "paired"
+            (the incumbent's) or "control" (the dense model's, a control variate).
+        bound: "split" (exact test, the error split over the looks) or "sequence" (a confidence
+            sequence, valid at every look).
     """
 
     estimator: str
@@ -80,7 +81,7 @@ DEFAULT = RULES["control-split"]
 
 @dataclass(frozen=True, eq=False)
 class Incumbent:
-    """A fully measured trial: its correctness [M], and its costs, less being better."""
+    """A fully measured trial: its correctness [M] and its costs, of which lower is better."""
 
     trial: int
     right: Bits
@@ -88,45 +89,65 @@ class Incumbent:
 
     @functools.cached_property
     def count(self) -> int:
-        """Images it has right."""
+        """Number of images that it has right."""
         return int(self.right.sum())
 
     def covers(self, other: Incumbent) -> bool:
-        """No worse in accuracy and in every cost."""
+        """Return whether it is at least as good in accuracy and in every cost."""
         cheaper = all(a <= b for a, b in zip(self.costs, other.costs, strict=True))
         return cheaper and self.count >= other.count
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A trial that is confidently behind `by`, after so many images; what it comes to (percent)."""
+class Dominated:
+    """A trial that is confidently no better than an incumbent of no higher cost.
+
+    Attributes:
+        by: the incumbent's trial number.
+        images: number of images that the trial has seen.
+        estimate: its accuracy on all images.
+    """
 
     by: int
     images: int
     estimate: Estimate
 
 
-def refuted(rule: Rule, right: Bits, other: Bits, dense: Bits, error: float, looks: int) -> bool:
-    """Whether "right on more of all images than `other`" is refuted, at this error.
+def is_no_better(
+    rule: Rule, right: Bits, other: Bits, dense: Bits, error: float, looks: int
+) -> bool:
+    """Test the hypothesis that a trial is right on more of all images than `other`.
 
-    right [n]: the trial's; other, dense [M]. error: of all looks together, `looks` of them.
+    Args:
+        rule: how to compare.
+        right: [n], correctness of the trial.
+        other, dense: [M], correctness of the incumbent and of the dense model.
+        error: probability of a wrong rejection at any of the looks.
+        looks: number of looks that share the error.
+
+    Returns:
+        Whether the hypothesis is rejected.
     """
     wanted = int(other.sum()) + 1
-    beside = {"plain": np.ones_like(other), "paired": other, "control": dense}[rule.estimator]
+    reference = {"plain": np.ones_like(other), "paired": other, "control": dense}[rule.estimator]
     if rule.bound == "split":
-        return Seen.of(right, beside).refutes(wanted, error / max(1, looks))
-    return log_capital(right, beside, wanted) >= -math.log(error)
+        return PairedCounts.of(right, reference).rejects(wanted, error / max(1, looks))
+    return log_capital(right, reference, wanted) >= -math.log(error)
 
 
 @dataclass
 class Race:
-    """One study's decisions.
+    """The decisions of one study.
 
-    images: M; error: see the module; trials: how many are planned (None: nobody knows); looks: how
-    many a trial has before its last image (0: as many as `rungs` gives).
+    A trial that is restarted because its worker died sees the same images in the same order, so its
+    looks have the same error again.
 
-    A trial that is started again, because its worker died, sees the same images in the same order:
-    its looks are the same looks, and have the same error.
+    Attributes:
+        images: number of search images, M.
+        error: probability per study of losing a front member; see the module.
+        trials: number of planned trials; None without a limit.
+        rule: how trials are compared.
+        looks: number of looks before a trial's last image; 0 uses that of `rungs`.
     """
 
     images: int
@@ -134,9 +155,10 @@ class Race:
     trials: int | None
     rule: Rule = DEFAULT
     looks: int = 0
-    #: trials by when they were first heard of, and of those how many are behind, by block
-    _place: dict[int, int] = field(default_factory=dict)
-    _behind: dict[int, set[int]] = field(default_factory=dict)
+    #: order in which trials first appeared, from 0
+    _order: dict[int, int] = field(default_factory=dict)
+    #: dominated trials, by block
+    _dominated: dict[int, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 < self.error < 1:
@@ -148,52 +170,60 @@ class Race:
             self.looks = max(1, len(rungs(self.images)) - 1)
 
     def _block(self, trial: int) -> tuple[int, int]:
-        """Which block of trials it is in, and how many that holds. The planned ones are the first;
-        of later ones each is as large as all before it.
+        """Return the trial's block and the size of the block.
+
+        Block 0 has the planned trials; each later block is as large as all before it.
         """
-        place = self._place.setdefault(trial, len(self._place))
-        planned = self.trials or UNPLANNED
+        order = self._order.setdefault(trial, len(self._order))
+        planned = self.trials or DEFAULT_PLANNED
         block, size, end = 0, planned, planned
-        while place >= end:
+        while order >= end:
             block, size, end = block + 1, end, 2 * end
         return block, size
 
-    def allowed(self, trial: int) -> float:
-        """This trial's part of the error: of what its block has, shared with those of it that are
-        not behind yet.
+    def error_of(self, trial: int) -> float:
+        """Return the trial's share of the error.
+
+        The trials of a block that are not dominated share the error of the block equally.
         """
         block, size = self._block(trial)
-        has = PLANNED if block == 0 else (1 - PLANNED) * 0.5**block
-        return self.error * has / max(1, size - len(self._behind.get(block, ())))
+        share = PLANNED_SHARE if block == 0 else (1 - PLANNED_SHARE) * 0.5**block
+        return self.error * share / max(1, size - len(self._dominated.get(block, ())))
 
-    def behind(self, trial: int) -> None:
-        """The trial is known to be behind another, or was stopped for that: it is not raced any
-        more, and leaves its part of the error to the others.
-        """
-        self._behind.setdefault(self._block(trial)[0], set()).add(trial)
+    def mark_dominated(self, trial: int) -> None:
+        """Release the error of a trial that is known to be dominated or was stopped. Idempotent."""
+        self._dominated.setdefault(self._block(trial)[0], set()).add(trial)
 
-    def look(
+    def check(
         self,
         trial: int,
         right: Bits,
         costs: Sequence[float],
         incumbents: Sequence[Incumbent],
         dense: Bits,
-    ) -> Lost | None:
-        """Whether the trial, right [n] so far at these costs, is confidently behind; None: not."""
-        no_dearer = [
+    ) -> Dominated | None:
+        """Return the decision to stop a trial; None if it goes on.
+
+        Args:
+            trial: its number.
+            right: [n], its correctness so far.
+            costs: its costs, of which lower is better.
+            incumbents: fully measured trials.
+            dense: [M], correctness of the dense model.
+        """
+        eligible = [
             i
             for i in incumbents
             if i.trial != trial and all(a <= b for a, b in zip(i.costs, costs, strict=True))
         ]
-        if not no_dearer:
+        if not eligible:
             return None
-        best = max(no_dearer, key=lambda i: (i.count, -i.trial))
-        error = ACCURACY_SHARE * self.allowed(trial)
-        if not refuted(self.rule, right, best.right, dense, error, self.looks):
+        best = max(eligible, key=lambda i: (i.count, -i.trial))
+        error = ACCURACY_SHARE * self.error_of(trial)
+        if not is_no_better(self.rule, right, best.right, dense, error, self.looks):
             return None
-        return Lost(best.trial, len(right), control_variate(right, dense))
+        return Dominated(best.trial, len(right), control_variate(right, dense))
 
     def cost_error(self, trial: int) -> float:
-        """The part of the trial's error that a bound on an uncertain cost may use."""
-        return (1 - ACCURACY_SHARE) * self.allowed(trial)
+        """Return the trial's share of the error for a bound on an uncertain cost."""
+        return (1 - ACCURACY_SHARE) * self.error_of(trial)

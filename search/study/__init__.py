@@ -1,3 +1,5 @@
-"""The study on disk: its folder, job, results, Optuna storage and space, front, certificates,
-verdict.
+"""The study: job, folder on disk, results, search space, session, front, certificates and verdict.
+
+Only this room imports optuna. It may import errors, stats, files, data, models, runtimes, measure
+and training, but not trials, export, tracking or ray.
 """

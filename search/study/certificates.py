@@ -95,32 +95,38 @@ def attach(
         certified: the same trials on held-out images.
         dense: the model they are compared with, on held-out images.
     """
-    errors, there = record.errors(), {r.trial: r for r in certified}
-    out = []
+    errors, held_out = record.errors(), {r.trial: r for r in certified}
+    attached = []
     for result in results:
-        held = there.get(result.trial)
-        if held is not None and held.key == result.key and result.trial in errors:
-            own = _certificate(held, dense, errors[result.trial], record)
-            result = replace(result, certified=own)
-        out.append(result)
-    return out
+        found = held_out.get(result.trial)
+        if found is not None and found.key == result.key and result.trial in errors:
+            certificate = _certificate(found, dense, errors[result.trial], record)
+            result = replace(result, certified=certificate)
+        attached.append(result)
+    return attached
 
 
 def _certificate(
-    held: TrialResult, dense: TrialResult | None, error: float, record: Record
+    result: TrialResult, dense: TrialResult | None, error: float, record: Record
 ) -> Certified:
-    right, images = unpack_bits(held.bits, held.images), held.images
+    """Return the certificate of a trial; both results are on held-out images."""
+    right, images = unpack_bits(result.bits, result.images), result.images
     low, high = clopper_pearson(int(right.sum()), images, error)
-    own = Certified(images, held.bits, 100 * float(right.mean()), low, high)
-    if dense is None or dense.key == held.key or dense.images != images:
-        return own
-    base = unpack_bits(dense.bits, images)
-    lost, gained = flips(right, base)
+    certificate = Certified(images, result.bits, 100 * float(right.mean()), low, high)
+    if dense is None or dense.key == result.key or dense.images != images:
+        return certificate
+    dense_right = unpack_bits(dense.bits, images)
+    lost, gained = flips(right, dense_right)
     change_low, change_high = paired_difference(gained, lost, images, error)
     return replace(
-        own, change=100 * (gained - lost) / images, change_low=change_low, change_high=change_high,
-        lost=lost, gained=gained, worst=worst_class(right, base, record.labels, record.classes),
-    )  # fmt: skip
+        certificate,
+        change=100 * (gained - lost) / images,
+        change_low=change_low,
+        change_high=change_high,
+        lost=lost,
+        gained=gained,
+        worst=worst_class(right, dense_right, record.labels, record.classes),
+    )
 
 
 def flips(right: np.ndarray, dense: np.ndarray) -> tuple[int, int]:
@@ -133,13 +139,13 @@ def flipped(result: TrialResult, dense: TrialResult | None) -> tuple[int, int, s
 
     The split is "held-out" if the trial is certified, else "search"; None if neither was measured.
     """
-    own = result.certified
-    if own is not None and (own.change is not None or result.is_reference):
-        return own.lost, own.gained, "held-out"
+    certificate = result.certified
+    if certificate is not None and (certificate.change is not None or result.is_reference):
+        return certificate.lost, certificate.gained, "held-out"
     if dense is None or not result.images or result.images != dense.images:
         return None
-    right, base = (unpack_bits(r.bits, r.images) for r in (result, dense))
-    return (*flips(right, base), "search")
+    right, dense_right = (unpack_bits(r.bits, r.images) for r in (result, dense))
+    return (*flips(right, dense_right), "search")
 
 
 def worst_class(
@@ -159,16 +165,16 @@ def worst_class(
     drops = 100 * (lost - gained) / np.maximum(images, 1)
     drops[images == 0] = -np.inf
     at = int(np.lexsort((-images, -drops))[0])
-    chance = mcnemar(int(lost[at]), int(lost[at] + gained[at])) * np.count_nonzero(images)
-    return WorstClass(classes[at], float(drops[at]), int(images[at]), bool(chance <= ERROR))
+    p_value = mcnemar(int(lost[at]), int(lost[at] + gained[at])) * np.count_nonzero(images)
+    return WorstClass(classes[at], float(drops[at]), int(images[at]), bool(p_value <= ERROR))
 
 
-# ---------------------------------------------------------------------------------------- order
+# -- order -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class OrderChange:
-    """Two members of a front with another order of top-1 on held-out images.
+    """Two members of a front whose order by top-1 is reversed on held-out images.
 
     `first` is above `second` by `search` points on the search images, and below it by `held_out`
     points on the held-out ones. `beyond_noise`: the held-out images alone show that it is below,
@@ -184,22 +190,22 @@ class OrderChange:
 
 def order_changes(front: Sequence[TrialResult]) -> list[OrderChange]:
     """Return the changes among all pairs of certified members, the largest first."""
-    tested, chances = [], []
+    pairs, p_values = [], []
     certified = [r for r in front if r.certified is not None]
     for a, b in combinations(certified, 2):
         if a.values["top1"] == b.values["top1"]:
             continue  # the search did not order them
         first, second = (a, b) if a.values["top1"] > b.values["top1"] else (b, a)
         lost, gained = flips(*(_bits(r) for r in (first, second)))
-        tested.append((first, second))
-        # one-sided: `first` is at least as accurate
-        chances.append(mcnemar(lost, lost + gained))
+        pairs.append((first, second))
+        # the one-sided null hypothesis is that `first` is at least as accurate
+        p_values.append(mcnemar(lost, lost + gained))
     found = []
-    for (first, second), beyond in zip(tested, holm(chances, ERROR), strict=True):
+    for (first, second), beyond in zip(pairs, holm(p_values, ERROR), strict=True):
         gap = _certified(second).top1 - _certified(first).top1
         if gap > 0:
-            was = first.values["top1"] - second.values["top1"]
-            found.append(OrderChange(first.trial, second.trial, was, gap, bool(beyond)))
+            before = first.values["top1"] - second.values["top1"]
+            found.append(OrderChange(first.trial, second.trial, before, gap, bool(beyond)))
     return sorted(found, key=lambda c: (not c.beyond_noise, -c.held_out, c.first, c.second))
 
 
@@ -210,17 +216,17 @@ def order_note(front: Sequence[TrialResult]) -> str:
         return ""
     changes, pairs = order_changes(front), certified * (certified - 1) // 2
     if not changes:
-        return f"order: as on the search images, in all {pairs} pairs of certified trials"
-    named = [
+        return f"order: the same as on the search images for all {pairs} pairs of certified trials"
+    listed = [
         f"trial {c.second} above trial {c.first} by {c.held_out:.2f} points"
-        f"{' (more than noise)' if c.beyond_noise else ''}"
+        f"{' (significant)' if c.beyond_noise else ''}"
         for c in changes
     ]
-    more = f"; and {len(named) - NAMED} more" if len(named) > NAMED else ""
-    shown = sum(c.beyond_noise for c in changes)
+    more = f"; and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
+    significant = sum(c.beyond_noise for c in changes)
     return (
-        f"order: held-out images turn {len(changes)} of {pairs} pairs round, {shown or 'none'} by "
-        f"more than noise: {'; '.join(named[:NAMED])}{more}"
+        f"order: {len(changes)} of {pairs} pairs are reversed on held-out images, "
+        f"{significant or 'none'} significantly: {'; '.join(listed[:NAMED])}{more}"
     )
 
 
@@ -229,13 +235,13 @@ def why_not(folder: StudyFolder, front: Sequence[TrialResult]) -> str:
     missing = [r.trial for r in front if r.certified is None]
     if not missing:
         return ""
-    again = f"vitpareto search --name {folder.name}"
+    fix = f"run vitpareto search --name {folder.name}"
     if folder.job().get("certify", "front") == "off":
-        again = f"the job says certify: off; {again} --certify front"
+        fix = f"the job has certify: off; {fix} --certify front"
     if len(missing) == len(front):
-        return f"not certified on held-out images yet: {again} does it when it ends"
-    shown = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
-    return f"trials not certified on held-out images yet: {shown}: {again} does it when it ends"
+        return f"the front is not certified on held-out images yet; {fix}"
+    listed = ", ".join(map(str, missing[:8])) + (" …" if len(missing) > 8 else "")
+    return f"trials not certified on held-out images yet: {listed}; {fix}"
 
 
 def _certified(result: TrialResult) -> Certified:
@@ -244,5 +250,5 @@ def _certified(result: TrialResult) -> Certified:
 
 
 def _bits(result: TrialResult) -> np.ndarray:
-    own = _certified(result)
-    return unpack_bits(own.bits, own.images)
+    certificate = _certified(result)
+    return unpack_bits(certificate.bits, certificate.images)

@@ -1,7 +1,8 @@
-"""One driver's session of a study: what to measure next, when to stop, and what becomes of results.
+"""The session of a study in one driver: proposes trials, records their results, decides the end.
 
-Knows neither Ray nor workers: `search.trials.searcher` connects it to Ray Tune. The study folder is
-the truth; a session starts from it, and every result is in it before Optuna or a hook is told.
+It may not import ray; `search.trials.searcher` connects it to Ray Tune. The study folder is the
+source of truth: a session starts from it, and a result is written to it before Optuna and the hooks
+receive it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class SessionSettings:
         trials: number of trials to measure; None without a limit.
         window: accepted costs.
         raced_out_as: how Optuna is told of a trial that was stopped early.
-        patience: stop after so many trials without growth of the hypervolume.
+        patience: stop after this many trials without growth of the hypervolume.
         seconds: start no new trials after this long.
     """
 
@@ -76,11 +77,28 @@ class SessionSettings:
     patience: int | None = None
     seconds: float | None = None
 
+    def limit_reached(self, progress: StudyProgress, elapsed: float) -> str:
+        """Return which limit ends the session; "" if none does.
+
+        elapsed: seconds since the start of the session.
+        """
+        done, without_growth = progress.done, progress.trials_without_growth
+        if self.trials is not None and done >= self.trials:
+            return f"{done} trials measured"
+        if self.seconds is not None and elapsed >= self.seconds:
+            return f"the time limit of {self.seconds:g} s is reached; {done} trials measured"
+        if self.patience is not None and without_growth >= self.patience:
+            return (
+                f"the hypervolume has not grown by {GROWTH:.1%} for {without_growth} trials; "
+                f"{done} measured"
+            )
+        return ""
+
 
 class StudySession:
-    """Proposes candidates, and records what becomes of them.
+    """Proposes candidates and records their results.
 
-    A trial is identified by an id of the caller's while it runs. Hooks are called with every new
+    The caller identifies a running trial by an id. Hooks are called with every new
     result and the progress; a hook that raises is logged and does not stop the search.
     """
 
@@ -120,7 +138,7 @@ class StudySession:
         self.proposals = Proposals(self.trials, space, settings.window, shape_of, self.progress)
         #: proposals that workers measure now, by the caller's id
         self.running: dict[str, Proposal] = {}
-        self._storage_is_away = False
+        self._storage_unavailable = False
         self._continue()
 
     @property
@@ -146,15 +164,19 @@ class StudySession:
     # -- proposals -------------------------------------------------------------------------------
 
     def next(self, trial_id: str) -> Proposal | None:
-        """Return the next candidate to measure.
+        """Return the next candidate to measure, or None.
 
-        None if there is none now, or, with `progress.ended` set, none at all any more.
+        If None, `progress.ended` is set if the session has ended; otherwise ask again later.
         """
-        if self.progress.ended or self._reached_a_limit():
+        if self.progress.ended:
+            return None
+        limit = self.settings.limit_reached(self.progress, time.monotonic() - self.start)
+        if limit:
+            self._end(limit)
             return None
         requested = self.settings.trials
         if requested is not None and self.progress.done + len(self.running) >= requested:
-            return None  # a running trial may fail and has then to run again
+            return None  # a running trial may fail and be retried
         if self.tracker.front is None and self.running:
             return None  # early stopping and the front need the dense model first
         for _ in range(MAX_SKIPPED):
@@ -163,7 +185,7 @@ class StudySession:
             except optuna.exceptions.StorageInternalError as error:
                 self._wait_for_storage(error)
                 return None
-            self._storage_is_away = False
+            self._storage_unavailable = False
             if proposal is not None:
                 self.running[trial_id] = proposal
                 self._report(None)
@@ -174,32 +196,14 @@ class StudySession:
                       "is exhausted")  # fmt: skip
         return None
 
-    def _reached_a_limit(self) -> bool:
-        """End the session if a limit of its settings is reached."""
-        settings, progress = self.settings, self.progress
-        if settings.trials is not None and progress.done >= settings.trials:
-            return self._end(f"{progress.done} trials measured")
-        elapsed = time.monotonic() - self.start
-        if settings.seconds is not None and elapsed >= settings.seconds:
-            return self._end(
-                f"the time is up: {settings.seconds:g} s; {progress.done} trials measured"
-            )
-        if settings.patience is not None and progress.trials_without_growth >= settings.patience:
-            return self._end(
-                f"the hypervolume has not grown by {GROWTH:.1%} for "
-                f"{progress.trials_without_growth} trials; {progress.done} measured"
-            )
-        return False
-
-    def _end(self, reason: str) -> bool:
+    def _end(self, reason: str) -> None:
         self.progress.ended = reason
         self._report(None)
-        return True
 
     def _wait_for_storage(self, error: Exception) -> None:
-        if not self._storage_is_away:
-            log.warning("Optuna's storage does not answer; waiting for it: %s", _first_line(error))
-        self._storage_is_away = True
+        if not self._storage_unavailable:
+            log.warning("Optuna's storage does not answer; retrying: %s", _first_line(error))
+        self._storage_unavailable = True
         time.sleep(STORAGE_RETRY_S)
 
     # -- results ---------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The methods' declared parameters -> Optuna's define-by-run space, narrowed by the job.
+"""The search space: the methods' declared parameters as Optuna's define-by-run parameters.
 
-One categorical `method`, then, beneath a token method where the job has structural ones, one
-categorical `structure`, then the parameters of both as `method.parameter`: conditional, and in
-relative units, so that a finding carries over to another depth or patch count.
+The first parameter is the categorical `method`. A token method is followed by the categorical
+`structure` if the job searches structural methods. The parameters of both follow as
+`method.parameter`. They are conditional and in relative units, so that results carry over to models
+of another depth or number of patches.
 """
 
 from __future__ import annotations
@@ -16,73 +17,93 @@ from vitpareto.methods import BadInput, ModelShape, Recipe, Step
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
 from vitpareto.search.errors import Code, UserError, nearest
 
-if TYPE_CHECKING:  # a measurement without a search starts without Optuna
+if TYPE_CHECKING:  # commands that do not search start without Optuna
     import optuna
 
-#: beneath a token method: nothing; and the word of `space` and `fixed` for what may lie there
+#: The structure "none", and the key of `space` and `fixed` that narrows the structures.
 NONE, STRUCTURE = "none", "structure"
 
 
 @dataclass(frozen=True)
 class Space:
-    """What a study may propose: `parameters[method]` are asked, `fixed[method]` are given, and
-    `structures` are what may lie beneath a token method ("none" among them, unless left out).
+    """What a study may propose.
+
+    Attributes:
+        methods: names of the methods.
+        parameters: parameters that Optuna suggests, by method.
+        fixed: parameters that the job fixes, by method.
+        structures: structural methods that token methods are combined with; "none" is the model
+            itself.
+        snap: rounds a number of tokens, prefix included, up to the end of its latency step; None
+            leaves schedules unchanged.
     """
 
     methods: tuple[str, ...]
     parameters: dict[str, tuple[Parameter, ...]]
     fixed: dict[str, dict[str, Any]]
     structures: tuple[str, ...]
-    #: tokens, prefix included -> as many or more, to which fixed schedules are lifted; None: as is
     snap: Callable[[int], int] | None = None
 
     @classmethod
     def of(
         cls, names: tuple[str, ...], space: Mapping[str, Any], fixed: Mapping[str, Any]
     ) -> Space:
-        """UserError for an unknown method or parameter (nearest) and for what is out of range."""
+        """Return the space of these methods, narrowed by the job.
+
+        Args:
+            names: of the methods.
+            space: bounds or choices by "method.parameter", and "structure".
+            fixed: values by "method.parameter", and "structure".
+
+        Raises:
+            BadInput: an unknown method or parameter, or a value that is out of range.
+        """
         if not names:
             raise UserError("methods must name at least one method besides dense", Code.EMPTY)
         declared = {n: {p.name: p for p in methods.get(n).space} for n in names}
-        held: dict[str, dict[str, Any]] = {n: {} for n in names}
-        beneath: tuple[str, ...] = (NONE, *filter(_lies_beneath, names))
+        fixed_values: dict[str, dict[str, Any]] = {n: {} for n in names}
+        structures: tuple[str, ...] = (NONE, *filter(_combines_with_tokens, names))
         for where, given in (("space", space), ("fixed", fixed)):
             for key, value in given.items():
                 if key == STRUCTURE:
-                    beneath = _some_of(where, value, beneath)
+                    structures = _narrow_structures(where, value, structures)
                     continue
                 method, parameter = _find(where, key, declared)
                 if where == "space":
                     declared[method][parameter.name] = _narrow(key, parameter, value)
                 else:
-                    held[method][parameter.name] = parameter.check(value, f"fixed: {method}")
+                    fixed_values[method][parameter.name] = parameter.check(
+                        value, f"fixed: {method}"
+                    )
         parameters = {n: tuple(declared[n].values()) for n in names}
-        return cls(tuple(names), parameters, held, beneath)
+        return cls(tuple(names), parameters, fixed_values, structures)
 
     def suggest(self, trial: optuna.Trial, shape_of: Callable[[Recipe], ModelShape]) -> Recipe:
-        """Ask the trial for a method, the structure beneath it and their choices, and resolve them.
+        """Return the recipe that the trial suggests.
 
-        shape_of: the model's shape after a recipe's structural step; what a token method's relative
-        choices are relative to.
+        Args:
+            trial: suggests the method, its structure and their parameters.
+            shape_of: returns the model's shape after a recipe's structural step, which a token
+                method's choices are relative to.
         """
         name = str(trial.suggest_categorical("method", list(self.methods)))
         shape = shape_of(Recipe())
         if methods.get(name).kind == "structure":
             return resolve(name, self._choices(trial, name), shape)
-        below = self.structures[0]
+        structure_name = self.structures[0]
         if len(self.structures) > 1:
-            below = str(trial.suggest_categorical(STRUCTURE, list(self.structures)))
+            structure_name = str(trial.suggest_categorical(STRUCTURE, list(self.structures)))
         structure = Recipe()
-        if below != NONE:
-            structure = resolve(below, self._choices(trial, below), shape)
-        under = shape_of(structure)
-        tokens = resolve(name, self._choices(trial, name), under)
+        if structure_name != NONE:
+            structure = resolve(structure_name, self._choices(trial, structure_name), shape)
+        token_shape = shape_of(structure)
+        tokens = resolve(name, self._choices(trial, name), token_shape)
         if self.snap is not None:
-            tokens = snapped(tokens, under, self.snap)
+            tokens = snapped(tokens, token_shape, self.snap)
         return replace(tokens, structure=structure.structure)
 
     def _choices(self, trial: optuna.Trial, name: str) -> dict[str, Any]:
-        """Ask for what the job left open of a method's choices."""
+        """Return a method's choices, fixed by the job or suggested by the trial."""
         choices: dict[str, Any] = {}
         for p in self.parameters[name]:
             if p.when is not None and choices.get(p.when[0]) not in p.when[1]:
@@ -90,31 +111,31 @@ class Space:
             if p.name in self.fixed[name]:
                 choices[p.name] = self.fixed[name][p.name]
             else:
-                choices[p.name] = _ask(trial, f"{name}.{p.name}", p)
+                choices[p.name] = _suggest(trial, f"{name}.{p.name}", p)
         return choices
 
     def preset_params(self) -> list[tuple[str, dict[str, Any]]]:
-        """The published settings inside this space, as (name, Optuna parameters)."""
-        out = []
+        """Return the published settings inside this space, as (name, Optuna parameters)."""
+        presets = []
         for name in self.methods:
             for preset in methods.get(name).presets:
                 params = self._params_of(name, preset.choices)
                 if params is not None:
-                    out.append((f"{name} {preset.name}", params))
-        return out
+                    presets.append((f"{name} {preset.name}", params))
+        return presets
 
     def _params_of(self, name: str, choices: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Choices as Optuna parameters; None where the job's narrowing leaves them out."""
+        """Return choices as Optuna parameters; None if they are outside the space."""
         params: dict[str, Any] = {"method": name}
         if methods.get(name).kind == "tokens":
-            if NONE not in self.structures:  # published on the model itself
+            if NONE not in self.structures:  # presets are for the model itself
                 return None
             if len(self.structures) > 1:
                 params[STRUCTURE] = NONE
         for p in self.parameters[name]:
             if p.when is not None and choices.get(p.when[0]) not in p.when[1]:
                 continue
-            if p.name not in choices:  # published in the recipe's own words, not in the search's
+            if p.name not in choices:  # the preset is not expressed in search parameters
                 return None
             value = choices[p.name]
             if p.name in self.fixed[name]:
@@ -128,62 +149,66 @@ class Space:
 
 
 def resolve(name: str, choices: dict[str, Any], shape: ModelShape) -> Recipe:
-    """Relative choices -> the absolute recipe for a model of this shape."""
+    """Return the recipe of relative choices for a model of this shape."""
     method = methods.get(name)
     step = Step(name, method.check(method.resolve(choices, shape), shape))
     return Recipe(structure=step) if method.kind == "structure" else Recipe(tokens=step)
 
 
 def snapped(recipe: Recipe, shape: ModelShape, snap: Callable[[int], int]) -> Recipe:
-    """The recipe with every block's tokens lifted to the end of their step: as many patches more
-    as cost nothing. A block that drops none drops none afterwards. The recipe itself where its
-    method takes no `counts`, where images decide them, or where it cannot merge so many at once.
+    """Return the recipe with every block's tokens raised to the end of their latency step.
+
+    The additional patches do not increase latency. A block that drops no patches still drops none.
+    The recipe is unchanged if its method has no `counts`, if images decide them, or if the method
+    does not allow the raised counts.
     """
     step = recipe.tokens
     counts = None if step is None else step.declared.counts(step.params, shape)
     if step is None or counts is None:
         return recipe
-    lifted: list[int] = []
-    before, left = shape.patches, shape.patches
+    raised: list[int] = []
+    before, remaining = shape.patches, shape.patches
     for count in counts:
         if count < before:
-            left = min(left, snap(count + shape.prefix) - shape.prefix)
+            remaining = min(remaining, snap(count + shape.prefix) - shape.prefix)
         before = count
-        lifted.append(left)
-    if tuple(lifted) == counts:
+        raised.append(remaining)
+    if tuple(raised) == counts:
         return recipe
-    given = step.declared.with_counts(step.params, tuple(lifted))
-    if given is None:
+    params_with_counts = step.declared.with_counts(step.params, tuple(raised))
+    if params_with_counts is None:
         return recipe
     try:
-        params = step.declared.check(given, shape)
+        params = step.declared.check(params_with_counts, shape)
     except BadInput:
         return recipe
     return replace(recipe, tokens=Step(step.method, params))
 
 
-def _lies_beneath(name: str) -> bool:
-    """Whether token methods are searched on top of this one: not where every candidate of it is
-    trained by itself, which is a training for each of its settings already.
+def _combines_with_tokens(name: str) -> bool:
+    """Return whether token methods are searched on top of this structural method.
+
+    A method that trains every candidate separately is not combined: every combination would need a
+    training.
     """
     method = methods.get(name)
     return method.kind == "structure" and (method.training != "required" or method.trained_once)
 
 
-def _some_of(where: str, value: Any, structures: tuple[str, ...]) -> tuple[str, ...]:
-    """The structures that a job narrows to: several under `space`, one under `fixed`."""
+def _narrow_structures(where: str, value: Any, structures: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the structures of the job: one or more under `space`, one under `fixed`."""
     wanted = list(value) if where == "space" and isinstance(value, (list, tuple)) else [value]
     if not wanted:
         raise UserError(
             f"{where}: {STRUCTURE} must be one or more of {', '.join(structures)} (got {value!r})",
             Code.OUT_OF_RANGE, where=where, key=STRUCTURE, got=value,
         )  # fmt: skip
-    for one in wanted:
-        if one not in structures:
+    for name in wanted:
+        if name not in structures:
             raise UserError(
-                f"{where}: {STRUCTURE} must be one of {', '.join(structures)} (got {one!r})"
-                f"{nearest(one, structures)}",
-                Code.UNKNOWN_NAME, where=where, key=STRUCTURE, got=one,
+                f"{where}: {STRUCTURE} must be one of {', '.join(structures)} (got {name!r})"
+                f"{nearest(name, structures)}",
+                Code.UNKNOWN_NAME, where=where, key=STRUCTURE, got=name,
             )  # fmt: skip
     return tuple(s for s in structures if s in wanted)
 
@@ -213,7 +238,7 @@ def _find(
 
 
 def _narrow(key: str, p: Parameter, value: Any) -> Parameter:
-    """`p` with the user's bounds [low, high], or its list of choices, if these are inside `p`."""
+    """Return the parameter with the job's bounds [low, high] or choices."""
     where = f"space: {key.partition('.')[0]}"
     if isinstance(p, Choice):
         wanted = value if isinstance(value, (list, tuple)) else [value]
@@ -246,7 +271,7 @@ def _contains(p: Parameter, value: Any) -> bool:
     return p.low <= value <= p.high
 
 
-def _ask(trial: optuna.Trial, name: str, p: Parameter) -> Any:
+def _suggest(trial: optuna.Trial, name: str, p: Parameter) -> Any:
     if isinstance(p, Float):
         return trial.suggest_float(name, p.low, p.high, log=p.log)
     if isinstance(p, Int):

@@ -48,60 +48,60 @@ class Verdict:
 
     Attributes:
         cost, budget: the cost and its upper bound, in the cost's unit.
-        budget_is: where the budget comes from.
+        budget_source: where the budget comes from.
         method, control: the best of each; None if none is within the budget.
         gain, margin: paired difference in points of top-1; within `margin` of the truth with 95 %.
         images: number of images of the comparison.
         held_out: whether these are held-out images.
-        rivals: number of controls within the budget.
-        otherwise: why there is no gain; else "".
+        controls: number of controls within the budget.
+        reason: why nothing could be compared; else "".
     """
 
     cost: Objective
     budget: float
-    budget_is: str
+    budget_source: str
     method: TrialResult | None
     control: TrialResult | None
     gain: float = 0.0
     margin: float = 0.0
     images: int = 0
     held_out: bool = False
-    rivals: int = 0
-    otherwise: str = ""
+    controls: int = 0
+    reason: str = ""
 
     @property
-    def shown(self) -> bool:
-        """Whether the gain is above 0 after rounding for print."""
-        return bool(self.images) and _rounded(self.gain) > _outwards(self.margin)
+    def significant(self) -> bool:
+        """Whether the gain is significant: above its margin after rounding for print."""
+        return bool(self.images) and _rounded(self.gain) > _rounded_up(self.margin)
 
     def __str__(self) -> str:
-        at = f"At {_amount(self.cost, self.budget)} ({self.budget_is})"
+        budget = f"At {_amount(self.cost, self.budget)} ({self.budget_source})"
         method, control = self.method, self.control
         if method is None or control is None:
-            return f"{at} {self.otherwise}"
-        gain, margin = _rounded(self.gain), f"± {_outwards(self.margin):.2f} points"
+            return f"{budget} {self.reason}"
+        gain, margin = _rounded(self.gain), f"± {_rounded_up(self.margin):.2f} points"
         best = f"trial {method.trial}, {recipe_line(method)}"
-        named = "the dense model" if control.is_reference else recipe_line(control)
-        rival = f"{named} (trial {control.trial}, {_cost(self.cost, control)})"
-        field = f"the best of {self.rivals} controls" if self.rivals > 1 else "the only control"
-        how = f"95 %, paired, on {self.images} held-out images"
+        name = "the dense model" if control.is_reference else recipe_line(control)
+        opponent = f"{name} (trial {control.trial}, {_cost(self.cost, control)})"
+        rank = f"the best of {self.controls} controls" if self.controls > 1 else "the only control"
+        basis = f"95 %, paired, on {self.images} held-out images"
         if not self.held_out:
-            how = (
-                f"95 %, paired, on the {self.images} search images that chose both, which flatters "
-                "the method: not certified"
+            basis = (
+                f"95 %, paired, not certified: on the {self.images} search images that selected "
+                "both, which favours the method"
             )
-        if self.shown:
+        if self.significant:
             return (
-                f"{at} pruning gains {gain:.2f} {margin} of top-1 over {field}, {rival}: "
-                f"{best}; {how}"
+                f"{budget} pruning gains {gain:.2f} {margin} of top-1 over {rank}, {opponent}: "
+                f"{best}; {basis}"
             )
-        what = f"level with it, {margin}"
+        difference = f"has the same top-1, {margin}"
         if gain:
-            what = f"{abs(gain):.2f} {margin} {'above' if gain > 0 else 'below'} it"
-        beats = "is shown to beat" if gain > 0 else "beats"
+            difference = f"is {abs(gain):.2f} {margin} {'above' if gain > 0 else 'below'} it"
+        better = "significantly better" if gain > 0 else "better"
         return (
-            f"{at} no method {beats} {field}: use {_kind(control)}{rival}; the best method, "
-            f"{best}, is {what}; {how}"
+            f"{budget} no method is {better} than {rank}: use {_kind(control)}{opponent}; the "
+            f"best method, {best}, {difference}; {basis}"
         )
 
 
@@ -117,50 +117,54 @@ def verdict(
             has no knee. The interval assumes that the budget does not depend on the results.
     """
     finished = [r for r in results if r.state == "finished"]
-    rivals = controls_of(finished)
-    others = [r for r in finished if not is_control(r)]
-    chosen = _budget(finished, objectives, max_gmacs)
-    if chosen is None:
+    controls = controls_of(finished)
+    pruned = [r for r in finished if not is_control(r)]
+    found = _budget(finished, objectives, max_gmacs)
+    if found is None:
         return None
-    cost, budget, where = chosen
-    if not others:
-        return Verdict(cost, budget, where, None, None, otherwise="no method was measured in full")
-    method, control = (_best(some, cost, budget) for some in (others, rivals))
+    cost, budget, source = found
+    if not pruned:
+        return Verdict(cost, budget, source, None, None, reason="no method is fully measured")
+    method, control = (_best(candidates, cost, budget) for candidates in (pruned, controls))
     if method is None or control is None:
-        lacking = "method" if method is None else "control"
-        said = f"there is no verdict: no {lacking} that was measured in full costs so little"
-        if (nearest := _cheapest(others if method is None else rivals, cost)) is not None:
-            said += f"; the cheapest, {recipe_line(nearest)}, costs {_cost(cost, nearest)}"
-        return Verdict(cost, budget, where, method, control, otherwise=said)
-    field = sum(_loss(cost, r) <= cost.sign * budget for r in rivals)
-    return _compared(Verdict(cost, budget, where, method, control, rivals=field))
+        missing, candidates = ("method", pruned) if method is None else ("control", controls)
+        reason = f"no verdict is possible: no fully measured {missing} is within the budget"
+        if (nearest := _cheapest(candidates, cost)) is not None:
+            reason += f"; the cheapest, {recipe_line(nearest)}, costs {_cost(cost, nearest)}"
+        return Verdict(cost, budget, source, method, control, reason=reason)
+    within = sum(_loss(cost, r) <= cost.sign * budget for r in controls)
+    return _compared(Verdict(cost, budget, source, method, control, controls=within))
 
 
 def _budget(
     finished: Sequence[TrialResult], objectives: Sequence[str], max_gmacs: float | None
 ) -> tuple[Objective, float, str] | None:
     if max_gmacs is not None and finished:
-        return OBJECTIVES["gmacs"], max_gmacs, "as asked for"
+        return OBJECTIVES["gmacs"], max_gmacs, "as requested"
     axes = objectives_named(objectives)
     cost = next(o for o in axes if o.name not in ACCURACIES)
     front = front_of(finished, axes)
     knee = knee_of(front, axes, reference_of(finished))
     if knee is not None:
-        return cost, knee.values[cost.name], "the knee's cost"
+        return cost, knee.values[cost.name], "the cost of the front's knee"
     pruned = [r for r in front if not r.is_reference]
     pruned = [r for r in pruned if not is_control(r)] or pruned
     if pruned:
         pruned.sort(key=lambda r: _loss(cost, r))
         middle = pruned[(len(pruned) - 1) // 2]
-        return cost, middle.values[cost.name], "the middle of the front, which has no knee"
+        return (
+            cost,
+            middle.values[cost.name],
+            "the cost of the middle of the front, which has no knee",
+        )
     dense = reference_of(finished)
     if dense is None or len(finished) == 1:
         return None
-    return cost, dense.values[cost.name], "the dense model's cost"
+    return cost, dense.values[cost.name], "the cost of the dense model"
 
 
 def _best(results: Sequence[TrialResult], cost: Objective, budget: float) -> TrialResult | None:
-    """Return the most accurate result within the budget, of equal ones the cheapest."""
+    """Return the most accurate result within the budget; ties go to the lower cost."""
     return min(
         (r for r in results if _loss(cost, r) <= cost.sign * budget),
         key=lambda r: (-r.values["top1"], _loss(cost, r), r.trial),
@@ -177,30 +181,30 @@ def _loss(cost: Objective, result: TrialResult) -> float:
     return cost.sign * result.values.get(cost.name, math.inf * cost.sign)
 
 
-def _compared(asked: Verdict) -> Verdict:
+def _compared(verdict: Verdict) -> Verdict:
     """Add the difference of the two trials, on held-out images if both are certified."""
-    method, control = asked.method, asked.control
+    method, control = verdict.method, verdict.control
     assert method is not None and control is not None
     held_out = method.certified is not None and control.certified is not None
     pair = [(r.certified if held_out else r) for r in (method, control)]
-    one, other = (unpack_bits(r.bits, r.images) for r in pair if r is not None)
-    images = len(one)
-    if not images or images != len(other):
-        said = "there is no verdict: its images were not kept"
-        return replace(asked, method=None, control=None, otherwise=said)
-    lost, gained = flips(one, other)
+    right, control_right = (unpack_bits(r.bits, r.images) for r in pair if r is not None)
+    images = len(right)
+    if not images or images != len(control_right):
+        reason = "no verdict is possible: the correctness per image is not stored"
+        return replace(verdict, method=None, control=None, reason=reason)
+    lost, gained = flips(right, control_right)
     gain = 100 * (gained - lost) / images
     low, high = paired_difference(gained, lost, images, ERROR)
     # symmetric, so that "gain ± margin" contains the exact interval
     margin = max(gain - low, high - gain)
-    return replace(asked, gain=gain, margin=margin, images=images, held_out=held_out)
+    return replace(verdict, gain=gain, margin=margin, images=images, held_out=held_out)
 
 
 def _rounded(points: float) -> float:
-    return round(points, 2) + 0.0  # no minus zero
+    return round(points, 2) + 0.0  # never -0.0
 
 
-def _outwards(points: float) -> float:
+def _rounded_up(points: float) -> float:
     return math.ceil(round(100 * points, 6)) / 100
 
 

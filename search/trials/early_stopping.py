@@ -46,7 +46,7 @@ class EarlyStopping:
     def on_result(self, result: TrialResult) -> None:
         """Take in a durable result: a fully measured one becomes an incumbent."""
         if result.state == "raced_out":
-            self.race.behind(result.trial)
+            self.race.mark_dominated(result.trial)
         if result.state != "finished":
             return
         right = unpack_bits(result.bits, result.images)
@@ -59,7 +59,7 @@ class EarlyStopping:
             if not any(old.covers(new) for old in front):
                 self._fronts[group] = [*(old for old in front if not new.covers(old)), new]
             elif group == control:  # among those that it would have been compared with
-                self.race.behind(result.trial)
+                self.race.mark_dominated(result.trial)
 
     def on_rung(self, trial: int, recipe: Recipe, report: RungReport) -> TrialResult | None:
         """The trial's result if it stops at this rung, or None if it goes on."""
@@ -72,10 +72,11 @@ class EarlyStopping:
             floor = cost_floor(report.macs_each, report.bounds, len(self.dense), error)
             values["gmacs"] = floor / 1e9
         incumbents = self._fronts[only_controls(recipe.to_dict())]
-        lost = self.race.look(trial, report.right, self._costs(values), incumbents, self.dense)
-        if lost is None:
+        costs = self._costs(values)
+        decision = self.race.check(trial, report.right, costs, incumbents, self.dense)
+        if decision is None:
             return None
-        estimate, seen = lost.estimate, len(report.right)
+        estimate, seen = decision.estimate, len(report.right)
         return TrialResult(
             trial=trial,
             state="raced_out",
@@ -88,7 +89,7 @@ class EarlyStopping:
             top1_low=estimate.low,
             top1_high=estimate.high,
             seconds=report.seconds,
-            reason=f"behind trial {lost.by} after {seen} of {len(self.dense)} images",
+            reason=f"behind trial {decision.by} after {seen} of {len(self.dense)} images",
             provenance=self.provenance.updated(report.provenance),
         )
 

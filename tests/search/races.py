@@ -50,38 +50,40 @@ def race_study(
 ) -> Raced:
     """Race candidates, right [N, M] at costs [N, K], in this order; the first is the dense model.
 
-    spend: False gives every trial and every look the whole error, which is wrong on purpose.
+    spend: False gives every trial and every look the whole error, which is wrong.
     """
     many, images = right.shape
     looked = rungs(images) if looked is None else looked
     race = Race(images, error, many, rule, looks=max(1, len(looked) - 1))
     if not spend:
-        race = _Spendthrift(images, error, many, rule, looks=1)
-    race.allowed(0)
+        race = _WithoutErrorBudget(images, error, many, rule, looks=1)
+    race.error_of(0)
     incumbents = [Incumbent(0, right[0], tuple(costs[0]))]
     seen, looks, stopped = images, 0, []
     for trial in range(1, many):
-        gone, stop = None, 0
+        decision, stop = None, 0
         for stop in looked:
             if stop < images:
                 looks += 1
-                gone = race.look(trial, right[trial, :stop], costs[trial], incumbents, right[0])
-            if gone is not None:
+                decision = race.check(
+                    trial, right[trial, :stop], costs[trial], incumbents, right[0]
+                )
+            if decision is not None:
                 stopped.append(trial)
-                race.behind(trial)
+                race.mark_dominated(trial)
                 break
         seen += stop
-        if gone is None:
+        if decision is None:
             new = Incumbent(trial, right[trial], tuple(costs[trial]))
             if any(old.covers(new) for old in incumbents):
-                race.behind(trial)
+                race.mark_dominated(trial)
             else:
                 incumbents = [old for old in incumbents if not new.covers(old)] + [new]
     return Raced(seen, many * images, looks, tuple(stopped), lost_of(right, costs, stopped))
 
 
-class _Spendthrift(Race):
-    def allowed(self, trial: int) -> float:
+class _WithoutErrorBudget(Race):
+    def error_of(self, trial: int) -> float:
         return self.error
 
 

@@ -1,4 +1,4 @@
-"""Bets and estimates, by enumerating every order of a few images, or many orders of more."""
+"""Confidence sequences and estimates, over all orders of a few images or many random orders."""
 
 from __future__ import annotations
 
@@ -21,9 +21,11 @@ from vitpareto.search.stats.confidence_sequences import (
 
 @pytest.mark.parametrize("losses", [0, 2, 3])
 @pytest.mark.parametrize("reference_right", [3, 6])
-def test_a_bettor_gains_nothing_where_the_claim_is_true(losses: int, reference_right: int) -> None:
-    """The mean capital over all 720 orders is 1 at most, at every image; so "ever above 1/a" has a
-    chance of a at most.
+def test_mean_capital_is_at_most_one_if_the_hypothesis_is_true(
+    losses: int, reference_right: int
+) -> None:
+    """At every image the mean capital over all 720 orders is at most 1, so the capital ever exceeds
+    1/a with probability a at most.
     """
     images = 6
     reference = np.arange(images) < reference_right
@@ -42,16 +44,16 @@ def test_a_bettor_gains_nothing_where_the_claim_is_true(losses: int, reference_r
         assert (capital.max(axis=0) >= 1 / a).mean() <= a
 
 
-def test_a_false_claim_is_refuted() -> None:
+def test_false_hypothesis_is_rejected() -> None:
     draw = np.random.default_rng(0)
     reference = draw.random(1000) < 0.8
     candidate = reference & (draw.random(1000) < 0.9)
     assert log_capital(candidate[:600], reference, int(reference.sum())) > math.log(1e3)
-    # and one that has become impossible for certain
+    # a hypothesis that has become impossible
     assert math.isinf(log_capital(np.zeros(300, dtype=bool), reference, 701))
 
 
-def test_a_floor_is_below_the_mean_at_every_look_at_once() -> None:
+def test_cost_floor_is_below_the_mean_at_all_looks_simultaneously() -> None:
     images, error, orders = 160, 0.1, 400
     draw = np.random.default_rng(1)
     costs = draw.uniform(2, 6, images) ** 1.5
@@ -71,13 +73,13 @@ def test_a_floor_is_below_the_mean_at_every_look_at_once() -> None:
         cost_floor(costs, (costs.min() + 1, bounds[1]), images, error)
 
 
-def test_an_estimate_is_the_dense_accuracy_and_the_mean_difference() -> None:
+def test_estimate_is_the_dense_accuracy_plus_the_mean_difference() -> None:
     dense = np.array([1, 1, 1, 0, 1, 0, 1, 1], dtype=bool)
     candidate = np.array([1, 0, 1, 1], dtype=bool)
     estimate = control_variate(candidate, dense)
     assert estimate.value == 75 + 100 * (1 - 1) / 4
     assert estimate.low <= estimate.value <= estimate.high
-    # no wider than what the images left can make of it
+    # within the accuracies that are still possible
     assert estimate.low >= 100 * 3 / 8 and estimate.high <= 100 * 7 / 8
     whole = control_variate(dense ^ True, dense)
     assert (whole.low, whole.value, whole.high) == (25, 25, 25)
@@ -85,7 +87,7 @@ def test_an_estimate_is_the_dense_accuracy_and_the_mean_difference() -> None:
         control_variate(candidate[:0], dense)
 
 
-def test_an_estimate_is_unbiased_and_its_interval_covers() -> None:
+def test_estimate_is_unbiased_and_its_interval_has_its_coverage() -> None:
     draw = np.random.default_rng(2)
     images, seen, studies = 400, 60, 2000
     dense = draw.random(images) < 0.8
@@ -98,7 +100,7 @@ def test_an_estimate_is_unbiased_and_its_interval_covers() -> None:
         covered += estimate.low <= truth <= estimate.high
     error = np.std(found) / math.sqrt(studies)
     assert abs(np.mean(found) - truth) < 4 * error
-    # its promise is 95 %, by an approximation
+    # the interval of 95 % is approximate
     assert covered >= binom.ppf(0.001, studies, 0.94)
     plain = math.sqrt(truth * (100 - truth) / seen * (images - seen) / (images - 1))
-    assert np.std(found) < 0.9 * plain, "the dense model takes variance away"
+    assert np.std(found) < 0.9 * plain, "the control variate reduces the variance"

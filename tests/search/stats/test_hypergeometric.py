@@ -1,4 +1,4 @@
-"""Exact tails against enumeration: what they promise holds for every set of images there is."""
+"""Exact tests against enumeration of all candidates and samples of a few images."""
 
 from __future__ import annotations
 
@@ -8,75 +8,86 @@ import numpy as np
 import pytest
 from scipy.stats import hypergeom
 
-from vitpareto.search.stats.hypergeometric import Seen, hypergeometric, least_of, most_of
+from vitpareto.search.stats.hypergeometric import (
+    PairedCounts,
+    hypergeometric,
+    lower_bound,
+    upper_bound,
+)
 
 ROUNDING = 1e-9
 
 
 @pytest.mark.parametrize("images", [1, 7, 30])
-def test_hypergeometric_is_scipys(images: int) -> None:
+def test_hypergeometric_equals_scipy(images: int) -> None:
     for marked, drawn in itertools.product(range(images + 1), range(images + 1)):
         count = np.arange(-1, images + 2)
-        own = hypergeometric(count, images, np.array([marked]), drawn)
-        assert own == pytest.approx(hypergeom.pmf(count, images, marked, drawn), abs=1e-12)
+        computed = hypergeometric(count, images, np.array([marked]), drawn)
+        assert computed == pytest.approx(hypergeom.pmf(count, images, marked, drawn), abs=1e-12)
 
 
 @pytest.mark.parametrize("error", [0.2, 0.01])
-def test_bounds_are_the_largest_and_smallest_that_are_not_refuted(error: float) -> None:
+def test_bounds_are_the_extreme_numbers_that_are_not_rejected(error: float) -> None:
     images = 24
     for drawn in range(1, images + 1):
         for seen in range(drawn + 1):
             possible = range(seen, images - (drawn - seen) + 1)
             likely = [k for k in possible if hypergeom.cdf(seen, images, k, drawn) > error]
-            assert most_of(seen, drawn, images, error) == max(likely, default=seen)
+            assert upper_bound(seen, drawn, images, error) == max(likely, default=seen)
             least = [k for k in possible if hypergeom.sf(seen - 1, images, k, drawn) > error]
-            assert least_of(seen, drawn, images, error) == min(
+            assert lower_bound(seen, drawn, images, error) == min(
                 least, default=images - (drawn - seen)
             )
 
 
-def wrongly_refuted(right: int, wrong: int, wanted: int, drawn: int, error: float) -> float:
-    """The largest chance, over all candidates that are right on `wanted` images or more and over
-    how many images of either kind are drawn, that this is refuted after `drawn` images.
+def probability_of_wrong_rejection(
+    right: int, wrong: int, wanted: int, drawn: int, error: float
+) -> float:
+    """Return the largest probability of rejecting a true hypothesis after `drawn` images.
+
+    The maximum is over all candidates that are right on at least `wanted` images, and over the
+    number of drawn images that the reference has right.
     """
     worst = 0.0
-    for had in range(max(0, drawn - wrong), min(drawn, right) + 1):
-        had_not = drawn - had
-        refuted = np.zeros((had + 1, had_not + 1), dtype=bool)
-        for lost, gained in np.ndindex(refuted.shape):
-            seen = Seen(right, wrong, had, had_not, lost, gained)
-            refuted[lost, gained] = seen.refutes(wanted, error)
+    for right_seen in range(max(0, drawn - wrong), min(drawn, right) + 1):
+        wrong_seen = drawn - right_seen
+        rejected = np.zeros((right_seen + 1, wrong_seen + 1), dtype=bool)
+        for lost, gained in np.ndindex(rejected.shape):
+            counts = PairedCounts(right, wrong, right_seen, wrong_seen, lost, gained)
+            rejected[lost, gained] = counts.rejects(wanted, error)
         for losses, gains in itertools.product(range(right + 1), range(wrong + 1)):
             if right - losses + gains < wanted:
-                continue  # not what is claimed
-            lost = hypergeometric(np.arange(had + 1), right, np.array([losses]), had)
-            gained = hypergeometric(np.arange(had_not + 1), wrong, np.array([gains]), had_not)
-            worst = max(worst, float(lost @ refuted @ gained))
+                continue  # the hypothesis is false
+            lost = hypergeometric(np.arange(right_seen + 1), right, np.array([losses]), right_seen)
+            gained = hypergeometric(np.arange(wrong_seen + 1), wrong, np.array([gains]), wrong_seen)
+            worst = max(worst, float(lost @ rejected @ gained))
     return worst
 
 
 @pytest.mark.parametrize(("right", "wrong"), [(10, 6), (14, 2), (16, 0), (5, 11)])
 @pytest.mark.parametrize("error", [0.2, 0.05])
-def test_a_true_claim_is_refuted_no_more_often_than_promised(
+def test_true_hypothesis_is_rejected_with_at_most_the_error(
     right: int, wrong: int, error: float
 ) -> None:
-    """Of all candidates and samples of 16 images, by enumeration."""
-    tried = 0
+    """Enumerates all candidates and samples of 16 images."""
+    rejections = 0
     for wanted, drawn in itertools.product((right - 2, right, right + 1), (4, 9, 13)):
-        chance = wrongly_refuted(right, wrong, wanted, drawn, error)
-        assert chance <= error + ROUNDING, (wanted, drawn)
-        tried += chance > 0
-    # of 16 images that all were right too few can be lost to refute anything
-    assert tried >= 3 or wrong == 0, "a test that never refutes keeps every promise"
+        found = probability_of_wrong_rejection(right, wrong, wanted, drawn, error)
+        assert found <= error + ROUNDING, (wanted, drawn)
+        rejections += found > 0
+    # with 16 images that the reference has right, no possible loss is large enough to reject
+    assert rejections >= 3 or wrong == 0, "the test must reject something, or the check is empty"
 
 
-def test_nothing_is_left_open_once_every_image_was_seen() -> None:
+def test_decision_is_exact_once_all_images_are_seen() -> None:
     for losses, gains in itertools.product(range(9), range(5)):
-        seen = Seen(8, 4, 8, 4, losses, gains)
-        assert seen.refutes(8 - losses + gains + 1, 1e-12)
-        assert not seen.refutes(8 - losses + gains, 0.4)
+        counts = PairedCounts(8, 4, 8, 4, losses, gains)
+        assert counts.rejects(8 - losses + gains + 1, 1e-12)
+        assert not counts.rejects(8 - losses + gains, 0.4)
 
 
-def test_counts_are_those_of_the_prefix() -> None:
+def test_counts_are_of_the_images_seen() -> None:
     reference = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
-    assert Seen.of(np.array([1, 0, 1, 0], dtype=bool), reference) == Seen(3, 3, 2, 2, 1, 1)
+    assert PairedCounts.of(np.array([1, 0, 1, 0], dtype=bool), reference) == PairedCounts(
+        3, 3, 2, 2, 1, 1
+    )

@@ -1,4 +1,4 @@
-"""What a study may propose: every draw is a recipe that the model allows, inside what was asked."""
+"""The search space: every draw is a recipe that the model allows and is inside the job's space."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SHAPES = ("12x196", "12x64", "3x16", "24x576")
 
 @cache
 def shape(kind: str, structure: str = "") -> ModelShape:
-    """That of the model, after a structural step given as YAML."""
+    """Return the shape of the model after a structural step given as YAML."""
     whole = methods.model_shape(model(kind))
     return Recipe.from_yaml(structure).reshape(whole, model(kind))[0]
 
@@ -67,8 +67,8 @@ def draws(space: Space, on: ShapeFinder, count: int) -> list[tuple[optuna.Trial,
     return [(trial, space.suggest(trial, on)) for trial in trials]
 
 
-def asked(params: dict[str, Any], on: ShapeFinder) -> tuple[dict[str, Any], Recipe]:
-    """What the whole space makes of given Optuna parameters: those it asked for, and the recipe."""
+def suggested(params: dict[str, Any], on: ShapeFinder) -> tuple[dict[str, Any], Recipe]:
+    """Return the Optuna parameters that the whole space uses of these, and the recipe."""
     trial = optuna.trial.FixedTrial(params)
     return trial.params, Space.of(METHODS, {}, {}).suggest(trial, on)  # type: ignore[arg-type]
 
@@ -80,8 +80,8 @@ def test_every_draw_is_a_recipe_that_costs_no_more_than_dense(name: str, kind: s
     dense = recipe_macs(Recipe(), on)[0]
     keys = set()
     for trial, recipe in draws(Space.of((name,), {}, {}), finder(kind), 200):
-        own = {f"{name}.{p.name}" for p in declared.space}
-        assert {"method"} < set(trial.params) <= own | {"method"}
+        names = {f"{name}.{p.name}" for p in declared.space}
+        assert {"method"} < set(trial.params) <= names | {"method"}
         assert Recipe.from_dict(recipe.to_dict()).checked(on) == recipe.checked(on)
         after = shape(kind, Recipe(structure=recipe.structure).to_yaml())
         keys.add(recipe.key(after))
@@ -95,7 +95,7 @@ def test_every_draw_is_a_recipe_that_costs_no_more_than_dense(name: str, kind: s
             extra = declared.extra_macs(params, on, counts)
             assert 0 <= extra < 0.05 * dense
             assert schedule_macs(recipe, on, counts) - extra <= dense
-    # a space that resolves to a handful of recipes would be searched for nothing
+    # the space has to resolve to more than a few recipes
     assert len(keys) >= {"12x196": 5, "12x64": 4, "3x16": 2, "24x576": 5}[kind]
 
 
@@ -118,7 +118,7 @@ def test_draws_reach_the_whole_space(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STAGED)
-def test_spacing_is_asked_only_where_there_are_several_stages(name: str) -> None:
+def test_spacing_is_suggested_only_with_several_stages(name: str) -> None:
     stages = set()
     for trial, recipe in draws(Space.of((name,), {}, {}), finder("12x196"), 60):
         stages.add(trial.params[f"{name}.stages"])
@@ -131,24 +131,24 @@ def test_spacing_is_asked_only_where_there_are_several_stages(name: str) -> None
 
 
 def test_all_methods_are_proposed() -> None:
-    made = draws(Space.of(METHODS, {}, {}), finder("12x64"), 200)
-    assert {t.params["method"] for t, _ in made} == set(METHODS)
-    assert all(recipe.method == t.params["method"] for t, recipe in made)
+    drawn = draws(Space.of(METHODS, {}, {}), finder("12x64"), 200)
+    assert {t.params["method"] for t, _ in drawn} == set(METHODS)
+    assert all(recipe.method == t.params["method"] for t, recipe in drawn)
 
 
 # --- presets
 
 
 def presets(space: Space, on: ShapeFinder) -> dict[str, Recipe]:
-    out = {}
+    recipes = {}
     for label, params in space.preset_params():
         trial = optuna.trial.FixedTrial(params)
-        out[label] = space.suggest(trial, on)  # type: ignore[arg-type]
-        assert trial.params == params, "what is enqueued is what is asked"
-    return out
+        recipes[label] = space.suggest(trial, on)  # type: ignore[arg-type]
+        assert trial.params == params, "the suggested parameters are the enqueued ones"
+    return recipes
 
 
-def test_every_preset_lies_inside_its_own_space() -> None:
+def test_every_preset_is_inside_the_space_of_its_method() -> None:
     wanted = [f"{n} {p.name}" for n in METHODS for p in methods.get(n).presets]
     assert [label for label, _ in Space.of(METHODS, {}, {}).preset_params()] == wanted
     for kind in SHAPES:
@@ -179,7 +179,7 @@ def test_presets_scale_with_depth_and_patches() -> None:
 
 
 @pytest.mark.parametrize(
-    ("space", "fixed", "left"),
+    ("space", "fixed", "remaining"),
     [
         ({}, {}, ["topk 75%", "topk 50%", "tome r=8", "tome r=13", "tome r=16"]),
         ({"topk.keep_rate": [0.6, 0.9]}, {}, ["topk 75%", "tome r=8", "tome r=13", "tome r=16"]),
@@ -188,19 +188,19 @@ def test_presets_scale_with_depth_and_patches() -> None:
         ({}, {"topk.stages": 3, "tome.inflection": 0.5}, ["topk 75%", "topk 50%"]),
     ],
 )
-def test_presets_that_were_narrowed_away_are_left_out(
-    space: dict[str, Any], fixed: dict[str, Any], left: list[str]
+def test_presets_outside_the_narrowed_space_are_omitted(
+    space: dict[str, Any], fixed: dict[str, Any], remaining: list[str]
 ) -> None:
-    made = Space.of(("topk", "tome"), space, fixed)
-    assert list(presets(made, finder("12x196"))) == left
-    for _, params in made.preset_params():
-        assert not set(fixed) & set(params), "a fixed parameter is never asked for"
+    narrowed = Space.of(("topk", "tome"), space, fixed)
+    assert list(presets(narrowed, finder("12x196"))) == remaining
+    for _, params in narrowed.preset_params():
+        assert not set(fixed) & set(params), "a fixed parameter is not suggested"
 
 
 # --- narrowing
 
 
-def test_draws_stay_inside_what_the_job_narrowed_and_fixed() -> None:
+def test_draws_are_inside_the_job_s_bounds_and_have_its_fixed_values() -> None:
     space = Space.of(
         ("topk", "rajni", "tome"),
         {"topk.keep_rate": [0.5, 0.9], "topk.stages": [2, 3], "rajni.score": ["jacobian"],
@@ -225,14 +225,14 @@ def test_draws_stay_inside_what_the_job_narrowed_and_fixed() -> None:
     assert seen == {"topk", "rajni", "tome"}
 
 
-def test_a_fixed_value_waits_for_its_condition_too() -> None:
-    """One stage has no spacing, also where the job fixes one."""
+def test_fixed_value_applies_only_if_its_condition_holds() -> None:
+    """A single stage has no spacing, even if the job fixes one."""
     space = Space.of(("topk",), {}, {"topk.spacing": 0.25, "topk.stages": 1})
     for _, recipe in draws(space, finder("12x196"), 20):
         assert recipe.tokens is not None and len(recipe.tokens.params["prune_layers"]) == 1
 
 
-def test_one_choice_needs_no_list() -> None:
+def test_single_choice_needs_no_list() -> None:
     narrowed = Space.of(("rajni",), {"rajni.score": "jacobian"}, {}).parameters["rajni"]
     assert [p.choices for p in narrowed if isinstance(p, Choice)] == [("jacobian",)]
 
@@ -280,56 +280,56 @@ def test_bad_space_is_refused(
     assert hint in str(caught.value)
 
 
-# --- a structure beneath
+# --- structures under token methods
 
 
-def test_token_methods_are_proposed_with_and_without_a_structure_beneath() -> None:
+def test_token_methods_are_proposed_with_and_without_a_structure() -> None:
     space, on = Space.of(("topk", "resize"), {}, {}), finder("12x196")
     assert space.structures == ("none", "resize")
-    below: dict[str, list[Recipe]] = {"none": [], "resize": []}
+    by_structure: dict[str, list[Recipe]] = {"none": [], "resize": []}
     for trial, recipe in draws(space, on, 60):
         if trial.params["method"] == "resize":
             assert recipe.tokens is None and "structure" not in trial.params
             continue
-        below[trial.params["structure"]].append(recipe)
+        by_structure[trial.params["structure"]].append(recipe)
         assert ("resize.scale" in trial.params) == (recipe.structure is not None)
-        # relative choices are of the grid that the structure leaves
+        # choices are relative to the patches that the structure leaves
         counts = recipe.tokens.declared.counts(recipe.tokens.params, on(recipe))  # type: ignore
         assert counts is not None and counts[0] <= on(recipe).patches
-    assert min(map(len, below.values())) > 5
-    sizes = {on(r).patches for r in below["resize"]}
+    assert min(map(len, by_structure.values())) > 5
+    sizes = {on(r).patches for r in by_structure["resize"]}
     assert len(sizes) > 2 and max(sizes) < 196
 
 
-def test_with_one_structure_a_study_asks_what_it_always_asked() -> None:
+def test_structure_is_not_suggested_if_there_is_only_one() -> None:
     for trial, recipe in draws(Space.of(("topk", "tome"), {}, {}), finder("12x64"), 20):
         assert "structure" not in trial.params and recipe.structure is None
 
 
-def test_a_preset_is_of_the_whole_model() -> None:
+def test_presets_have_no_structure_under_a_token_method() -> None:
     found = presets(Space.of(("topk", "resize"), {}, {}), finder("12x196"))
     assert list(found) == ["topk 75%", "topk 50%", "resize 86% side", "resize 71% side"]
     assert all(r.tokens is None or r.structure is None for r in found.values())
-    beneath_all = Space.of(("topk", "resize"), {}, {"structure": "resize"})
-    assert list(presets(beneath_all, finder("12x196"))) == ["resize 86% side", "resize 71% side"]
+    resized = Space.of(("topk", "resize"), {}, {"structure": "resize"})
+    assert list(presets(resized, finder("12x196"))) == ["resize 86% side", "resize 71% side"]
 
 
-def test_a_job_narrows_what_lies_beneath() -> None:
-    for space, fixed, left in (
+def test_job_narrows_the_structures() -> None:
+    for space, fixed, remaining in (
         ({}, {"structure": "none"}, ("none",)),
         ({}, {"structure": "resize"}, ("resize",)),
         ({"structure": ["resize", "none"]}, {}, ("none", "resize")),
         ({"structure": "none"}, {}, ("none",)),
     ):
-        made = Space.of(("topk", "resize"), space, fixed)
-        assert made.structures == left
-        for trial, recipe in draws(made, finder("12x64"), 15):
-            assert ("structure" in trial.params) == (recipe.method == "topk" and len(left) > 1)
-            if recipe.method == "topk" and left == ("resize",):
+        narrowed = Space.of(("topk", "resize"), space, fixed)
+        assert narrowed.structures == remaining
+        for trial, recipe in draws(narrowed, finder("12x64"), 15):
+            assert ("structure" in trial.params) == (recipe.method == "topk" and len(remaining) > 1)
+            if recipe.method == "topk" and remaining == ("resize",):
                 assert recipe.structure is not None
 
 
-def test_what_trains_every_candidate_by_itself_lies_beneath_none() -> None:
+def test_methods_that_train_every_candidate_are_not_combined_with_token_methods() -> None:
     names = ("topk", "nvit", "revit", "patchmerger")
     assert Space.of(names, {}, {}).structures == ("none", "nvit")
 
@@ -344,14 +344,14 @@ def test_relative_choices_become_absolute_settings() -> None:
     )
     params = {"method": "topk", "structure": "none"}
     params |= {f"topk.{k}": v for k, v in choices.items()}
-    used, recipe = asked(params, finder("12x64"))
+    used, recipe = suggested(params, finder("12x64"))
     assert used == params
     assert recipe == resolve("topk", choices, shape("12x64"))
     small = resolve("resize", {"scale": 0.5}, shape("24x576"))
     assert small.structure is not None and small.structure.params == {"size": 72}
 
 
-def test_a_drawn_recipe_runs_and_leaves_the_counts_it_declares() -> None:
+def test_drawn_recipe_leaves_the_declared_counts() -> None:
     shape_of = ShapeFinder(vit())
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     ran = set()
@@ -363,16 +363,18 @@ def test_a_drawn_recipe_runs_and_leaves_the_counts_it_declares() -> None:
         assert logits.shape == (2, 10) and logits.isfinite().all()
         step = recipe_of(built).tokens
         if step is not None:
-            left = torch.stack(trace.tokens, dim=1) - on.prefix
+            remaining = torch.stack(trace.tokens, dim=1) - on.prefix
             counts = step.declared.counts(step.params, on)
             low, high = step.declared.bounds(step.params, on)
             assert counts is None or counts == low == high
-            assert (left >= torch.tensor(low)).all() and (left <= torch.tensor(high)).all()
+            assert (remaining >= torch.tensor(low)).all() and (
+                remaining <= torch.tensor(high)
+            ).all()
         ran.add(recipe.method)
     assert len(ran) >= 4
 
 
-# --- schedules lifted to the steps of a latency table
+# --- schedules raised to the steps of a latency table
 
 
 def eights(tokens: int) -> int:
@@ -380,38 +382,45 @@ def eights(tokens: int) -> int:
 
 
 @pytest.mark.parametrize("name", ["topk", "tome", "ppt", "random", "evit", "tram"])
-def test_snapped_schedules_end_on_steps_and_keep_at_least_as_much(name: str) -> None:
+def test_snapped_schedules_end_on_steps_and_keep_at_least_as_many_patches(name: str) -> None:
     space = replace(Space.of((name,), {}, {}), snap=eights)
     plain = Space.of((name,), {}, {})
-    one, other = (optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)) for _ in "ab")
-    lifted = 0
+    snapped_study, plain_study = (
+        optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=3)) for _ in range(2)
+    )
+    raised = 0
     for _ in range(40):
-        own = shape("12x196")
+        on = shape("12x196")
         try:
-            was = plain.suggest(other.ask(), finder("12x196"))
+            before_snap = plain.suggest(plain_study.ask(), finder("12x196"))
         except BadInput:
-            one.ask()
+            snapped_study.ask()
             continue
-        now = space.suggest(one.ask(), finder("12x196"))
-        assert was.tokens is not None and now.tokens is not None
-        before = was.tokens.declared.counts(was.tokens.params, own)
-        after = now.tokens.declared.counts(now.tokens.params, own)
-        if now == was:
+        after_snap = space.suggest(snapped_study.ask(), finder("12x196"))
+        assert before_snap.tokens is not None and after_snap.tokens is not None
+        before = before_snap.tokens.declared.counts(before_snap.tokens.params, on)
+        after = after_snap.tokens.declared.counts(after_snap.tokens.params, on)
+        if after_snap == before_snap:
             continue
-        lifted += 1
-        assert now.tokens.params["counts"] == after
+        raised += 1
+        assert after_snap.tokens.params["counts"] == after
         assert all(b >= a for a, b in zip(before, after, strict=True))
-        left = 196
+        remaining = 196
         for count in after:
-            assert count == left or (count + own.prefix) % 8 == 0
-            left = count
-        kept = set(was.tokens.params) - {*was.tokens.declared.schedule, "counts"}
-        assert {k: now.tokens.params[k] for k in kept} == {k: was.tokens.params[k] for k in kept}
+            assert count == remaining or (count + on.prefix) % 8 == 0
+            remaining = count
+        unchanged = set(before_snap.tokens.params) - {
+            *before_snap.tokens.declared.schedule,
+            "counts",
+        }
+        assert {k: after_snap.tokens.params[k] for k in unchanged} == {
+            k: before_snap.tokens.params[k] for k in unchanged
+        }
     uncounted = not any(p.name == "counts" for p in methods.get(name).parameters)
-    assert (lifted == 0) == uncounted
+    assert (raised == 0) == uncounted
 
 
-def test_a_snapped_recipe_prunes_as_it_says() -> None:
+def test_snapped_recipe_leaves_its_counts() -> None:
     recipe = snapped(
         Recipe.of("topk", keep_rate=0.7, prune_layers=(3, 6, 9)), small_shape(), eights
     )

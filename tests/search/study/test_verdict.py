@@ -1,4 +1,4 @@
-"""The one sentence: which two are compared, on which images, and that it is as sure as it says."""
+"""The verdict: the trials and images that it compares, its interval, and its sentence."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.verdict import controls_of, is_control, verdict
 
 OBJECTIVES = ("top1", "gmacs")
-#: chance that a bound on a simulated share is wrong
-SURE = 0.01
+#: error probability of the bounds on simulated rates
+BOUND_ERROR = 0.01
 RECIPES = {
     "dense": {},
     "topk": {"tokens": {"method": "topk", "keep_rate": 0.5, "prune_layers": [3, 6, 9]}},
@@ -44,9 +44,9 @@ def bits(right: int, images: int = 400) -> np.ndarray:
 def certified(results: list[TrialResult], held: dict[int, np.ndarray]) -> list[TrialResult]:
     images = len(next(iter(held.values())))
     record = Record("f", ("a",), np.zeros(images, dtype=np.int64), (tuple(held),))
-    there = [replace(r, bits=pack_bits(held[r.trial]), images=images) for r in results
+    held_out = [replace(r, bits=pack_bits(held[r.trial]), images=images) for r in results
              if r.trial in held]  # fmt: skip
-    return attach(results, record, there, there[0])
+    return attach(results, record, held_out, held_out[0])
 
 
 STUDY = [
@@ -61,110 +61,112 @@ STUDY = [
 ]
 
 
-def test_a_gain_names_both_with_their_interval_on_held_out_images() -> None:
-    # what the knee is
+def test_gain_is_measured_on_held_out_images() -> None:
     held = {0: bits(390), 1: bits(370), 3: bits(340)}
-    said = verdict(certified(STUDY, held), OBJECTIVES)
-    assert said is not None and said.method is not None and said.control is not None
-    assert (said.method.trial, said.control.trial, said.budget) == (1, 3, 2.0)
+    found = verdict(certified(STUDY, held), OBJECTIVES)
+    assert found is not None and found.method is not None and found.control is not None
+    assert (found.method.trial, found.control.trial, found.budget) == (1, 3, 2.0)
     low, high = paired_difference(30, 0, 400, ERROR)
-    assert said.gain == 7.5 and said.held_out and said.images == 400
-    assert said.margin == max(7.5 - low, high - 7.5) and said.shown
+    assert found.gain == 7.5 and found.held_out and found.images == 400
+    assert found.margin == max(7.5 - low, high - 7.5) and found.significant
     assert re.fullmatch(
-        r"At 2 GMACs \(the knee's cost\) pruning gains 7\.50 ± [23]\.\d\d points of top-1 over the "
-        r"best of 3 controls, resize size=48 \(trial 3, 2 GMACs\): trial 1, topk keep_rate=0\.5 "
-        r"prune_layers=\[3,6,9\]; 95 %, paired, on 400 held-out images",
-        str(said),
+        r"At 2 GMACs \(the cost of the front's knee\) pruning gains 7\.50 ± [23]\.\d\d points of "
+        r"top-1 over the best of 3 controls, resize size=48 \(trial 3, 2 GMACs\): trial 1, topk "
+        r"keep_rate=0\.5 prune_layers=\[3,6,9\]; 95 %, paired, on 400 held-out images",
+        str(found),
     )
-    assert "\n" not in str(said)
+    assert "\n" not in str(found)
 
 
-def test_without_certificates_of_both_the_search_images_have_to_do_and_it_says_so() -> None:
+def test_search_images_are_used_if_one_of_the_two_is_not_certified() -> None:
     for results in (STUDY, certified(STUDY, {0: bits(390), 1: bits(370)})):
-        said = verdict(results, OBJECTIVES)
-        assert said is not None and not said.held_out and said.gain == 100 * 50 / 400
-        assert str(said).endswith(
-            "on the 400 search images that chose both, which flatters the method: not certified"
+        found = verdict(results, OBJECTIVES)
+        assert found is not None and not found.held_out and found.gain == 100 * 50 / 400
+        assert str(found).endswith(
+            "not certified: on the 400 search images that selected both, which favours the method"
         )
 
 
-def test_no_gain_says_what_to_use_instead() -> None:
+def test_without_a_gain_the_control_is_recommended() -> None:
     results = [
         trial(0, "dense", bits(390), 4.0), trial(1, "topk", bits(370), 2.0),
         trial(2, "resize", bits(360), 2.0), trial(3, "tome", bits(352), 1.0),
     ]  # fmt: skip
     worse = verdict(certified(results, {0: bits(390), 1: bits(340), 2: bits(360)}), OBJECTIVES)
     assert str(worse).startswith(
-        "At 2 GMACs (the knee's cost) no method beats the only control: use the smaller input, "
-        "resize size=48 (trial 2, 2 GMACs); the best method, trial 1, topk"
+        "At 2 GMACs (the cost of the front's knee) no method is better than the only control: use "
+        "the smaller input, resize size=48 (trial 2, 2 GMACs); the best method, trial 1, topk"
     )
     assert "is 5.00 ± " in str(worse) and " points below it; 95 %" in str(worse)
     level = verdict(certified(results, {0: bits(390), 1: bits(360), 2: bits(360)}), OBJECTIVES)
-    assert "no method beats the only control" in str(level) and "is level with it, ± " in str(level)
-    unsure = verdict(certified(results, {0: bits(390), 1: bits(361), 2: bits(360)}), OBJECTIVES)
-    assert unsure is not None and unsure.gain == 0.25 and not unsure.shown
-    assert "no method is shown to beat the only control: use the smaller input" in str(unsure)
-    assert "is 0.25 ± " in str(unsure) and " points above it" in str(unsure)
+    assert level is not None and level.gain == 0 and not level.significant
+    assert ", has the same top-1, ± " in str(level)
+    close = verdict(certified(results, {0: bits(390), 1: bits(361), 2: bits(360)}), OBJECTIVES)
+    assert close is not None and close.gain == 0.25 and not close.significant
+    assert "no method is significantly better than the only control: use" in str(close)
+    assert "is 0.25 ± " in str(close) and " points above it" in str(close)
 
 
-def test_at_the_dense_models_cost_the_dense_model_is_a_control() -> None:
-    said = str(verdict(STUDY, OBJECTIVES, max_gmacs=10))
-    assert said.startswith(
-        "At 10 GMACs (as asked for) no method beats the best of 4 controls: use the dense model "
-        "(trial 0, 4 GMACs); the best method, trial 6, tome"
-    )
+def test_dense_model_is_a_control_if_it_is_within_the_budget() -> None:
+    found = verdict(STUDY, OBJECTIVES, max_gmacs=10)
+    assert found is not None and found.method is not None and found.control is not None
+    assert (found.method.trial, found.control.trial, found.controls) == (6, 0, 4)
+    assert not found.significant and "use the dense model (trial 0, 4 GMACs)" in str(found)
 
 
-def test_the_budget_is_a_bound_and_what_was_stopped_early_is_no_method() -> None:
-    said = verdict(STUDY, OBJECTIVES, max_gmacs=1.99)
-    assert said is not None and said.method is not None and said.control is not None
-    assert (said.method.trial, said.control.trial) == (4, 2)
-    said = verdict(STUDY, OBJECTIVES, max_gmacs=0.9)
-    assert said is not None and said.method is None
-    assert str(said) == (
-        "At 0.9 GMACs (as asked for) there is no verdict: no method that was measured in full "
-        "costs so little; the cheapest, tome r=4 inflection=0 prop_attn=True, costs 1 GMACs"
-    )
+def test_only_finished_trials_within_the_budget_are_compared() -> None:
+    found = verdict(STUDY, OBJECTIVES, max_gmacs=1.99)
+    assert found is not None and found.method is not None and found.control is not None
+    assert (found.method.trial, found.control.trial) == (4, 2)
+    found = verdict(STUDY, OBJECTIVES, max_gmacs=0.9)
+    assert found is not None and found.method is None
+    assert found.reason.startswith("no verdict is possible: no fully measured method")
+    assert found.reason.endswith("tome r=4 inflection=0 prop_attn=True, costs 1 GMACs")
+    assert str(found) == f"At 0.9 GMACs (as requested) {found.reason}"
 
 
-def test_what_is_missing_is_said() -> None:
+def test_reason_names_what_is_missing() -> None:
     assert verdict([], OBJECTIVES) is None
     assert verdict(STUDY[:1], OBJECTIVES) is None
     few = [STUDY[0], STUDY[1]]
-    assert "no control that was measured in full costs so little; the cheapest, dense" in str(
-        verdict(few, OBJECTIVES)
-    )
-    assert str(verdict([STUDY[0], STUDY[3]], OBJECTIVES)).endswith("no method was measured in full")
-    bare = [replace(r, bits="", images=0) for r in STUDY]
-    assert "its images were not kept" in str(verdict(bare, OBJECTIVES))
+    found = verdict(few, OBJECTIVES)
+    assert found is not None and found.method is not None and found.control is None
+    assert "control is within the budget; the cheapest, dense" in found.reason
+    found = verdict([STUDY[0], STUDY[3]], OBJECTIVES)
+    assert found is not None and found.method is None and found.control is None
+    assert found.reason == "no method is fully measured"
+    without_bits = [replace(r, bits="", images=0) for r in STUDY]
+    found = verdict(without_bits, OBJECTIVES)
+    assert found is not None and found.method is None and found.control is None
+    assert "correctness per image" in found.reason
 
 
-def test_without_a_knee_the_budget_is_the_middle_of_the_methods_on_the_front() -> None:
+def test_without_a_knee_the_budget_is_the_cost_of_the_middle_of_the_front() -> None:
     results = [
         trial(0, "dense", bits(390), 4.0), trial(1, "topk", bits(380), 2.0),
         trial(2, "random", bits(100), 1.0),
     ]  # fmt: skip
-    said = verdict(results, OBJECTIVES)
-    assert said is not None and said.budget == 2.0
-    assert "(the middle of the front, which has no knee)" in str(said)
+    found = verdict(results, OBJECTIVES)
+    assert found is not None and found.budget == 2.0
+    assert found.budget_source == "the cost of the middle of the front, which has no knee"
 
 
-def test_the_budget_is_in_the_first_cost_of_the_study() -> None:
+def test_budget_is_in_the_first_cost_of_the_objectives() -> None:
     results = [replace(r, values={**r.values, "latency_ms": 3 * r.values["gmacs"]}) for r in STUDY]
-    said = verdict(results, ("top1", "latency_ms"))
-    assert said is not None and said.cost.name == "latency_ms" and said.budget == 6.0
-    assert str(said).startswith("At 6 ms latency per batch, p50 (the knee's cost)")
+    found = verdict(results, ("top1", "latency_ms"))
+    assert found is not None and found.cost.name == "latency_ms" and found.budget == 6.0
+    assert str(found).startswith("At 6 ms latency per batch, p50 (the cost of the front's knee)")
     assert "At 2 GMACs" in str(verdict(results, ("top1", "latency_ms"), max_gmacs=2))
 
 
-def test_controls_are_what_the_registry_says() -> None:
+def test_controls_are_those_of_the_registry() -> None:
     assert [r.trial for r in controls_of(STUDY)] == [0, 2, 3, 5]
     assert not is_control(trial(9, "both", bits(1), 1.0))
-    assert not is_control(replace(STUDY[1], recipe={"tokens": {"method": "of another version"}}))
+    assert not is_control(replace(STUDY[1], recipe={"tokens": {"method": "unknown"}}))
 
 
-def test_the_certified_gain_is_as_sure_as_it_says_where_that_of_the_search_is_not() -> None:
-    """Both are chosen on the search images: 60 equal methods, a control as good as they are."""
+def test_interval_covers_on_held_out_images_and_not_on_search_images() -> None:
+    """The search images select both among 60 methods and a control of the same accuracy."""
     draw, studies, missed, naive, claims = np.random.default_rng(0), 400, 0, 0, 0
     images, level = 250, np.float32(norm.ppf(0.8))
     for _ in range(studies):
@@ -177,14 +179,14 @@ def test_the_certified_gain_is_as_sure_as_it_says_where_that_of_the_search_is_no
             for i, name in enumerate(names)
         ]
         held = {i: right[i, images:] for i in range(62)}
-        for found, sure in ((certified(results, held), True), (results, False)):
-            said = verdict(found, OBJECTIVES, max_gmacs=3)
-            assert said is not None and said.images == images and said.held_out == sure
-            if sure:
-                missed += abs(said.gain) > said.margin  # the truth is 0
-                claims += said.shown
+        for study, on_held_out in ((certified(results, held), True), (results, False)):
+            found = verdict(study, OBJECTIVES, max_gmacs=3)
+            assert found is not None and found.images == images and found.held_out == on_held_out
+            if on_held_out:
+                missed += abs(found.gain) > found.margin  # the true gain is 0
+                claims += found.significant
             else:
-                naive += abs(said.gain) > said.margin
-    assert beta.isf(SURE, missed + 1, studies - missed) <= ERROR, missed
-    assert claims <= missed, "a claim is a miss here"
-    assert beta.ppf(SURE, naive, studies - naive + 1) > ERROR, naive
+                naive += abs(found.gain) > found.margin
+    assert beta.isf(BOUND_ERROR, missed + 1, studies - missed) <= ERROR, missed
+    assert claims <= missed, "every significant gain is a miss here"
+    assert beta.ppf(BOUND_ERROR, naive, studies - naive + 1) > ERROR, naive

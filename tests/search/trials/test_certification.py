@@ -285,13 +285,16 @@ def test_changes_of_order_are_reported() -> None:
     assert changes[0].held_out == pytest.approx(7.5)
     note = order_note(front)
     assert note == (
-        "order: held-out images turn 3 of 6 pairs round, 2 by more than noise: trial 3 above trial "
-        "1 by 7.50 points (more than noise); trial 3 above trial 2 by 7.00 points (more than "
-        "noise); trial 2 above trial 1 by 0.50 points"
+        "order: 3 of 6 pairs are reversed on held-out images, 2 significantly: trial 3 above trial "
+        "1 by 7.50 points (significant); trial 3 above trial 2 by 7.00 points (significant); "
+        "trial 2 above trial 1 by 0.50 points"
     )
     same = front_of(certified(results, list(right.values())), AXES)
     assert order_changes(same) == []
-    assert order_note(same) == "order: as on the search images, in all 6 pairs of certified trials"
+    assert (
+        order_note(same)
+        == "order: the same as on the search images for all 6 pairs of certified trials"
+    )
     assert order_note(results) == "" and order_changes(results[:1]) == []
 
 
@@ -436,7 +439,7 @@ def test_a_later_member_gets_a_new_round(real: Real) -> None:
     assert added.values["gmacs"] < cheapest.values["gmacs"]
     real.folder.trials.write(added)
     assert why_not(real.folder, front_of(measured(real.folder), AXES)).startswith(
-        f"trials not certified on held-out images yet: {added.trial}: vitpareto search --name s"
+        f"trials not certified on held-out images yet: {added.trial}; run vitpareto search --name s"
     )
     assert real.certify() == {}
     rounds = real.folder.certification().read()["rounds"]
@@ -477,7 +480,7 @@ def test_a_failing_member_does_not_stop_the_others(
         assert list(failed) == [number] and "0123456789abcdef" in failed[number]
         assert real.said[-1].startswith(f"trial {number} is not certified: ")
         note = why_not(real.folder, front_of(measured(real.folder), AXES))
-        assert note.startswith(f"trials not certified on held-out images yet: {number}: ")
+        assert note.startswith(f"trials not certified on held-out images yet: {number}; ")
     finally:
         trials.write_text(text)
     assert real.certify() == {} and path.is_file(), "tried again by the next call"
