@@ -24,19 +24,19 @@ class Raced:
 
 
 def front_of(right: np.ndarray, costs: np.ndarray) -> list[int]:
-    """The true front on all images, of right [N, M] and costs [N, K]."""
+    """Return the true front on all images of right [N, M] and costs [N, K]."""
     points = np.column_stack([right.sum(axis=1), costs])
     return list(np.flatnonzero(non_dominated(points, [-1] + [1] * costs.shape[1])))
 
 
 def lost_of(right: np.ndarray, costs: np.ndarray, stopped: Sequence[int]) -> tuple[int, ...]:
-    """Points of the front that no trial measured in full covers."""
-    kept = np.setdiff1d(np.arange(len(right)), stopped)
+    """Return the front members that no fully measured trial covers."""
+    measured = np.setdiff1d(np.arange(len(right)), stopped)
     count = right.sum(axis=1)
     return tuple(
         int(f)
         for f in front_of(right, costs)
-        if not ((count[kept] >= count[f]) & (costs[kept] <= costs[f]).all(axis=1)).any()
+        if not ((count[measured] >= count[f]) & (costs[measured] <= costs[f]).all(axis=1)).any()
     )
 
 
@@ -90,16 +90,17 @@ class _WithoutErrorBudget(Race):
 def simulated(
     draw: np.random.Generator, many: int, images: int, objectives: int, spread: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bits and costs of one study. Images are harder or easier for all candidates alike, so that a
-    paired difference varies about four times less than an unpaired one; accuracies rise with the
-    cost, `spread` over the whole of it, and chance moves each by a third of that. The order of the
-    images is random.
+    """Return correctness [N, M] and costs [N, K] of a simulated study.
+
+    The difficulty of an image is shared by all candidates, so that a paired difference has about a
+    quarter of the variance of an unpaired one. Accuracies increase with the cost by `spread`, with
+    random deviations of a third of it. The order of the images is random.
     """
     costs = draw.uniform(0.2, 1.0, (many, objectives - 1))
     costs[0] = 1.0
     skill = 0.75 + spread * (costs.mean(axis=1) + draw.normal(0, 0.3, many))
     hard = draw.normal(size=images)
-    own = draw.normal(size=(many, images))
+    noise = draw.normal(size=(many, images))
     level = norm.ppf(np.clip(skill, 0.02, 0.98))
-    right = np.sqrt(0.8) * hard + np.sqrt(0.2) * own < level[:, None]
+    right = np.sqrt(0.8) * hard + np.sqrt(0.2) * noise < level[:, None]
     return right, costs

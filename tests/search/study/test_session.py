@@ -309,8 +309,8 @@ def test_interrupted_trial_is_retried_a_limited_number_of_times(bench: Bench) ->
     for restart in range(INTERRUPTIONS):
         again = bench.session(names=("random",))
         # the presets are ahead of it in the queue
-        asked = (ask(again, f"t{restart}.{i}") for i in range(10))
-        assert any(config["key"] == key for config in asked), restart
+        proposed = (ask(again, f"t{restart}.{i}") for i in range(10))
+        assert any(config["key"] == key for config in proposed), restart
     bench.session(names=("random",))
     failed = {r.key: r.reason for r in bench.folder.trials.all() if r.state == "failed"}
     assert failed[key] == f"interrupted, {INTERRUPTIONS + 1} times"
@@ -373,7 +373,7 @@ def test_choice_that_the_model_does_not_allow_is_failed_with_its_reason(bench: B
     session = bench.session()
     bench.work(session, "a", ask(session, "a"))
     while ask(session, "x") is not None and len(session.running) < 5:
-        session.running[f"kept{len(session.running)}"] = session.running.pop("x")
+        session.running[f"running{len(session.running)}"] = session.running.pop("x")
     impossible = {"method": "tome", "tome.r_fraction": 0.05, "tome.inflection": 0.0}
     session.study.enqueue_trial(impossible)
     broken = methods.get("tome")

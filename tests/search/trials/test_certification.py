@@ -1,4 +1,4 @@
-"""Certification: what is measured on held-out images, and that what is said of it is true."""
+"""Certification on held-out images: what is measured, and the coverage of the intervals."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ from vitpareto.search.trials.worker import Worker
 
 OBJECTIVES = ("top1", "gmacs")
 AXES = objectives_named(OBJECTIVES)
-#: chance that a bound on a simulated share is wrong, so that the tests' verdicts are no luck
-SURE = 0.01
+#: error probability of the bounds on simulated rates
+BOUND_ERROR = 0.01
 
 
 def trial(
@@ -64,16 +64,16 @@ def trial(
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- simulation
+# -- simulation --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class World:
-    """Recipes whose accuracies are known, and whose errors fall on the same hard images.
+    """Recipes with known accuracies, whose errors fall on the same hard images.
 
-    Recipe r, of cost r + 1, is right on an image where a_r + sqrt(.6) z + sqrt(.4) e > 0: z is the
-    image's own, e is noise, both normal, so that its accuracy is Phi(a_r). The last one is dense.
-    Accuracies rise little with cost: chance decides which of them look best.
+    Recipe r, of cost r + 1, is right on an image if a_r + sqrt(.6) z + sqrt(.4) e > 0. z is shared
+    by all recipes, e is noise, and both are normal, so the accuracy is Phi(a_r). The last recipe is
+    dense. Accuracies increase so little with the cost that noise decides which appear best.
     """
 
     draw: np.random.Generator
@@ -86,7 +86,7 @@ class World:
         return np.linspace(0.80, 0.82, self.recipes)
 
     def study(self) -> tuple[list[TrialResult], list[TrialResult]]:
-        """Every recipe on search images, and on held-out ones."""
+        """Return all recipes on search images, and on held-out images."""
         images = self.search + self.held_out
         hard = self.draw.standard_normal(images, dtype=np.float32)
         noise = self.draw.standard_normal((self.recipes, images), dtype=np.float32)
@@ -100,22 +100,22 @@ class World:
 
 
 def at_most(misses: int, studies: int) -> float:
-    """Upper bound on a chance, wrong with SURE at most."""
-    return float(beta.isf(SURE, misses + 1, studies - misses))
+    """Return an upper bound on a probability, with error BOUND_ERROR."""
+    return float(beta.isf(BOUND_ERROR, misses + 1, studies - misses))
 
 
 def at_least(misses: int, studies: int) -> float:
-    return float(beta.ppf(SURE, misses, studies - misses + 1)) if misses else 0.0
+    return float(beta.ppf(BOUND_ERROR, misses, studies - misses + 1)) if misses else 0.0
 
 
 def certified_study(world: World) -> tuple[list[TrialResult], list[TrialResult]]:
-    """A study as it is certified: the results on search images, and the front with certificates."""
+    """Return the results on search images, and the front with certificates."""
     search, held_out = world.study()
     members = members_of(search, OBJECTIVES)
     labels = np.arange(world.held_out) % 5
     record = Record("f", tuple("abcde"), labels, (tuple(r.trial for r in members),))
-    there = [held_out[r.trial] for r in members]
-    return search, [r for r in attach(search, record, there, held_out[-1]) if r.certified]
+    certified = [held_out[r.trial] for r in members]
+    return search, [r for r in attach(search, record, certified, held_out[-1]) if r.certified]
 
 
 def test_certified_intervals_hold_simultaneously() -> None:
@@ -154,37 +154,39 @@ def test_certified_intervals_hold_simultaneously() -> None:
 
 
 def test_certified_accuracies_and_differences_hold_simultaneously() -> None:
-    """The same through what a user reads, with the differences from the dense model."""
+    """The intervals of accuracies, and of differences from the dense model."""
     world = World(np.random.default_rng(1), 20, 150, 250)
-    studies, accuracies, differences, kept = 1500, 0, 0, 0
+    studies, accuracies, differences, missed_targets = 1500, 0, 0, 0
     for _ in range(studies):
         _, certified = certified_study(world)
         truth = {r.trial: 100 * float(world.truth[r.trial]) for r in certified}
-        own = {r.trial: r.certified for r in certified}
-        accuracies += any(not c.low <= truth[t] <= c.high for t, c in own.items() if c)
+        by_trial = {r.trial: r.certified for r in certified}
+        accuracies += any(not c.low <= truth[t] <= c.high for t, c in by_trial.items() if c)
         dense = truth[world.recipes - 1]
         differences += any(
             not c.change_low <= truth[t] - dense <= c.change_high  # type: ignore[operator]
-            for t, c in own.items()
+            for t, c in by_trial.items()
             if c and c.change is not None
         )
-        # what `export --min-top1` promises: whatever it takes, is that good
-        wanted = min(c.low for c in own.values() if c)
-        kept += 100 * float(world.truth[choose(certified, min_top1=wanted).trial]) < wanted
+        # the guarantee of `export --min-top1`: the chosen trial has at least this accuracy
+        wanted = min(c.low for c in by_trial.values() if c)
+        missed_targets += (
+            100 * float(world.truth[choose(certified, min_top1=wanted).trial]) < wanted
+        )
     assert at_most(accuracies, studies) <= ERROR, accuracies
     assert at_most(differences, studies) <= ERROR, differences
-    assert at_most(kept, studies) <= ERROR, kept
+    assert at_most(missed_targets, studies) <= ERROR, missed_targets
 
 
 def test_certified_rounds_hold_under_optional_continuation() -> None:
-    """A user goes on until no certified accuracy is below what she had hoped for."""
-    draw, studies, missed, went_on = np.random.default_rng(2), 3000, 0, 0
+    """A user continues the search until no certified accuracy is below a target."""
+    draw, studies, missed, continued = np.random.default_rng(2), 3000, 0, 0
     truth, images = 0.8, 400
     for _ in range(studies):
         rounds: list[list[int]] = []
         while len(rounds) < 6 and not any(n > 0.83 * images for some in rounds for n in some):
             rounds.append(list(draw.binomial(images, truth, size=4)))
-        went_on += len(rounds) > 1
+        continued += len(rounds) > 1
         numbers = iter(range(100))
         record = Record(
             "f", (), np.array([]), tuple(tuple(next(numbers) for _ in r) for r in rounds)
@@ -193,11 +195,11 @@ def test_certified_rounds_hold_under_optional_continuation() -> None:
         counts = dict(enumerate(n for some in rounds for n in some))
         ends = {t: clopper_pearson(int(n), images, errors[t]) for t, n in counts.items()}
         missed += any(not low <= 100 * truth <= high for low, high in ends.values())
-    assert went_on > 0.5 * studies
+    assert continued > 0.5 * studies
     assert at_most(missed, studies) <= ERROR, missed
 
 
-# -------------------------------------------------------------------------------- what is read off
+# -- certificates -----------------------------------------------------------------------------
 
 
 def bits(images: int, wrong: object) -> np.ndarray:
@@ -207,32 +209,32 @@ def bits(images: int, wrong: object) -> np.ndarray:
 
 
 def certified(results: list[TrialResult], held: list[np.ndarray]) -> list[TrialResult]:
-    """These results, each with its correctness on held-out images; the first is dense."""
+    """Return the results with certificates from correctness on held-out images; dense is first."""
     labels = np.repeat(np.arange(4), len(held[0]) // 4)
     record = Record("f", ("ant", "bee", "cat", "dog"), labels, (tuple(r.trial for r in results),))
     pairs = zip(results, held, strict=True)
-    there = [trial(r.trial, right, r.values["gmacs"], r.method) for r, right in pairs]
-    return attach(results, record, there, there[0])
+    held_out = [trial(r.trial, right, r.values["gmacs"], r.method) for r, right in pairs]
+    return attach(results, record, held_out, held_out[0])
 
 
-def test_a_certificate_records_its_counts() -> None:
+def test_certificate_records_its_counts() -> None:
     images = 80
     base = bits(images, [0, 1])
     pruned = bits(images, [1, 60, 61, 62, 63, 64, 65, 66, 67])  # gains 0, loses eight dogs
     dense, tome = certified([trial(0, base, 4.0, "dense"), trial(1, base, 2.0)], [base, pruned])
-    own = tome.certified
-    assert own is not None and dense.certified is not None
-    assert (own.images, own.lost, own.gained) == (80, 8, 1)
-    assert own.top1 == 100 * 71 / 80 and own.change == 100 * -7 / 80
+    certificate = tome.certified
+    assert certificate is not None and dense.certified is not None
+    assert (certificate.images, certificate.lost, certificate.gained) == (80, 8, 1)
+    assert certificate.top1 == 100 * 71 / 80 and certificate.change == 100 * -7 / 80
     error = 0.9 * ERROR / 2
-    assert (own.low, own.high) == clopper_pearson(71, 80, error)
-    assert (own.change_low, own.change_high) == paired_difference(1, 8, 80, error)
-    assert own.worst == certificates.WorstClass("dog", 40.0, 20, beyond_noise=True)
+    assert (certificate.low, certificate.high) == clopper_pearson(71, 80, error)
+    assert (certificate.change_low, certificate.change_high) == paired_difference(1, 8, 80, error)
+    assert certificate.worst == certificates.WorstClass("dog", 40.0, 20, beyond_noise=True)
     assert dense.certified.change is None and dense.certified.worst is None
-    assert (unpack_bits(own.bits, 80) == pruned).all()
+    assert (unpack_bits(certificate.bits, 80) == pruned).all()
 
 
-def test_a_trial_measured_again_is_not_certified() -> None:
+def test_certificate_of_another_recipe_is_not_attached() -> None:
     base = bits(40, [0])
     results = [trial(0, base, 4.0, "dense"), trial(1, base, 2.0)]
     record = Record("f", ("a",), np.zeros(40, dtype=np.int64), ((0, 1),))
@@ -241,7 +243,7 @@ def test_a_trial_measured_again_is_not_certified() -> None:
     assert [r.certified is not None for r in found] == [True, False]
 
 
-def test_the_worst_class_has_the_largest_drop() -> None:
+def test_worst_class_has_the_largest_drop() -> None:
     labels = np.repeat([0, 1, 2], [10, 20, 40])
     names = ("ant", "bee", "cat", "dog")  # no image of a dog
     dense = np.full(70, True)
@@ -257,8 +259,8 @@ def test_the_worst_class_has_the_largest_drop() -> None:
     assert worst_class(dense[:0], dense[:0], labels[:0], names) is None
 
 
-def test_a_worst_class_beyond_noise_is_rare_if_none_is_worse() -> None:
-    """Of 100 classes some always loses; that it is called damage is rare."""
+def test_worst_class_is_rarely_significant_if_no_class_lost_accuracy() -> None:
+    """Some of 100 classes always loses accuracy by chance; it is rarely significant."""
     draw, studies, called = np.random.default_rng(3), 1000, 0
     labels = np.repeat(np.arange(100), 20)
     for _ in range(studies):
@@ -273,7 +275,7 @@ def test_changes_of_order_are_reported() -> None:
     images = 400
     right = {n: bits(images, range(0, wrong)) for n, wrong in ((0, 10), (1, 20), (2, 30), (3, 40))}
     results = [trial(n, r, 4.0 - n, "dense" if n == 0 else "tome") for n, r in right.items()]
-    # on held-out images 2 is a little above 1, and 3 far above both
+    # on held-out images trial 2 is slightly above trial 1, and trial 3 far above both
     held = [bits(images, range(5)), bits(images, range(50)), bits(images, range(48)),
             bits(images, range(20))]  # fmt: skip
     front = front_of(certified(results, held), AXES)
@@ -298,7 +300,7 @@ def test_changes_of_order_are_reported() -> None:
     assert order_note(results) == "" and order_changes(results[:1]) == []
 
 
-def test_a_long_note_lists_the_largest_changes() -> None:
+def test_long_note_lists_the_largest_changes() -> None:
     images, count = 1000, 12
     results = [trial(0, bits(images, []), 99.0, "dense")]
     results += [trial(n, bits(images, range(10 * n)), 50.0 - n) for n in range(1, count)]
@@ -307,7 +309,7 @@ def test_a_long_note_lists_the_largest_changes() -> None:
     assert note.count("trial") == 2 * NAMED and note.endswith(f"; and {55 - NAMED} more")
 
 
-def test_order_beyond_noise_is_rare_if_members_are_equal() -> None:
+def test_reversal_is_rarely_significant_if_members_are_equal() -> None:
     draw, studies, called = np.random.default_rng(4), 300, 0
     for _ in range(studies):
         hard = draw.normal(size=300) > 0.8
@@ -340,11 +342,11 @@ def test_certified_trials_are_both_fronts_and_the_dense_model() -> None:
 
 @dataclass
 class Real:
-    """A study whose search is over, and what certifies it."""
+    """A finished search, and its certification."""
 
     prepared: CheckedJob
     resources: TrialResources
-    said: list[str]
+    messages: list[str]
 
     @property
     def folder(self) -> StudyFolder:
@@ -354,7 +356,7 @@ class Real:
         task = study_task(self.prepared, threads=self.resources.cpus)
         return certify_front(
             self.folder, task, self.prepared.data, OBJECTIVES, cpus=self.resources.cpus,
-            gpus=self.resources.gpus, report=self.said.append, recovered=recovered,
+            gpus=self.resources.gpus, report=self.messages.append, recovered=recovered,
         )  # fmt: skip
 
     def files(self) -> dict[str, int]:
@@ -381,10 +383,10 @@ def real(
 
 
 def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> None:
-    """Second implementation: the model from timm, the recipe, the drawn images, one plain loop."""
+    """The second implementation is a loop over the model from timm, the recipe and the images."""
     assert real.certify() == {}
     members = members_of(real.folder.trials.all(), OBJECTIVES)
-    assert real.said == [f"certifying {len(members)} trials on 400 held-out images"]
+    assert real.messages == [f"certifying {len(members)} trials on 400 held-out images"]
     held = {r.trial: r for r in real.folder.certification().results()}
     assert set(held) == {r.trial for r in members}
     model = load_model("digits")
@@ -409,17 +411,17 @@ def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> N
     assert worst is not None and worst.name in embedded_images.CLASSES
 
 
-def test_a_certified_trial_is_not_measured_again(real: Real) -> None:
+def test_certified_trial_is_not_measured_again(real: Real) -> None:
     real.certify()
-    before, told = real.files(), len(real.said)
+    before, count = real.files(), len(real.messages)
     assert real.certify() == {}
-    assert real.files() == before and len(real.said) == told
+    assert real.files() == before and len(real.messages) == count
     # as if the driver had died before the last one was durable
     path = max((real.folder.folder / "certified").glob("[0-9]*.json"))
     whole = json.loads(path.read_text())
     path.unlink()
     assert real.certify() == {}
-    assert real.said[-1] == "certifying 1 trials on 400 held-out images"
+    assert real.messages[-1] == "certifying 1 trials on 400 held-out images"
     after = real.files()
     assert {k: v for k, v in after.items() if k != path.name} == {
         k: v for k, v in before.items() if k != path.name
@@ -428,7 +430,7 @@ def test_a_certified_trial_is_not_measured_again(real: Real) -> None:
     assert len(real.folder.certification().read()["rounds"]) == 1, "the same round of the error"
 
 
-def test_a_later_member_gets_a_new_round(real: Real) -> None:
+def test_later_member_gets_a_new_round(real: Real) -> None:
     real.certify()
     before = {r.trial: r.certified for r in measured(real.folder)}
     results = real.folder.trials.all()
@@ -446,9 +448,11 @@ def test_a_later_member_gets_a_new_round(real: Real) -> None:
     assert rounds[-1] == [added.trial] and len(rounds) == 2
     now = {r.trial: r.certified for r in measured(real.folder)}
     assert {t: now[t] for t in before} == before, "no earlier interval may change"
-    own = now[added.trial]
-    right = int(unpack_bits(own.bits, 400).sum())
-    assert (own.low, own.high) == pytest.approx(clopper_pearson(right, 400, 0.05 * 0.1 * 0.5))
+    certificate = now[added.trial]
+    right = int(unpack_bits(certificate.bits, 400).sum())
+    assert (certificate.low, certificate.high) == pytest.approx(
+        clopper_pearson(right, 400, 0.05 * 0.1 * 0.5)
+    )
 
 
 def test_other_held_out_images_are_refused(real: Real) -> None:
@@ -458,12 +462,12 @@ def test_other_held_out_images_are_refused(real: Real) -> None:
     try:
         real.folder.certification().write({**plain, "fingerprint": "of others"})
         assert real.certify() == {}
-        assert "other held-out images" in real.said[-1] and real.files() == before
+        assert "other held-out images" in real.messages[-1] and real.files() == before
     finally:
         real.folder.certification().write(plain)
 
 
-def test_a_failing_member_does_not_stop_the_others(
+def test_failing_member_does_not_stop_the_others(
     real: Real,
 ) -> None:
     real.certify()
@@ -478,7 +482,7 @@ def test_a_failing_member_does_not_stop_the_others(
     try:
         failed = real.certify()
         assert list(failed) == [number] and "0123456789abcdef" in failed[number]
-        assert real.said[-1].startswith(f"trial {number} is not certified: ")
+        assert real.messages[-1].startswith(f"trial {number} is not certified: ")
         note = why_not(real.folder, front_of(measured(real.folder), AXES))
         assert note.startswith(f"trials not certified on held-out images yet: {number}; ")
     finally:
@@ -486,7 +490,7 @@ def test_a_failing_member_does_not_stop_the_others(
     assert real.certify() == {} and path.is_file(), "tried again by the next call"
 
 
-def test_the_recovered_front_is_certified(real: Real) -> None:
+def test_recovered_front_is_certified(real: Real) -> None:
     results = real.folder.trials.all()
     one = next(r for r in front_of(results, AXES) if not r.is_reference)
     model = load_model("digits")
@@ -503,20 +507,20 @@ def test_the_recovered_front_is_certified(real: Real) -> None:
     away.rename(away.with_name("away"))
     try:
         assert real.certify(recovered=True) == {}
-        assert "the study's dense model is not" in real.said[-1]
+        assert "the study's dense model is not" in real.messages[-1]
     finally:
         away.with_name("away").rename(away)
     real.certify()
     assert real.certify(recovered=True) == {}
     (found,) = [r for r in measured(real.folder, recovered=True) if r.certified is not None]
-    own = found.certified
-    assert found.trial == one.trial and own is not None and own.images == 400
-    assert own.change is not None, "from the dense model as it came"
+    certificate = found.certified
+    assert found.trial == one.trial and certificate is not None and certificate.images == 400
+    assert certificate.change is not None, "compared with the dense model before recovery"
     assert [r.trial for r in real.folder.recovery.results()] == [one.trial]
 
 
 def test_reading_certificates_imports_neither_ray_nor_torch_workers() -> None:
-    """`vitpareto front` waits neither for Ray nor for torch's workers."""
+    """`vitpareto front` imports neither Ray nor torch's workers."""
     import subprocess
     import sys
 

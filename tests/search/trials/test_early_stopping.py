@@ -54,7 +54,7 @@ def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> RungReport:
     values = {"top1": 100 * float(right.mean()), "params_m": 1.0}
     if gmacs is not None:
         values["gmacs"] = gmacs
-    return RungReport("own", {"tokens": {"method": "topk"}}, values, right, **more)
+    return RungReport("key", {"tokens": {"method": "topk"}}, values, right, **more)
 
 
 def early_stopping() -> EarlyStopping:
@@ -65,7 +65,7 @@ def early_stopping() -> EarlyStopping:
     return found
 
 
-def test_a_confidently_worse_trial_is_stopped() -> None:
+def test_confidently_worse_trial_is_stopped() -> None:
     right = bits(0.4, 2)[:90]
     stopped = early_stopping().on_rung(
         7, TOPK, rung(right, 1.2, seconds=3.0, provenance=Provenance(batch=8))
@@ -79,18 +79,18 @@ def test_a_confidently_worse_trial_is_stopped() -> None:
     assert stopped.provenance == Provenance(seed=0, batch=8)
 
 
-def test_the_cheapest_trial_is_never_stopped() -> None:
+def test_cheapest_trial_is_not_stopped() -> None:
     assert early_stopping().on_rung(7, TOPK, rung(bits(0.4, 2)[:90], 0.9)) is None
 
 
-def test_the_dense_model_is_never_stopped_and_must_be_known() -> None:
+def test_dense_model_is_not_stopped_and_is_required() -> None:
     early = EarlyStopping(Race(IMAGES, 0.05, 20), AXES, Provenance())
     assert early.on_rung(7, TOPK, rung(bits(0.1)[:200], 9.0)) is None
     assert early_stopping().on_rung(0, Recipe(), rung(bits(0.1)[:200], 9.0)) is None
 
 
 def test_controls_are_compared_with_controls_only() -> None:
-    """Their front says what pruning gains: no method may thin it out."""
+    """The front of the controls shows what pruning gains, so methods do not stop controls."""
     poor = rung(bits(0.4, 2)[:150], 1.2)
     found = early_stopping()
     assert found.on_rung(7, RANDOM, poor) is None
@@ -101,19 +101,19 @@ def test_controls_are_compared_with_controls_only() -> None:
     assert only_controls(RANDOM.to_dict()) and not only_controls(TOPK.to_dict())
 
 
-def test_an_adaptive_cost_counts_with_its_lower_bound() -> None:
+def test_adaptive_cost_is_compared_by_its_lower_bound() -> None:
     """ATS: its first images cost 1.2 GMACs each, and the rest may be cheaper."""
     poor, costs = bits(0.4, 2)[:90], np.full(90, 1.2e9)
     adaptive = rung(poor, 1.2, macs_each=costs, bounds=(0.2e9, 2e9))
     assert early_stopping().on_rung(7, ATS, adaptive) is None, (
-        "a third of the images prove no cost above 1"
+        "the lower bound from a third of the images is below 1 GMAC"
     )
-    sure = rung(poor, 1.2, macs_each=costs, bounds=(1.1e9, 2e9))
-    stopped = early_stopping().on_rung(7, ATS, sure)
+    costly = rung(poor, 1.2, macs_each=costs, bounds=(1.1e9, 2e9))
+    stopped = early_stopping().on_rung(7, ATS, costly)
     assert stopped is not None and stopped.values["gmacs"] == 1.2
 
 
-def test_a_trial_is_stopped_only_if_worse_in_all_objectives() -> None:
+def test_trial_is_stopped_only_if_it_is_worse_in_all_objectives() -> None:
     axes = [*AXES, OBJECTIVES["params_m"]]
     found = EarlyStopping(Race(IMAGES, 0.05, 20), axes, Provenance())
     found.on_result(result(0, Recipe(), bits(0.95), 2.0))
@@ -149,77 +149,83 @@ def session_of(folder: StudyFolder, worker: Worker, **changed: Any) -> StudySess
     )  # fmt: skip
 
 
-def begun(tmp_path: Path, worker: Worker, **changed: Any) -> tuple[StudyFolder, StudySession]:
-    """A study with its dense model measured."""
+def started_session(
+    tmp_path: Path, worker: Worker, **changed: Any
+) -> tuple[StudyFolder, StudySession]:
+    """Return a session whose dense model is measured."""
     folder = StudyFolder(tmp_path / "s")
     folder.create()
-    own = session_of(folder, worker, **changed)
-    assert own.next("dense") is not None
+    session = session_of(folder, worker, **changed)
+    assert session.next("dense") is not None
     folder.trials.write(result(0, Recipe(), bits(0.95), 0.1))
-    own.complete("dense")
-    return folder, own
+    session.complete("dense")
+    return folder, session
 
 
-def stop_one(folder: StudyFolder, own: StudySession) -> int:
-    """Make a strong incumbent, then hand in a rung that is far behind it; the trial's number."""
-    strong, poor = own.next("a"), own.next("b")
+def stop_one(folder: StudyFolder, session: StudySession) -> int:
+    """Measure a strong incumbent, stop a much worse trial, and return its number."""
+    strong, poor = session.next("a"), session.next("b")
     assert strong is not None and poor is not None
     folder.trials.write(result(strong.number, strong.recipe, bits(0.9), 0.001))
-    own.complete("a")
-    assert own.on_rung("b", rung(bits(0.3, 4)[:120], 0.05)) is False
+    session.complete("a")
+    assert session.on_rung("b", rung(bits(0.3, 4)[:120], 0.05)) is False
     return poor.number
 
 
 @pytest.mark.parametrize(
-    ("told", "state"), [("estimate", TrialState.COMPLETE), ("pruned", TrialState.PRUNED)]
+    ("raced_out_as", "state"), [("estimate", TrialState.COMPLETE), ("pruned", TrialState.PRUNED)]
 )
-def test_a_stopped_trial_is_durable_before_it_is_reported(
-    tmp_path: Path, worker: Worker, told: str, state: TrialState
+def test_stopped_trial_is_durable_before_ray_reports_it(
+    tmp_path: Path, worker: Worker, raced_out_as: str, state: TrialState
 ) -> None:
-    folder, own = begun(tmp_path, worker, raced_out_as=told)
-    number = stop_one(folder, own)
+    folder, session = started_session(tmp_path, worker, raced_out_as=raced_out_as)
+    number = stop_one(folder, session)
     durable = folder.trials.get(number)
     assert durable is not None and durable.state == "raced_out"
-    assert own.study.trials[number].state == TrialState.RUNNING, "Ray has not reported it yet"
-    own.complete("b")
-    frozen = own.study.trials[number]
+    assert session.study.trials[number].state == TrialState.RUNNING, "Ray has not reported it yet"
+    session.complete("b")
+    frozen = session.study.trials[number]
     assert frozen.state == state
-    if told == "estimate":
+    if raced_out_as == "estimate":
         assert frozen.values == [durable.values["top1"], durable.values["gmacs"]]
     assert frozen.user_attrs["raced_out"]["images"] == 120
-    assert own.progress.raced_out == 1 and own.progress.done == 3
-    assert number not in own.progress.front
+    assert session.progress.raced_out == 1 and session.progress.done == 3
+    assert number not in session.progress.front
 
 
-def test_a_restarted_driver_keeps_a_stopped_trial(tmp_path: Path, worker: Worker) -> None:
-    folder, own = begun(tmp_path, worker)
-    number = stop_one(folder, own)  # and here the driver dies
+def test_restarted_driver_keeps_a_stopped_trial(tmp_path: Path, worker: Worker) -> None:
+    folder, session = started_session(tmp_path, worker)
+    number = stop_one(folder, session)  # the driver ends here
     before = folder.trials.get(number)
     again = session_of(folder, worker)
     assert again.study.trials[number].state == TrialState.PRUNED
     assert again.progress.raced_out == 1 and again.progress.running == 0
     assert folder.trials.get(number) == before
     key = before.key if before else ""
-    assert folder.trials.by_key(key) == before, "the same candidate is not raced a second time"
+    assert folder.trials.by_key(key) == before, "the same candidate is not measured again"
 
 
 def test_patience_ends_a_study_whose_front_does_not_improve(tmp_path: Path, worker: Worker) -> None:
-    folder, own = begun(tmp_path, worker, trials=None, patience=3, early_stopping=None)
+    folder, session = started_session(
+        tmp_path, worker, trials=None, patience=3, early_stopping=None
+    )
     for i in range(3):
-        proposal = own.next(f"t{i}")
+        proposal = session.next(f"t{i}")
         assert proposal is not None
         folder.trials.write(result(proposal.number, proposal.recipe, bits(0.1), 0.2))
-        own.complete(f"t{i}")
-    assert own.next("end") is None
-    assert own.progress.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
+        session.complete(f"t{i}")
+    assert session.next("end") is None
+    assert (
+        session.progress.ended == "the hypervolume has not grown by 0.1% for 3 trials; 4 measured"
+    )
 
 
 def test_no_trial_starts_after_the_time_limit(tmp_path: Path, worker: Worker) -> None:
-    _, own = begun(tmp_path, worker, trials=None, seconds=3600.0)
-    assert own.next("a") is not None
-    own.start -= 3601
-    assert own.next("b") is None
-    assert "time limit of 3600 s" in own.progress.ended
+    _, session = started_session(tmp_path, worker, trials=None, seconds=3600.0)
+    assert session.next("a") is not None
+    session.start -= 3601
+    assert session.next("b") is None
+    assert "time limit of 3600 s" in session.progress.ended
 
 
 # --------------------------------------------------------------------------------- on a real Ray
@@ -228,7 +234,7 @@ def test_no_trial_starts_after_the_time_limit(tmp_path: Path, worker: Worker) ->
 def test_early_stopping_keeps_the_front(
     tmp_path: Path, cache: Path, capacity: ClusterCapacity, worker: Worker
 ) -> None:
-    """Every stopped trial is measured here in full: the one it was stopped for is as good."""
+    """Measures every stopped trial in full: its incumbent is at least as good."""
     config = SearchConfig.of({
         "name": "s", "trials": 24, "images": IMAGES, "store": str(tmp_path), "cache": str(cache),
         "workers": 2, "device": "cpu", "latency": "off", "certify": "off", "tracking_uri": "none",
