@@ -27,7 +27,7 @@ from vitpareto.methods.slicing.sliced_model import (
     slice_model,
     sliced_model,
 )
-from vitpareto.methods.structure.nvit import trajectory
+from vitpareto.methods.slicing.trajectory import trajectory
 
 EMBEDDED = ("cls_token", "dist_token", "reg_token", "pos_embed")
 
