@@ -1,8 +1,8 @@
-"""Optuna's trials of a study: what they are told, and how they are retried and restored.
+"""Optuna's trials of a study: told their results, retried, and restored from the study folder.
 
 The study folder's results are the truth. Optuna's storage follows them: a RUNNING trial with a
-result is told from it, other RUNNING trials are failed and enqueued again, and a storage that was
-lost is filled from the results.
+result is told from it, other RUNNING trials are failed and enqueued again, and a lost storage is
+filled from the results.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from vitpareto.search.study.space import Space
 
 #: How often a trial is started again after its worker died.
 RETRIES = 3
-#: How often a trial is started again after its driver ended; the trial is seldom the cause.
+#: How often a trial is started again after its driver ended, which the trial rarely causes.
 INTERRUPTIONS = 20
 #: The reason of a trial whose driver ended.
 INTERRUPTED = "interrupted"
-#: How Optuna is told of a trial that was stopped early: with its estimated values, or as PRUNED.
+#: State of a trial that was stopped early in Optuna: COMPLETE with its estimates, or PRUNED.
 RacedOutAs = Literal["estimate", "pruned"]
 RACED_OUT_AS: RacedOutAs = "pruned"
 
@@ -95,7 +95,10 @@ class OptunaTrials:
         self.study.tell(trial, state=TrialState.FAIL)
 
     def tell_outside(self, trial: optuna.Trial, violation: float) -> None:
-        """Tell that the proposal is outside the budget window by so many GMACs."""
+        """Tell that the proposal is outside the budget window.
+
+        violation: distance to the window in GMACs.
+        """
         trial.set_constraint("budgets", violation)
         # PRUNED: it has no values because it was not measured; TPE reads the violation
         self.study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)

@@ -1,7 +1,7 @@
-"""Proposals of candidates: asked from Optuna, and filtered before they reach a worker.
+"""Proposals of candidates by Optuna, filtered before they reach a worker.
 
-A candidate that is already measured is told its known values; one outside the budget window is
-told as a constraint violation.
+A candidate that is already measured is completed with its known values. A candidate outside the
+budget window is completed as a constraint violation.
 """
 
 from __future__ import annotations
@@ -105,7 +105,10 @@ class Proposals:
         return Proposal(trial, key, recipe)
 
     def tell_outside(self, trial: optuna.Trial, key: str, violation: float) -> None:
-        """Tell that a candidate is outside the window by so many GMACs, and remember it."""
+        """Tell that a candidate is outside the window, and remember it.
+
+        violation: distance to the window in GMACs.
+        """
         self.outside[key] = violation
         self.progress.outside += 1
         self.trials.tell_outside(trial, violation)

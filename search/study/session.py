@@ -63,7 +63,7 @@ class SessionSettings:
         seed: of the sampler.
         trials: number of trials to measure; None without a limit.
         window: accepted costs.
-        raced_out_as: how Optuna is told of a trial that was stopped early.
+        raced_out_as: state in Optuna of a trial that was stopped early.
         patience: stop after this many trials without growth of the hypervolume.
         seconds: start no new trials after this long.
     """

@@ -20,6 +20,7 @@ from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study import trial_files
 from vitpareto.search.study.folder import StudyFolder, studies_in
 from vitpareto.search.study.identity import SCHEMA
+from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.trial_files import StaleWorker
 
@@ -74,7 +75,7 @@ def test_study_with_other_settings_is_refused(
     study: StudyFolder, settings: dict[str, Any], differences: dict[str, Any]
 ) -> None:
     study.identity.settle({"model": "a", "seed": 0})
-    study.journal.touch()  # Optuna was asked, so the study is not empty
+    study.journal.touch()  # Optuna has a trial, so the study is not empty
     before = study.identity.path.read_bytes()
     with refused(Code.MISMATCH, study="deit-s", differences=differences) as caught:
         study.identity.settle(settings)
@@ -202,8 +203,8 @@ def test_results_are_read_as_written(study: StudyFolder) -> None:
     low, high = wilson_interval(int(correct.sum()), 203)
     full = TrialResult(
         12, "finished", TOME, "ab" * 8, {"top1": 81.25, "gmacs": 1 / 3},
-        {"tokens": {"counts": [9]}}, 203, pack_bits(correct), low, high, 1.5, "said",
-        {"versions": {"torch": "2"}},
+        {"tokens": {"counts": [9]}}, 203, pack_bits(correct), low, high, 1.5, "reason",
+        Provenance(versions={"torch": "2"}),
     )  # fmt: skip
     others = [result(3, state="failed", values={}, reason="ValueError: ä"), result(100_001)]
     for r in (full, *others):
@@ -245,8 +246,8 @@ def test_by_key_works_where_there_are_no_hard_links(
 
 def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None:
     assert study.latencies.read() == {}
-    own = {"top1": 80.0, "latency_ms": 3.0, "images_per_s": 9.0}
-    for r in (result(0), result(1), result(2, values=own)):
+    values = {"top1": 80.0, "latency_ms": 3.0, "images_per_s": 9.0}
+    for r in (result(0), result(1), result(2, values=values)):
         study.trials.write(r)
     timed = Latency(
         20.0, 25.0, 40.0, 2.0, 1.9, 2.1, 30, LatencyTarget("cpu", "eager", "float32", 64)
@@ -256,7 +257,7 @@ def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None
     zero, one, two = study.measured()
     assert zero == result(0)
     assert one.values == {"top1": 80.0, "gmacs": 2.0, "latency_ms": 20.0, "images_per_s": 3200.0}
-    assert two.values == own, "a latency that the trial measured is not replaced"
+    assert two.values == values, "a latency that the trial measured is not replaced"
     assert study.trials.all()[1] == result(1), "the result file does not change"
 
 

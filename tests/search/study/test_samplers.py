@@ -58,7 +58,7 @@ def test_only_the_groups_of_a_proposal_are_drawn(monkeypatch: pytest.MonkeyPatch
 
 
 def test_it_finds_what_optunas_finds_on_a_conditional_space() -> None:
-    """The method that is better is proposed more often than chance, by both."""
+    """Both samplers propose the better method more often than a uniform choice."""
     shares = {
         kind: np.mean([
             method == "b" for seed in range(4) for method, *_ in run(make(seed), True, 80)[30:]
