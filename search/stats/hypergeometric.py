@@ -148,13 +148,13 @@ class PairedCounts:
         middle = min(max(low, round(likely / 2)), high)
         if tail.above(middle, middle) > error:
             return False
-        left = error * (1 - 4 * math.exp(-TRUNCATION_NATS))
+        remaining_error = error * (1 - 4 * math.exp(-TRUNCATION_NATS))
         if self.wrong_seen < self.wrong:
-            side = NUISANCE_SHARE * error / 2
-            left -= 2 * side
-            low = max(low, lower_bound(self.gained, self.wrong_seen, self.wrong, side))
-            high = min(high, upper_bound(self.gained, self.wrong_seen, self.wrong, side))
-        return low > high or tail.is_below(left, low, high)
+            side_error = NUISANCE_SHARE * error / 2
+            remaining_error -= 2 * side_error
+            low = max(low, lower_bound(self.gained, self.wrong_seen, self.wrong, side_error))
+            high = min(high, upper_bound(self.gained, self.wrong_seen, self.wrong, side_error))
+        return low > high or tail.is_below(remaining_error, low, high)
 
     def _shortfall(self, lost: NDArray, gained: NDArray, allowed: int) -> Floats:
         """Return the estimate of L - G - allowed in standard errors. Broadcasts.
