@@ -30,11 +30,11 @@ def test_a_search_continues_by_its_name_alone(command: Run, own_store: Path, cac
     assert len(rows) == TRIALS + 2 and all(row["images"] <= 40 for row in rows)
 
 
-#: bad options: the code where the command checks them itself, and what the message names
-BAD: dict[str, tuple[tuple[str, ...], Code | None, str]] = {
+#: bad options, the code of the refusal, and what the message names
+BAD: dict[str, tuple[tuple[str, ...], Code, str]] = {
     "unknown model": (("--model", "diet_small_patch16_224"), Code.UNKNOWN_NAME, "'deit_small"),
-    "unsupported model": (("--model", "resnet18"), None, "ResNet"),
-    "unknown method": (("--methods", "topk,tomee"), None, "'tome'"),
+    "unsupported model": (("--model", "resnet18"), Code.UNSUPPORTED, "ResNet"),
+    "unknown method": (("--methods", "topk,tomee"), Code.UNKNOWN_NAME, "'tome'"),
     "no epochs": (("--methods", "tnt"), Code.MISSING, "prepare_epochs"),
     "no profile": (("--methods", "nvit", "--prepare-epochs", "1", "--profile", "/nowhere.json"),
                    Code.UNREADABLE, "/nowhere.json"),
@@ -43,16 +43,16 @@ BAD: dict[str, tuple[tuple[str, ...], Code | None, str]] = {
     "unknown key": (("--set", "trails=3"), Code.UNKNOWN_NAME, "'trials'"),
     "given twice": (("--trials", "3", "--set", "trials=4"), Code.CONFLICT, "trials=4"),
     "out of range": (("--trials", "0"), Code.OUT_OF_RANGE, "from 1 to"),
-    "parameter out of range": (("--set", "space.topk.keep_rate=[0.5,1.5]"), None, "1.5"),
-    "unknown parameter": (("--set", "fixed.tome.inflexion=0"), None, "'inflection'"),
+    "parameter out of range": (("--set", "space.topk.keep_rate=[0.5,1.5]"), Code.OUT_OF_RANGE, "1.5"),
+    "unknown parameter": (("--set", "fixed.tome.inflexion=0"), Code.UNKNOWN_NAME, "'inflection'"),
     "no such data": (("--data", "/nowhere/val"), Code.NOT_FOUND, "/nowhere/val"),
-    "empty folder": (("--data", "EMPTY"), None, "EMPTY"),
-    "classes differ": (("--data", "FOLDER"), None, "10 classes"),
-    "unwritable store": (("--store", "FILE/studies"), None, "FILE"),
+    "empty folder": (("--data", "EMPTY"), Code.EMPTY, "EMPTY"),
+    "classes differ": (("--data", "FOLDER"), Code.MISMATCH, "10"),
+    "unwritable store": (("--store", "FILE/studies"), Code.UNWRITABLE, "FILE"),
     "unreachable window": (("--max-gmacs", "0.000001"), Code.EMPTY, "1e-06"),
     "too many images": (("--images", "100000"), Code.OUT_OF_RANGE, "400"),
     "missing weights": (("--weights", "/nowhere/w.pth"), Code.NOT_FOUND, "/nowhere/w.pth"),
-    "wrong weights": (("--weights", "WEIGHTS"), None, "WEIGHTS.safetensors"),
+    "wrong weights": (("--weights", "WEIGHTS"), Code.MISMATCH, "WEIGHTS.safetensors"),
     "missing job": (("nowhere.yaml",), Code.NOT_FOUND, "nowhere.yaml"),
     "no CUDA": (("--device", "cuda"), Code.UNAVAILABLE, "CUDA"),
     "password": (("--tracking-uri", "https://me:hidden@host"), Code.SECRET,
