@@ -44,7 +44,7 @@ def pack_job(job: Mapping[str, Any], package: Path) -> SearchConfig:
         raise UserError(
             f"store must outlive the cluster (got {store!r}); give --store with a folder that all "
             "nodes mount (/shared/studies) or object storage (s3://BUCKET/studies)",
-            Code.INVALID,
+            Code.UNSUPPORTED,
             key="store",
             got=store,
         )

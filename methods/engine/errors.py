@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 class Code(enum.StrEnum):
     """What kind of rule the input breaks."""
 
-    INVALID = "invalid"  # only while a call site has no code of its own
     UNKNOWN_NAME = "unknown-name"  # a name that is not registered or declared
     WRONG_TYPE = "wrong-type"  # a value of another type or form
     OUT_OF_RANGE = "out-of-range"  # a number or choice outside what is accepted
@@ -45,7 +44,7 @@ class BadInput(ValueError):
         details: what the message names, for example `name="r", got=-1`. Values must pickle.
     """
 
-    def __init__(self, message: str, code: Code = Code.INVALID, **details: Any) -> None:
+    def __init__(self, message: str, code: Code, **details: Any) -> None:
         super().__init__(message)
         self.code = code
         self.details = details

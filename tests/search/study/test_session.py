@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from timm.models.vision_transformer import VisionTransformer
 
 from vitpareto import methods
-from vitpareto.methods import ModelShape, Recipe
+from vitpareto.methods import Code, ModelShape, Recipe
 from vitpareto.search.choices import SAMPLERS
 from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.study.budget_window import BudgetWindow
@@ -379,7 +379,7 @@ def test_choice_that_the_model_does_not_allow_is_failed_with_its_reason(bench: B
     broken = methods.get("tome")
 
     def refuse(*_: object) -> dict:
-        raise methods.BadInput("tome cannot do that here")
+        raise methods.BadInput("tome cannot do that here", Code.UNSUPPORTED)
 
     try:
         broken.resolve = refuse  # type: ignore[method-assign]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("capacity")
 def test_each_item_has_its_value_or_its_error() -> None:
     def double(offset: int, item: int) -> int:
         if item == 2:
-            raise UserError("item must not be 2", Code.INVALID, got=item)
+            raise UserError("item must not be 2", Code.OUT_OF_RANGE, got=item)
         return offset + 2 * item
 
     done = {d.item: d for d in run_for_each(double, 100, [1, 2, 3], cpus=1, gpus=0)}
