@@ -80,7 +80,7 @@ def test_an_unpackable_job_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     job = given(tmp_path)
     (tmp_path / "package").mkdir()
     for store in (None, "studies"):
-        with refused("invalid", key="store", got=store or ""):
+        with refused("unsupported", key="store", got=store or ""):
             pack_job({**job, "store": store}, tmp_path / "package")
     with refused("unknown-name"):
         pack_job({**job, "trails": 3}, tmp_path / "package")
