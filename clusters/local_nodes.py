@@ -101,7 +101,7 @@ def _check_numbers(nodes: int, cpus: int, resource: str | None) -> None:
             )
     if resource is not None and nodes < 2:
         raise UserError(
-            f"--resource is given to node 1, so that --nodes must be at least 2 (got {nodes})",
+            f"--nodes must be at least 2 with --resource (got {nodes})",
             Code.CONFLICT,
             key="resource",
             got=resource,

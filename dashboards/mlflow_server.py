@@ -88,7 +88,7 @@ def serve(
     store = store.absolute()
     ensure_database(store)
     command = [
-        sys.executable, "-m", "mlflow", "server",
+        sys.executable, "-P", "-m", "mlflow", "server",
         "--backend-store-uri", store_uri(store),
         "--artifacts-destination", str(artifact_folder(store)),
         "--host", host, "--port", str(port),
@@ -100,6 +100,7 @@ def serve(
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes that are not needed
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",
+        "PYTHONSAFEPATH": "1",  # its own processes import nothing of the store either
     }
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     with tempfile.TemporaryFile() as output:

@@ -13,7 +13,7 @@ from vitpareto.clusters.connect import ClusterCapacity, local_cluster
 
 __all__ = ["cache", "capacity", "command", "made_study", "own_store", "study_store"]
 
-# nobody's server hears of a test
+# tests must not contact the user's servers
 for name in ("MLFLOW_TRACKING_URI", "VITPARETO_STORE"):
     os.environ.pop(name, None)
 

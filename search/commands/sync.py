@@ -19,7 +19,7 @@ def add_to(app: typer.Typer, presenter: Presenter) -> None:
         tracking_uri: TrackingUri = None,
         store: Store = None,
     ) -> None:
-        """Make MLflow equal to a study, whatever MLflow holds of it.
+        """Update MLflow so that it matches a study.
 
         \b
         vitpareto sync deit-s --tracking-uri http://127.0.0.1:5000

@@ -102,7 +102,7 @@ def _moved(declared: Method, choices: dict[str, Any]) -> Float | Int:
 
 
 def _values(choice: Float | Int) -> list[float]:
-    """Evenly spaced over the choice's range, in logs where it is searched in logs."""
+    """Evenly spaced over the choice's range, on a log scale if the search uses one."""
     if isinstance(choice, Int):
         return list(range(choice.low, min(choice.high, choice.low + STEPS) + 1))
     steps = [i / STEPS for i in range(STEPS + 1)]

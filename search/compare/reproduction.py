@@ -110,8 +110,8 @@ def reproduce(
 ) -> Iterator[ReproducedRow]:
     """Every row, those of one model and preprocessing together, each as soon as it is measured.
 
-    place None: nothing is measured. Raises UserError, before anything is downloaded or decoded,
-    where the data cannot be these models' (no such folder, other classes).
+    place: None skips measurement. Raises UserError, before anything is downloaded or decoded, if
+    the data does not match the models (missing folder, other classes).
     """
     groups: dict[tuple[str, float | None], list[PublishedRow]] = {}
     for row in rows:

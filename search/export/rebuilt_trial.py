@@ -109,8 +109,8 @@ class RebuiltTrial:
         exact = result.provenance.dtype == "float32"
         if exact and count - same > max(1, int(MAX_NEAR_TIED * count)):
             raise NotVerified(
-                f"the rebuilt model of trial {result.trial} is right or wrong as it was measured "
-                f"on only {same} of {count} images",
+                f"the rebuilt model of trial {result.trial} must agree with the measured one on "
+                f"all {count} images (got {same})",
                 result.trial,
             )
         reference = ReferenceOutputs(

@@ -67,7 +67,7 @@ def work(recipe: Recipe, model: nn.Module) -> Work:
     norms, rest = divmod(shape.macs(counts, site, entering) - without_norms, 5)
     if rest:
         raise BadInput(
-            "the LayerNorms of the model must have weights: no source has a convention without",
+            "the LayerNorms of the model must have weights; no counting convention covers others",
             Code.UNSUPPORTED,
         )
     return Work(without_norms - products, products, norms, scores, own)

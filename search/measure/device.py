@@ -19,7 +19,7 @@ def resolve_device(device: str) -> str:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (torch.device(device).index or 0) >= count:
             raise UserError(
-                f"device must exist (got {device!r}); torch sees {count} CUDA devices",
+                f"device {device!r} does not exist; CUDA devices that torch sees: {count}",
                 Code.UNAVAILABLE,
                 key="device",
                 got=device,

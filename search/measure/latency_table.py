@@ -161,8 +161,8 @@ class LatencyTable:
         if differing:
             pairs = ", ".join(f"{k} {a} instead of {b}" for k, (a, b) in differing.items())
             raise UserError(
-                f"the latency table of {self.model} holds for another target: it was measured "
-                f"with {pairs}; measure this target with vitpareto profile",
+                f"the latency table of {self.model} was measured on another target "
+                f"({pairs}); measure this target with vitpareto profile",
                 Code.MISMATCH,
                 model=self.model,
                 keys=tuple(differing),

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
-import onnx
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+
+if TYPE_CHECKING:
+    import onnx
 
 #: names of the program's input and outputs, in order
 INPUT, OUTPUTS = "images", ("logits", "score", "class")
@@ -59,6 +61,8 @@ def trace_program(
 
 def write_onnx(program: ExportedProgram, path: Path) -> None:
     """Write the program as ONNX and run ONNX's checker on it."""
+    import onnx
+
     with torch.no_grad():
         exported = torch.onnx.export(
             program, dynamo=True, verbose=False, input_names=[INPUT], output_names=list(OUTPUTS)
@@ -70,6 +74,8 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
 
 def load_onnx(path: Path) -> onnx.ModelProto:
     """The ONNX model in a file."""
+    import onnx
+
     return onnx.load(path)
 
 

@@ -75,7 +75,7 @@ class Text(Kind):
 
 @dataclass(frozen=True)
 class Integer(Kind):
-    """An integer, low <= value <= high. 1e3 is one; true is none."""
+    """An integer, low <= value <= high. Accepts 1e3; rejects booleans."""
 
     python: type = int
     low: int = 0
@@ -126,8 +126,8 @@ class Number(Kind):
 
 @dataclass(frozen=True)
 class OneOf(Kind):
-    """One of a few words. YAML 1.1 reads a bare `off` as false and `on` as true: both are taken
-    as the word where it is one of the choices.
+    """One of a few words. YAML 1.1 reads a bare `off` as false and `on` as true: both are
+    accepted as words if they are choices.
     """
 
     choices: tuple[str, ...] = ()

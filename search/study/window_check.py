@@ -44,7 +44,7 @@ def check_window(
         Code.EMPTY,
         low=window.low,
         high=window.high,
-        cheapest=lowest,
-        dearest=highest,
+        lowest=lowest,
+        highest=highest,
         dense=dense,
     )

@@ -116,7 +116,8 @@ def _migrate(store: Path) -> None:
                 contextlib.closing(sqlite3.connect(copy)) as new,
             ):
                 old.backup(new)
-        command = [sys.executable, "-W", "ignore", "-m", "mlflow", "db", "upgrade"]
+        # -P: modules of the working directory must not replace those that MLflow imports
+        command = [sys.executable, "-P", "-W", "ignore", "-m", "mlflow", "db", "upgrade"]
         upgrade = subprocess.run(
             [*command, sqlite_uri(partial)],
             capture_output=True,

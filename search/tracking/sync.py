@@ -62,7 +62,5 @@ def _why_ended(folder: StudyFolder) -> str:
 def _unavailable(folder: StudyFolder, server: str, error: Exception) -> UserError:
     message = f"MLflow at {shown_uri(server)} failed: {error_text(error)}"
     if server == store_uri(folder.folder.parent):
-        message += (
-            "; the file has nothing that the studies do not have: move it away and sync again"
-        )
+        message += "; the file can be rebuilt from the studies: move it away and run sync again"
     return UserError(message, Code.UNAVAILABLE, server=shown_uri(server))

@@ -249,7 +249,7 @@ def _restore(
     """Set model, optimizer, average and generators to the state."""
     if (ema is None) != (state.average is None):
         raise BadInput(
-            "the state must be of the same training: only one of them averages the weights",
+            "checkpoint and training must both average the weights, or neither",
             Code.MISMATCH,
             name="average",
         )

@@ -6,8 +6,11 @@ import os
 import socket
 
 from vitpareto.methods import Code
-from vitpareto.search.code_identity import describe_code
+from vitpareto.search.code_identity import code_fingerprint, describe_code
 from vitpareto.search.errors import UserError
+
+#: fingerprint of this process's code when it was imported: its files may change while it runs
+CODE = code_fingerprint()
 
 
 def check_own_code(expected: str) -> None:

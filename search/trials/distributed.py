@@ -20,6 +20,7 @@ from vitpareto.search.files.atomic import disable_writes
 from vitpareto.search.files.object_store import ObjectStore
 from vitpareto.search.files.write_through import object_store_of
 from vitpareto.search.training.data_parallel import rank_and_size
+from vitpareto.search.trials.code_check import CODE, check_own_code
 
 T = TypeVar("T")
 #: fractions of a GPU: what a trial holds of its first one to measure on, and of each to train on
@@ -61,7 +62,7 @@ class DataParallel:
         system, path = _storage(scratch)
         trainer = TorchTrainer(
             _train_loop,
-            train_loop_config={"call": ray.put([call]), "outcome": first_rank},
+            train_loop_config={"call": ray.put([call]), "outcome": first_rank, "code": CODE},
             torch_config=TorchConfig(backend="nccl" if self.cuda else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=self.workers,
@@ -120,6 +121,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     """In each process."""
     import ray
 
+    check_own_code(config["code"])
     rank, _ = rank_and_size()
     if rank:
         disable_writes()

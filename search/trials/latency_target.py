@@ -14,8 +14,10 @@ def latency_target(batch: int, dtype: str, device: str) -> LatencyTarget:
     if not device.startswith("cuda") or torch.cuda.is_available():
         return _target(batch, dtype, device)
     # a driver without a GPU has joined a cluster, so Ray is loaded; no other caller needs it
+    from vitpareto.search.trials.node_checks import check_code
     from vitpareto.search.trials.ray_cluster import run_once
 
+    check_code()
     return run_once(_target, batch, dtype, "cuda", cpus=0, gpus=1)
 
 

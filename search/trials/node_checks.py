@@ -18,6 +18,7 @@ from vitpareto.search.data.datasets import Data
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import delete_file, write_atomic
 from vitpareto.search.files.write_through import refresh
+from vitpareto.search.trials.code_check import CODE
 from vitpareto.search.trials.local_images import local_split
 from vitpareto.search.trials.nodes import Node
 from vitpareto.search.trials.ray_cluster import (
@@ -39,7 +40,7 @@ def check_code() -> None:
 
     Raises UserError that names the nodes with other code, or with none.
     """
-    expected, found = code_identity.code_fingerprint(), {}
+    expected, found = CODE, {}
     # by value: a node with another version has no such function of this version
     with pickled_by_value(code_identity):
         for done in run_on_nodes(code_identity.describe_code, live_nodes()):
@@ -49,7 +50,8 @@ def check_code() -> None:
         listed = "; ".join(f"{at}: {where} ({code})" for at, (code, where) in wrong.items())
         raise UserError(
             f"workers must run the driver's code (fingerprint {expected}); other code is on "
-            f"{listed}. Install the same vitpareto on every node, or submit the search as a job",
+            f"{listed}. Install the same vitpareto on every node, or submit the search as a job; "
+            "restart this process if its files have changed",
             Code.MISMATCH,
             expected=expected,
             nodes=sorted(wrong),

@@ -80,8 +80,8 @@ def _outcome(done: Finished[str, CachedPreparation]) -> CachedPreparation:
     error, name = done.error, done.item
     if isinstance(error, (BadInput, FloatingPointError)):
         raise UserError(
-            f"preparation of {name} failed: {error}. Its progress is kept; other settings, or "
-            f"methods without {name}, start from the beginning",
+            f"preparation of {name} failed: {error}. Its progress is kept: run the same "
+            "command to resume; changed settings start a new preparation",
             error.code if isinstance(error, BadInput) else Code.OUT_OF_RANGE,
             method=name,
             reason=str(error),

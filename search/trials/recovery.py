@@ -29,6 +29,7 @@ from vitpareto.search.training.settings import TrainingSettings
 from vitpareto.search.trials.certification import certify_front
 from vitpareto.search.trials.job_check import CheckedJob, DecodeProgress, check_job
 from vitpareto.search.trials.measurement import measure_model
+from vitpareto.search.trials.node_checks import check_code
 from vitpareto.search.trials.nodes import Node
 from vitpareto.search.trials.ray_cluster import live_nodes, run_for_each
 from vitpareto.search.trials.resources import TrialResources
@@ -124,6 +125,7 @@ class Recovery:
         config = self.job.config
         resources = TrialResources.of(config, self.job.device, cpus, gpus, live_nodes())
         failed: dict[int, str] = {}
+        check_code()
         with self.folder.lock.hold():
             task = worker_task(self.job, resources)
             if self.pending:

@@ -87,8 +87,8 @@ def _without_slot(
     cpus, gpus = cpus - int(slot.cpus), gpus - int(slot.gpus)
     if cpus < 1 or (cuda and gpus < 1):
         raise UserError(
-            f"latency_on must leave resources for trials (got {target!r}, whose slot is all that "
-            "the cluster has); add a node, or remove latency_on",
+            f"latency_on must leave resources for trials (got {target!r}, which uses all of the "
+            "cluster); add a node, or remove latency_on",
             Code.UNAVAILABLE,
             key="latency_on",
             got=target,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from vitpareto.search.code_identity import code_fingerprint
 from vitpareto.search.files.filesystems import is_remote
 from vitpareto.search.models.mapped_model import MappedModel
 from vitpareto.search.study.space import Space
 from vitpareto.search.training.settings import TrainingSettings
+from vitpareto.search.trials.code_check import CODE
 from vitpareto.search.trials.distributed import DataParallel
 from vitpareto.search.trials.job_check import CheckedJob
 from vitpareto.search.trials.study_training import StudyTraining
@@ -49,7 +49,7 @@ def study_task(job: CheckedJob, *, epoch: str = "", threads: int | None = None) 
         ),
         training=_study_training(job),
         memory_first="peak_mb" in config.objectives,
-        code=code_fingerprint(),
+        code=CODE,
     )
 
 

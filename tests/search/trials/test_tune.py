@@ -101,7 +101,7 @@ def test_a_worker_with_other_code_ends_the_search(
          "cache": str(cache), "latency": "off", "certify": "off"}
     )  # fmt: skip
     with monkeypatch.context() as patched:
-        patched.setattr(study_task, "code_fingerprint", lambda: "another")
+        patched.setattr(study_task, "CODE", "another")
         with refused(Code.MISMATCH, expected="another"):
             run_study(check_job(config), cpus=capacity.cpus, gpus=0)
     outcome = run_study(check_job(config), cpus=capacity.cpus, gpus=0)
