@@ -32,17 +32,23 @@ from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.tune import run_tune
 
 TRIALS = 30
+#: trials that one worker may do while the other starts
+ALONE = 10
 
 
 def worker_that_starts_slowly() -> type[tune.Trainable]:
-    """Longer than several of its trials take, as a process does that imports torch and loads a
-    model. A local class, so that it travels by value.
+    """Starting takes longer than several trials, as in a process that imports torch and loads a
+    model. After ALONE trials a worker waits for another one, so that a busy machine, on which
+    starting takes longer still, gives the same result. A local class travels by value.
     """
 
     class Slow(tune.Trainable):
         def setup(self, config: dict[str, Any], task: Any = None) -> None:
             time.sleep(1.0)
-            self.folder, self.asked = task.study, config
+            self.folder, self.asked, self.done = task.study, config, 0
+            self.started = self.folder.folder / "started"
+            self.started.mkdir(exist_ok=True)
+            (self.started / str(os.getpid())).touch()
 
         def reset_config(self, new_config: dict[str, Any]) -> bool:
             self.asked = new_config
@@ -50,6 +56,12 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
 
         def step(self) -> dict[str, Any]:
             time.sleep(0.6)
+            self.done += 1
+            deadline = time.monotonic() + 60
+            while self.done == ALONE and time.monotonic() < deadline:
+                if len([*self.started.iterdir()]) > 1:
+                    break
+                time.sleep(0.05)
             trial, recipe = self.asked["trial"], self.asked["recipe"]
             values = {"top1": 50.0 + trial, "gmacs": 1.0 + trial}
             result = TrialResult(
