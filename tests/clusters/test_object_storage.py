@@ -115,13 +115,13 @@ def test_a_study_in_object_storage_has_one_driver(
     with (
         study.lock.hold(),
         refused("busy", study="s"),
-        other.locked(),
+        other.lock.hold(),
     ):
         pass
     assert not write_through.refresh(study.folder / "claim.json"), "given back"
     claims._write(ObjectStore(storage), f"{storage.removeprefix('s3://')}/s/claim.json", "killed")
-    with other.locked():
-        assert other.running
+    with other.lock.hold():
+        assert other.lock.is_held
     with pytest.raises(UserError):
         StudyFolder.find(storage, "t")
 

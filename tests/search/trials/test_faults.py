@@ -128,6 +128,7 @@ def test_a_study_survives_a_killed_worker_and_a_killed_node(tmp_path: Path, cach
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # one worker takes all cores: with other work beside it, minutes
 def test_one_worker_and_one_seed_are_reproducible(
     tmp_path: Path, cache: Path, capacity: Any
 ) -> None:

@@ -218,20 +218,15 @@ def test_continuing_a_study_trains_nothing_again(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"train_epochs": 3}, "train_epochs was 2, now 3"),
-        ({"prepare_epochs": 2}, "prepare_epochs was 1, now 2"),
-        ({"lr": 1e-4}, "lr was 0.001, now 0.0001"),
-        ({"train_batch": 5}, "train_batch was 10, now 5"),
-    ],
+    "change", [{"train_epochs": 3}, {"prepare_epochs": 2}, {"lr": 1e-4}, {"train_batch": 5}]
 )
 def test_a_study_refuses_other_training_settings(
-    study: Study, data: Path, cache: Path, change: dict[str, Any], said: str
+    study: Study, data: Path, cache: Path, change: dict[str, Any]
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with refused("mismatch") as caught:
         check_job(job(study.folder.folder.parent, data, cache, **change))
-    assert said in str(caught.value), "the key that differs is named"
+    (key,) = change
+    assert f"{key}: {change[key]}" in str(caught.value), "the key that differs is named"
 
 
 def test_a_study_without_training_does_not_depend_on_it(
