@@ -32,9 +32,11 @@ REFUSED = "refused"
 class TrialActor(tune.Trainable):
     """One step is one rung of a trial; Ray resets the actor for the next trial."""
 
+    #: why this process cannot take part; its steps report it
+    refusal: BadInput | None = None
+
     def setup(self, config: dict[str, Any], task: TrialTask | None = None) -> None:
         assert task is not None, "tune.with_parameters passes the task"
-        self.refusal: BadInput | None = None
         try:
             self.worker = Worker.open(task)
         except BadInput as error:  # raised here, Ray would start the actor again

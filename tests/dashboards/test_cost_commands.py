@@ -71,7 +71,7 @@ def test_reproduce_measures_accuracy(
     where = ("--data", "digits", "--cache", cache, "--weights-dir", tmp_path)
     (record,) = command("reproduce", *where, "--json").rows
     assert record["our_top1"] is None
-    assert record["top1_why"].startswith("not run: no digits.safetensors")
+    assert record["top1_why"].startswith("not run: digits.safetensors")
 
 
 def test_reproduce_refuses_bad_options(command: Run) -> None:

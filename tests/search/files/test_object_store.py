@@ -123,7 +123,8 @@ def test_a_claim_is_exclusive_and_returned(url: str, study: Path) -> None:
     with store.claim(study):
         with refused(Code.BUSY, UserError, study="s"), store.claim(study):
             pass
-        assert store.read(store.key(study / "claim.json")), "the holder keeps its claim"
+        # a claim that is being renewed may read as empty
+        assert store.read(store.key(study / "claim.json")) is not None, "the holder keeps its claim"
     assert store.read(store.key(study / "claim.json")) is None
 
 
