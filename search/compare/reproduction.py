@@ -23,7 +23,7 @@ from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
-from vitpareto.search.measure.closed_form import schedule_macs
+from vitpareto.search.measure.closed_form import recipe_of, schedule_macs
 from vitpareto.search.models.loading import fresh_model, load_model, num_classes
 from vitpareto.search.stats.intervals import wilson_interval
 
@@ -210,7 +210,7 @@ class _RowEvaluator:
             right, alone = self.dense_right, None
         else:
             right, alone = self._right(model, row.label)
-        recipe: Recipe = model.recipe  # type: ignore[assignment]
+        recipe = recipe_of(model)
         shape = methods.model_shape(model)
         counts: tuple[int, ...] | None = shape.dense_counts()
         if recipe.tokens is not None:

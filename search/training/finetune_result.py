@@ -20,6 +20,7 @@ from torch import nn
 from vitpareto.methods import Code, Recipe, weights_digest
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
+from vitpareto.search.measure.closed_form import recipe_of
 from vitpareto.search.models.weight_store import plain_state
 from vitpareto.search.training.checkpoints import describe, differences
 from vitpareto.search.training.loop import Epoch
@@ -90,7 +91,7 @@ def save_result(
     """
     state = plain_state(model.state_dict())
     digest = weights_digest(state)
-    recipe: Recipe = model.recipe  # type: ignore[assignment]
+    recipe = recipe_of(model)
     if recipe != Recipe():
         recipe = replace(recipe, weights=digest)
         write_atomic(out / "recipe.yaml", recipe.to_yaml())
