@@ -17,7 +17,7 @@ from typing import Any
 from vitpareto.clusters.packing import JOB, pack_job
 from vitpareto.clusters.ray_internals import VERBOSE_LOGGERS, server_version
 from vitpareto.methods import Code
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.errors import UserError
 
 #: metadata by which this project's jobs are told from others

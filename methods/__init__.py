@@ -14,13 +14,13 @@ All modules of this package are imported here, so that methods register themselv
 import importlib
 import pkgutil
 
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.build import Untrained
-from vitpareto.methods.engine.errors import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
-from vitpareto.methods.engine.recipe import Recipe, prune
+from vitpareto.methods.engine.method_registry import get, names, register
+from vitpareto.methods.engine.recipe import Recipe, prune, recipe_of
 from vitpareto.methods.engine.reduced_model import UnsupportedModel, check_supported
 from vitpareto.methods.engine.reduction import Trace
-from vitpareto.methods.engine.registry import get, names, register
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.step import Step
 from vitpareto.methods.engine.weights import weights_digest
@@ -45,6 +45,7 @@ __all__ = [
     "model_shape",
     "names",
     "prune",
+    "recipe_of",
     "register",
     "weights_digest",
 ]

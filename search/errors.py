@@ -5,7 +5,7 @@ The command line prints its message without a traceback. May import `vitpareto.m
 
 from __future__ import annotations
 
-from vitpareto.methods.engine.errors import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
 
 __all__ = ["BadInput", "Code", "UserError", "nearest"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vitpareto import cli
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 
 #: the study that `study_store` holds
 STUDY, TRIALS = "s", 6

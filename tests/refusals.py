@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from vitpareto.methods import BadInput
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import typer
 
 from tests.command_line import Run
 from vitpareto import cli
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 COMMANDS = [command.name for command in cli.app.registered_commands]
 

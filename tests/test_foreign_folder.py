@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from tests.clusters.running import running
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("vitpareto", "methods", "search", "clusters", "dashboards")

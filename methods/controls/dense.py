@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Int
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens

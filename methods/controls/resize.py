@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import Method, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int
 from vitpareto.methods.engine.reduced_model import reduced
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 
 

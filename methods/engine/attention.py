@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers.attention import Attention
 from torch import Tensor
 
-from vitpareto.methods.engine.head_maximum import attend_by_head
+from vitpareto.methods.engine.head_maximum import attend_with_head_maximum
 from vitpareto.methods.engine.sliced_block import SlicedAttention, fused_attention
 from vitpareto.methods.engine.tokens import Tokens
 
@@ -108,7 +108,7 @@ def attend(
     dropout = attn.attn_drop.p if attn.training else 0.0
     peak = None
     if needs_peak:
-        out, peak = attend_by_head(q, k, v, attn.scale, bias, dropout)
+        out, peak = attend_with_head_maximum(q, k, v, attn.scale, bias, dropout)
     elif attn.fused_attn:
         out = fused_attention(q, k, v, bias, dropout)
     else:

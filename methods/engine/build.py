@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.reduced_model import reduced
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.step import Step, short

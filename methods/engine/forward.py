@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from vitpareto.methods.engine.attention import Attended, attend
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.reduction import Reduction, Trace
 from vitpareto.methods.engine.tokens import Tokens
 

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: how many queries `attend_by_head` computes at a time; up to twice as many go in one step
+#: how many queries are computed at a time; up to twice as many go in one step
 ROWS = 128
 
 
-def attend_by_head(
+def attend_with_head_maximum(
     q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: float
 ) -> tuple[Tensor, Tensor]:
     """(output [B, H, N, D], maximum over heads [B, N, N]) of attention of q, k, v [B, H, N, D].

@@ -1,7 +1,7 @@
 """What a pruning method declares: name, paper, parameters, search space, presets and cost.
 
 The search space, the command line, the tests and the tables read these declarations; methods are
-listed in `engine.registry`.
+listed in `engine.method_registry`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.parameters import Counts, Parameter, check_values
 from vitpareto.methods.engine.preparation import (
     PreparationOutcome,
@@ -56,7 +56,7 @@ class Method:
         site: where a token method reduces: "mid-block" (after the attention residual) or
             "after-block" (after the MLP residual); elsewhere in words.
         training: "none", "calibration" (a few images, no gradients) or "required" (gradients).
-        trained_once: one preparation (`prepare`) serves every setting.
+        needs_preparation: one preparation (`prepare`) serves every setting.
         reads_calibration: the preparation uses labelled calibration images.
         reads_latency_table: costs may be read from a latency table of the model.
         is_reference: the unchanged model, whose recipe is empty; every trial is compared with it.
@@ -77,7 +77,7 @@ class Method:
     kind: ClassVar[Literal["tokens", "structure"]] = "tokens"
     site: ClassVar[str] = "mid-block"
     training: ClassVar[Literal["none", "calibration", "required"]] = "none"
-    trained_once: ClassVar[bool] = False
+    needs_preparation: ClassVar[bool] = False
     reads_calibration: ClassVar[bool] = False
     reads_latency_table: ClassVar[bool] = False
     is_reference: ClassVar[bool] = False
@@ -223,7 +223,7 @@ class Method:
         """Whether `build` must calibrate these parameters first."""
         return False
 
-    # -- preparation (methods with `trained_once`) --------------------------------------------
+    # -- preparation (methods with `needs_preparation`) --------------------------------------------
 
     def preparation_plan(
         self, model: nn.Module, searched: Mapping[str, Any], cost: WidthsCost | None

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitpareto.methods.engine.errors import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
 
 
 class Required:

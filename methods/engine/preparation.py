@@ -1,8 +1,9 @@
 """Preparation: one training that serves many settings of a method.
 
-A method with `trained_once` is prepared before a study's trials. The method decides what is trained
-(`Method.prepare`) and which weights a setting takes (`PreparationOutcome`). The caller hands in a
-`PreparationTrainer`, which trains, stores weights and resumes. No file is read or written here.
+A method with `needs_preparation` is prepared before a study's trials. The method decides what is
+trained (`Method.prepare`) and which weights a setting takes (`PreparationOutcome`). The caller
+provides a `PreparationTrainer`, which trains, stores weights and resumes. Nothing here reads or
+writes a file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 
 #: What a model of some widths costs, in any unit (`methods.slicing.plan.Cost`).
 WidthsCost = Callable[[Any], float]

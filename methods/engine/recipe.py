@@ -22,16 +22,16 @@ from typing import Any, cast
 import yaml
 from torch import Tensor, nn
 
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.build import (
     calibrated,
     check_weights,
     missing_weights,
     warn_if_untrained,
 )
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.method_registry import get
 from vitpareto.methods.engine.recipe_yaml import parse_recipe, parse_yaml
 from vitpareto.methods.engine.reduced_model import check_supported, reduced
-from vitpareto.methods.engine.registry import get
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.step import Step, short
 from vitpareto.methods.engine.weights import load_strictly
@@ -172,8 +172,8 @@ class Recipe:
             Untrained: if trained parts are fresh.
         """
         check_supported(model)
-        done = getattr(model, "recipe", None)
-        if done is not None and done != Recipe():
+        done = recipe_of(model)
+        if done != Recipe():
             raise BadInput(
                 f"model must be dense (got one reduced by {done}); put both steps in one recipe",
                 Code.CONFLICT,
@@ -198,6 +198,15 @@ class Recipe:
         if weights is not None:
             load_strictly(built, weights)
         return cast(nn.Module, built)
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The recipe that a model was built from, with calibrated parameters filled in.
+
+    The empty recipe for a model that was not built from a recipe, such as timm's.
+    """
+    recipe = getattr(model, "recipe", None)
+    return recipe if recipe is not None else Recipe()
 
 
 def prune(

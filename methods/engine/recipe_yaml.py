@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from vitpareto.methods.engine.errors import BadInput, Code, nearest
-from vitpareto.methods.engine.registry import get
+from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
+from vitpareto.methods.engine.method_registry import get
 from vitpareto.methods.engine.step import Step
 
 #: the keys of a recipe

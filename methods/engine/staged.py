@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers, Parameter
 from vitpareto.methods.engine.reduction import Reduction

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vitpareto.methods.engine.method import Method
-from vitpareto.methods.engine.registry import get
+from vitpareto.methods.engine.method_registry import get
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.slicing.sliced_model import BlockKept, Kept, Widths, model_widths
 from vitpareto.methods.slicing.widths import (
     EMBEDDED,

@@ -15,7 +15,7 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.shape import block_shape, model_shape, norm_cost
 from vitpareto.methods.slicing.sliced_model import sliced_model
 from vitpareto.methods.slicing.widths import (

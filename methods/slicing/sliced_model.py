@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.sliced_block import SlicedAttention, SlicedBlock
 from vitpareto.methods.slicing.widths import (
     EMBEDDED,

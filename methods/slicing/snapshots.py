@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.preparation import PreparationOutcome
 from vitpareto.methods.slicing.plan import Cost, check_reachable, macs_cost
 from vitpareto.methods.slicing.sliced_model import Widths, fixed, model_widths

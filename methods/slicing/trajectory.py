@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.preparation import Progress
 from vitpareto.methods.slicing.greedy import plan
 from vitpareto.methods.slicing.importance import Objective, importances, top

@@ -14,7 +14,7 @@ from timm.layers.mlp import Mlp, SwiGLU
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.reduced_model import UnsupportedModel, check_supported
 from vitpareto.methods.engine.sliced_block import SlicedAttention
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Parameter
 from vitpareto.methods.engine.preparation import PreparationTrainer, WidthsCost
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.slicing.importance import magnitudes, top
 from vitpareto.methods.slicing.plan import even, macs_cost
@@ -76,7 +76,7 @@ class NViT(Method):
     kind = "structure"
     site = "the weights"
     training = "required"
-    trained_once = True
+    needs_preparation = True
     reads_calibration = True
     reads_latency_table = True
     parameters = (

@@ -12,9 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int
 from vitpareto.methods.engine.reduced_model import UnsupportedModel
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.slicing.sliced_model import BlockWidths, Widths, model_widths, sliced_model
 from vitpareto.methods.structure.nvit import NViT

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int, IntOrList, Layers
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import check_layers, scale_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.significance import significance

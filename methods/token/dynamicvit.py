@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Layers, Rates
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import check_layers, no_patch_left, pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_per_layer, chosen_layers

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, IntOrList, Layers
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import check_layers
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import LAYERS_SPACE, check_one_per_layer, chosen_layers

@@ -14,9 +14,9 @@ from torch import Tensor
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.merging import bipartite_match
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import get, register
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import get, register
 from vitpareto.methods.engine.schedules import (
     check_layers,
     check_mergeable,

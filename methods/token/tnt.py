@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import (
     PUBLISHED_DEPTH,
     PUBLISHED_PATCHES,
@@ -20,9 +20,9 @@ from vitpareto.methods.engine.method import (
     Paper,
     Preset,
 )
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int, Layers, Rates
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import pruned_blocks, staged_counts
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import check_one_per_layer, chosen_layers
@@ -141,7 +141,7 @@ class TNT(Method):
     )
     site = "after-block"
     training = "required"
-    trained_once = True
+    needs_preparation = True
     parameters = (
         Layers("prune_layers", "blocks after which patches are dropped"),
         Rates("keep_rates", "fractions of the current patches kept at each"),

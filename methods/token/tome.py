@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Choice, Counts, Float, IntOrList
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import check_mergeable, pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import exclusive

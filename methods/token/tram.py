@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.method import Paper
-from vitpareto.methods.engine.registry import register
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.schedules import pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets

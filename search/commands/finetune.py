@@ -62,7 +62,7 @@ def finetune_command(
     """
     from vitpareto.methods import Recipe
     from vitpareto.search.measure.device import resolve_device
-    from vitpareto.search.training.finetune import FinetuneJob, finetune
+    from vitpareto.search.training.fine_tuning import FinetuneJob, finetune
     from vitpareto.search.training.settings import TrainingSettings
 
     settings = TrainingSettings(
@@ -119,5 +119,7 @@ def train_demo_command(
     from vitpareto.search.training import embedded
 
     options = {} if epochs is None else {"epochs": epochs}
-    report = embedded.train(out, seed=seed, progress=lambda line: log(str(line)), **options)
+    report = embedded.train_embedded(
+        out, seed=seed, progress=lambda line: log(str(line)), **options
+    )
     typer.echo(json.dumps(report))

@@ -33,7 +33,7 @@ def profile_command(
     vitpareto profile --model deit_base_distilled_patch16_224 --device cuda --batch 256 --out h.json
     """
     from vitpareto.methods import Code
-    from vitpareto.methods.engine.errors import nearest
+    from vitpareto.methods.engine.bad_input import nearest
     from vitpareto.search.errors import UserError
     from vitpareto.search.measure.accuracy import DTYPES
     from vitpareto.search.measure.block_timing import measure_latency_table

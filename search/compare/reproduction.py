@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, Code, Recipe
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods import BadInput, Code, Recipe, recipe_of
+from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.compare.published import PublishedRow, recompute
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import DTYPES, NonFiniteLogits, batches_of, evaluate
-from vitpareto.search.measure.closed_form import recipe_of, schedule_macs
+from vitpareto.search.measure.closed_form import schedule_macs
 from vitpareto.search.models.loading import fresh_model, load_model, num_classes
 from vitpareto.search.stats.intervals import wilson_interval
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, Code, Recipe, Trace
+from vitpareto.methods import BadInput, Code, Recipe, Trace, recipe_of
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.measure.accuracy import NonFiniteLogits
 
@@ -140,7 +140,7 @@ def trace_tokens(
     """
     if not len(images):
         raise BadInput("images must have at least one image (got none)", Code.EMPTY, name="images")
-    recipe: Recipe = cast(Any, pruned).recipe
+    recipe = recipe_of(pruned)
     shape = methods.model_shape(pruned)
     preprocess = Preprocess.of(dense)
     found = []

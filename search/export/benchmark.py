@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vitpareto.methods import BadInput, Code, Recipe
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export import preprocessing
 from vitpareto.search.export.bundle_result import BundleResult

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
+from vitpareto.methods import recipe_of
 from vitpareto.search import choices
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
-from vitpareto.search.measure.closed_form import padded_counts, recipe_of, schedule_macs
+from vitpareto.search.measure.closed_form import padded_counts, schedule_macs
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in choices.DTYPES}
 

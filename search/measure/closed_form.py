@@ -13,13 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, Code, ModelShape, Recipe
-
-
-def recipe_of(model: nn.Module) -> Recipe:
-    """The resolved recipe that a pruned model was built from; the dense one for a timm model."""
-    recipe = getattr(model, "recipe", None)
-    return recipe if recipe is not None else Recipe()
+from vitpareto.methods import BadInput, Code, ModelShape, Recipe, recipe_of
 
 
 def schedule_macs(recipe: Recipe, shape: ModelShape, counts: Sequence[int]) -> int:

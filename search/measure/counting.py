@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitpareto.methods import BadInput, Code, Recipe, model_shape
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods.engine.bad_input import nearest
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods import Code
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
@@ -51,7 +51,7 @@ def check_runtime(runtime: str, device: str, dtype: str) -> None:
             )  # fmt: skip
 
 
-def prepare_runtime(model: nn.Module, images: Tensor, runtime: str) -> Run:
+def runtime_call(model: nn.Module, images: Tensor, runtime: str) -> Run:
     """A call that runs the model in this runtime on batches of the shape of `images` [B, 3, H, W].
 
     Compiling, recording and exporting happen here or in the first calls, so warm it up. It uses as

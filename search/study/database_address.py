@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.methods.engine.errors import Code, nearest
+from vitpareto.methods.engine.bad_input import Code, nearest
 from vitpareto.search.choices import SEARCHABLE_OBJECTIVES
 from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.methods.engine.recipe_yaml import YamlLoader
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig, checked_value

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vitpareto.methods.engine.errors import Code, nearest
+from vitpareto.methods.engine.bad_input import Code, nearest
 from vitpareto.search.errors import UserError
 
 

@@ -44,7 +44,7 @@ class ShapeFinder:
 
     def _shape(self, structure: Step) -> ModelShape:
         declared = structure.declared
-        prepared = declared.trained_once and declared.shaped_by_weights(structure.params)
+        prepared = declared.needs_preparation and declared.shaped_by_weights(structure.params)
         if prepared and self.outcomes is not None:
             if structure.method not in self.outcomes:
                 raise not_prepared(structure.method)

@@ -192,7 +192,9 @@ def _combines_with_tokens(name: str) -> bool:
     training.
     """
     method = methods.get(name)
-    return method.kind == "structure" and (method.training != "required" or method.trained_once)
+    return method.kind == "structure" and (
+        method.training != "required" or method.needs_preparation
+    )
 
 
 def _narrow_structures(where: str, value: Any, structures: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vitpareto.methods import BadInput, ModelShape, Recipe
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.study.budget_window import BudgetWindow

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitpareto.methods import Code
-from vitpareto.methods.engine.errors import nearest
+from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError

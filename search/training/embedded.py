@@ -40,7 +40,7 @@ _RAMP = 0.2
 _BATCH = 64
 
 
-def train(
+def train_embedded(
     out: Path, epochs: int = EPOCHS, seed: int = 0, progress: Callable[[Epoch], None] | None = None
 ) -> dict[str, Any]:
     """Train the model from scratch and write its weights to `out` (safetensors, float32).

@@ -17,10 +17,9 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from vitpareto.methods import Code, Recipe, weights_digest
+from vitpareto.methods import Code, Recipe, recipe_of, weights_digest
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import write_atomic
-from vitpareto.search.measure.closed_form import recipe_of
 from vitpareto.search.models.weight_store import plain_state
 from vitpareto.search.training.checkpoints import describe, differences
 from vitpareto.search.training.loop import Epoch

@@ -38,7 +38,7 @@ def epochs_key(method: str) -> str | None:
     declared = methods.get(method)
     if declared.training != "required":
         return None
-    return "prepare_epochs" if declared.trained_once else "train_epochs"
+    return "prepare_epochs" if declared.needs_preparation else "train_epochs"
 
 
 @dataclass(frozen=True)

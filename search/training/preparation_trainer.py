@@ -31,7 +31,7 @@ from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.batches import EpochBatches, TrainImages, choose_augmentation
 from vitpareto.search.training.loop import fit
 from vitpareto.search.training.losses import Distillation, supervised
-from vitpareto.search.training.settings import TrainingSettings, seeded, train
+from vitpareto.search.training.settings import TrainingSettings, seeded, train_candidate
 
 #: The state of a training by epochs, and the last progress that the method saved.
 TRAINING_STATE, PROGRESS = "state.pt", "round.json"
@@ -133,7 +133,7 @@ class CachedTrainer:
         structural = declared.kind == "structure"
         recipe = Recipe(structure=step) if structural else Recipe(tokens=step)
         model = built_fresh(recipe, self.model, settings)
-        history = train(
+        history = train_candidate(
             model,
             self.images.split,
             self.images.preprocess,

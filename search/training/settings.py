@@ -90,7 +90,7 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
         yield
 
 
-def train(
+def train_candidate(
     model: nn.Module,
     split: Split,
     preprocess: Preprocess,

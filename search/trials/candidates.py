@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import Recipe, Step
+from vitpareto.methods import Recipe, Step, recipe_of
 from vitpareto.methods.engine.preparation import PreparationOutcome, not_prepared
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.models.weight_store import WeightStore
@@ -35,7 +35,7 @@ from vitpareto.search.training.preparation_trainer import (
     CachedTrainer,
     built_fresh,
 )
-from vitpareto.search.training.settings import TrainingSettings, train
+from vitpareto.search.training.settings import TrainingSettings, train_candidate
 from vitpareto.search.trials.study_training import StudyTraining
 
 
@@ -74,7 +74,7 @@ class CandidateTrainer:
         if structure is None:
             return self.dense
         shape = methods.model_shape(self.dense)
-        if not structure.declared.trained_once:
+        if not structure.declared.needs_preparation:
             return Recipe(structure=structure).reshape(shape, self.dense)[1]
         state = self.artifacts.load(self._prepared_structure(structure)[0])
         model = Recipe(structure=structure).reshape(shape, self.dense, state)[1]
@@ -110,14 +110,14 @@ class CandidateTrainer:
         structure, tokens = recipe.structure, recipe.tokens
         uses: list[PreparationUse] = []
         digest = None
-        if structure is not None and structure.declared.trained_once:
+        if structure is not None and structure.declared.needs_preparation:
             digest, use = self._prepared_structure(structure)
             uses.append(use)
         elif structure is not None and epochs_key(structure.method) is not None:
             return self._train_for(recipe, self.dense, recipe, checkpoint, uses)
         if tokens is not None:
             base = self.base(structure)
-            if tokens.declared.trained_once:
+            if tokens.declared.needs_preparation:
                 prepared = self.prepare(tokens.method, base)
                 on = "" if structure is None else str(Recipe(structure=structure))
                 record = prepared.record
@@ -130,8 +130,7 @@ class CandidateTrainer:
                 return self._train_for(recipe, base, Recipe(tokens=tokens), checkpoint, uses)
             elif tokens.declared.needs_calibration(tokens.params):
                 built = Recipe(tokens=tokens).build(base, calibration())
-                resolved: Recipe = built.recipe  # type: ignore[assignment]
-                recipe = replace(recipe, tokens=resolved.tokens)
+                recipe = replace(recipe, tokens=recipe_of(built).tokens)
         return TrainedRecipe(replace(recipe, weights=digest), Provenance(prepared=tuple(uses)))
 
     def _train_for(
@@ -164,7 +163,7 @@ class CandidateTrainer:
         """Train a built candidate in place, with the dense model as its teacher."""
         training, log = self.training, self.log
         call = functools.partial(
-            train,
+            train_candidate,
             split=training.split,
             preprocess=training.preprocess,
             settings=settings,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitpareto import methods
 from vitpareto.methods import ModelShape, Recipe
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.trials.nodes import latency_slot

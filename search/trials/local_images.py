@@ -7,7 +7,7 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.data.decoded import Split, is_complete
 from vitpareto.search.errors import UserError

@@ -14,9 +14,9 @@ import numpy as np
 from torch import nn
 
 from vitpareto import methods
-from vitpareto.methods import ModelShape, Recipe
+from vitpareto.methods import ModelShape, Recipe, recipe_of
 from vitpareto.search.measure.accuracy import Correctness, evaluate, largest_fitting_batch
-from vitpareto.search.measure.closed_form import recipe_macs, recipe_of, schedule_macs
+from vitpareto.search.measure.closed_form import recipe_macs, schedule_macs
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.memory import count_parameters, peak_mb
 from vitpareto.search.stats.intervals import wilson_interval

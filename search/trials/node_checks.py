@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search import code_identity
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.errors import UserError

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 
 #: prefix of an accelerator's type among a node's Ray resources, and in a job

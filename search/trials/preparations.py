@@ -41,7 +41,9 @@ def prepare_shared(
     preparation that fails; its progress is kept for the next start.
     """
     training = task.training
-    wanted = [n for n in names if methods.get(n).trained_once and training and training.settings(n)]
+    wanted = [
+        n for n in names if methods.get(n).needs_preparation and training and training.settings(n)
+    ]
     if training is None or not wanted:
         return task
     log(f"preparing {' and '.join(wanted)}, once for all trials")

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vitpareto.methods import Recipe, Untrained
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import delete_tree
 from vitpareto.search.study.folder import StudyFolder

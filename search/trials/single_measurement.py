@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from vitpareto.methods import Recipe
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.study.job import SearchConfig

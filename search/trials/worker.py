@@ -13,13 +13,12 @@ import torch
 from torch import nn
 
 from vitpareto import methods
-from vitpareto.methods import ModelShape, Recipe
+from vitpareto.methods import ModelShape, Recipe, recipe_of
 from vitpareto.search.measure.accuracy import batches_of
-from vitpareto.search.measure.closed_form import recipe_of
 from vitpareto.search.measure.device import device_name
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.timing import measure_latency
-from vitpareto.search.runtimes.backends import Run, prepare_runtime
+from vitpareto.search.runtimes.backends import Run, runtime_call
 from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.trials.candidates import CandidateTrainer, TrainedRecipe
 from vitpareto.search.trials.code_check import check_own_code
@@ -114,7 +113,7 @@ class Worker:
     def dense_run(self) -> Run:
         """The dense model in the latency target's runtime."""
         target = self.task.latency
-        return prepare_runtime(self.dense, self.search_batch(target.batch), target.runtime)
+        return runtime_call(self.dense, self.search_batch(target.batch), target.runtime)
 
     def measure_latency(self, model: nn.Module) -> Latency:
         """Latency of a candidate beside the dense model, on the latency target."""
@@ -122,5 +121,5 @@ class Worker:
         if target.timer is not None:
             return target.timer.measure(recipe_of(model))
         images = self.search_batch(target.batch)
-        run = prepare_runtime(model, images, target.runtime)
+        run = runtime_call(model, images, target.runtime)
         return measure_latency(run, self.dense_run, images, runtime=target.runtime)

@@ -12,7 +12,7 @@ import pytest
 from tests.command_line import Run
 from vitpareto.clusters import jobs
 from vitpareto.clusters.jobs import SubmittedJob
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 DONE = SubmittedJob(
     id="s-1", study="s", status="SUCCEEDED", message="", started_ms=1_700_000_000_000

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import Run
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 
 def test_table_times_methods_side_by_side(command: Run) -> None:

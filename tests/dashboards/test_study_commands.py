@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import STUDY, TRIALS, Run
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 
 def test_trials_lists_every_trial(command: Run, study_store: Path) -> None:

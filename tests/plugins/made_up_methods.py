@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.method import Method, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float
 from vitpareto.methods.engine.preparation import (
     PreparationOutcome,
@@ -22,7 +23,6 @@ from vitpareto.methods.engine.preparation import (
     WidthsCost,
 )
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens, gather, keep, top_k
@@ -95,7 +95,7 @@ class SharedGate(Gate):
 
     name = "made-up-shared-gate"
     summary = "keep the patches that a head trained once scores highest"
-    trained_once = True
+    needs_preparation = True
 
 
 def narrower(model: nn.Module, level: float) -> Widths:
@@ -163,7 +163,7 @@ class TunedThin(Thin):
     name = "made-up-tuned-thin"
     summary = "keep a fraction of the hidden units, and train the others"
     training = "required"
-    trained_once = True
+    needs_preparation = True
 
     def preparation_plan(
         self, model: nn.Module, searched: Mapping[str, Any], cost: WidthsCost | None

@@ -14,7 +14,7 @@ from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
 from vitpareto.methods.engine.schedules import scale_layers, staged_counts
 from vitpareto.methods.engine.tokens import Tokens, keep, keep_padded, top_k
-from vitpareto.methods.token.rajni.reduction import RajniReduction
+from vitpareto.methods.token.rajni.rajni_reduction import RajniReduction
 from vitpareto.methods.token.rajni.scores import ranking, read
 
 

@@ -12,7 +12,7 @@ from tests.methods.tiny_models import dense, images
 from vitpareto import methods
 from vitpareto.methods.engine import head_maximum as by_head
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.head_maximum import attend_by_head
+from vitpareto.methods.engine.head_maximum import attend_with_head_maximum
 from vitpareto.methods.engine.tokens import Tokens
 from vitpareto.methods.token.tram import TramReduction, second_order_degree
 
@@ -35,7 +35,7 @@ def test_attention_by_head_is_attention(rows, with_bias, batch, monkeypatch):
     for ours in (True, False):
         q, k, v = (draw(batch, 3, 7, 4, seed=s).requires_grad_() for s in range(3))
         if ours:
-            out, peak = attend_by_head(q, k, v, 0.5, bias, 0.0)
+            out, peak = attend_with_head_maximum(q, k, v, 0.5, bias, 0.0)
             assert not peak.requires_grad
         else:
             logits = (q * 0.5) @ k.mT
@@ -44,9 +44,9 @@ def test_attention_by_head_is_attention(rows, with_bias, batch, monkeypatch):
         (out * draw(*out.shape, seed=3)).sum().backward()
         found = [out.detach(), peak.detach()]
         with torch.no_grad():
-            untracked = attend_by_head(q, k, v, 0.5, bias, 0.0)
+            untracked = attend_with_head_maximum(q, k, v, 0.5, bias, 0.0)
         with torch.inference_mode():
-            reused = attend_by_head(q.clone(), k.clone(), v.clone(), 0.5, bias, 0.0)
+            reused = attend_with_head_maximum(q.clone(), k.clone(), v.clone(), 0.5, bias, 0.0)
         results.append([*found, q.grad, k.grad, v.grad, *found, *found])
         if ours:
             results[-1][-4:] = [*untracked, *reused]
@@ -58,9 +58,9 @@ def test_attention_by_head_is_attention(rows, with_bias, batch, monkeypatch):
 def test_dropout_spares_the_maximum(inference):
     with torch.inference_mode(inference):
         q, k, v = (draw(1, 2, 6, 4, seed=s) for s in range(3))
-        plain, peak = attend_by_head(q, k, v, 0.5, None, 0.0)
+        plain, peak = attend_with_head_maximum(q, k, v, 0.5, None, 0.0)
         torch.manual_seed(0)
-        dropped, same = attend_by_head(q, k, v, 0.5, None, 0.5)
+        dropped, same = attend_with_head_maximum(q, k, v, 0.5, None, 0.5)
         torch.testing.assert_close(peak, same, rtol=0, atol=1e-15)
         assert (plain - dropped).abs().max() > 0.1
 
@@ -69,7 +69,9 @@ def test_dropout_spares_the_maximum(inference):
 def test_heads_are_joined_without_a_copy(inference):
     """Where they come head by head."""
     with torch.inference_mode(inference):
-        out, _ = attend_by_head(*(draw(2, 3, 7, 4, seed=s) for s in range(3)), 0.5, None, 0.0)
+        out, _ = attend_with_head_maximum(
+            *(draw(2, 3, 7, 4, seed=s) for s in range(3)), 0.5, None, 0.0
+        )
         assert out.transpose(1, 2).reshape(2, 7, 12).data_ptr() == out.data_ptr()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import STUDY, TRIALS, Run
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 
 def test_sync_after_a_search_changes_nothing(command: Run, study_store: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import STUDY, Run
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 
 def test_a_recipe_is_measured_beside_the_dense_model(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import STUDY, TRIALS, MadeStudy, Run
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 
 pytestmark = pytest.mark.usefixtures("capacity")  # one Ray for the file: `local_cluster` joins it
 

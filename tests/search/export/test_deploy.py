@@ -35,7 +35,7 @@ from vitpareto.search.export.specialised import write_static
 from vitpareto.search.export.verification import check_files, verify
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models import embedded_model
-from vitpareto.search.runtimes.backends import onnx_session, prepare_runtime
+from vitpareto.search.runtimes.backends import onnx_session, runtime_call
 from vitpareto.search.runtimes.exported_program import ClassifierGraph
 from vitpareto.search.study.certificates import measured
 from vitpareto.search.study.folder import StudyFolder
@@ -320,13 +320,13 @@ def test_every_runtime_gives_the_models_logits(runtime: str) -> None:
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     if runtime == "cudagraph" and not torch.cuda.is_available():
         with refused("unsupported", UserError, got="cudagraph", device="cpu"):
-            prepare_runtime(model, images, runtime)
+            runtime_call(model, images, runtime)
         pytest.skip("needs a CUDA device: the graph itself")
     if runtime == "cudagraph":
         model, images = model.cuda(), images.cuda()
     with torch.inference_mode():
         wanted = model(images)
-        found = prepare_runtime(model, images, runtime)(images)
+        found = runtime_call(model, images, runtime)(images)
     if runtime == "onnxruntime":
         found = torch.from_numpy(found[0])
     torch.testing.assert_close(found.cpu(), wanted.cpu(), atol=1e-4, rtol=1e-4)

@@ -13,9 +13,9 @@ from tests.refusals import refused
 from tests.search.measure.methods_measured import ADAPTIVE, SETTINGS, TRAINING_FREE, pruned
 from tests.search.small import images, vit
 from vitpareto import methods
-from vitpareto.methods import Recipe
+from vitpareto.methods import Recipe, recipe_of
 from vitpareto.search.measure import macs
-from vitpareto.search.measure.closed_form import padded_counts, recipe_macs, recipe_of
+from vitpareto.search.measure.closed_form import padded_counts, recipe_macs
 from vitpareto.search.measure.fvcore_macs import fvcore_macs
 
 

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.stats.confidence_sequences import (
     BLOCK,
     control_variate,

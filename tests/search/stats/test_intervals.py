@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import beta, binomtest, false_discovery_control, multinomial, norm
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.stats.intervals import (
     clopper_pearson,
     errors_by_round,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from optuna._hypervolume import compute_hypervolume
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.stats.pareto import hypervolume, knee, non_dominated, rank
 
 #: Hypervolumes are sums and differences of up to a few hundred products: rounding, nothing else.

@@ -8,7 +8,7 @@ from scipy.stats import binom
 
 from tests.refusals import refused
 from tests.search.races import front_of, race_study, simulated
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.stats.racing import (
     DEFAULT,
     RULES,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.study.choice import NothingUnderBudget, choose
 from vitpareto.search.study.results import TrialResult, TrialState
 

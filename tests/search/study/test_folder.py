@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study import trial_files

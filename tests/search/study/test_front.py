@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.stats.pareto import hypervolume, non_dominated
 from vitpareto.search.study.front import Front, FrontChange, front_of, knee_of, reference_point
 from vitpareto.search.study.objectives import objectives_named

@@ -12,7 +12,7 @@ import yaml
 from tests.refusals import refused
 from vitpareto import methods
 from vitpareto.methods import BadInput
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import IDENTITY, TRAINING_IDENTITY, SearchConfig
 from vitpareto.search.study.job_files import read_job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.refusals import refused
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.study.objectives import OBJECTIVES, objectives_named
 
 

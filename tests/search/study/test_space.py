@@ -15,10 +15,10 @@ from torch import nn
 
 from tests.search.small import vit
 from vitpareto import methods
-from vitpareto.methods import BadInput, ModelShape, Recipe
-from vitpareto.methods.engine.errors import Code
+from vitpareto.methods import BadInput, ModelShape, Recipe, recipe_of
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.methods.engine.parameters import Choice, Float, Int
-from vitpareto.search.measure.closed_form import recipe_macs, recipe_of, schedule_macs
+from vitpareto.search.measure.closed_form import recipe_macs, schedule_macs
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space, resolve, snapped
 

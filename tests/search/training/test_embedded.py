@@ -21,7 +21,7 @@ def test_training_repeats_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Monkey
     state = torch.get_rng_state()
     losses: list[Epoch] = []
     results = [
-        embedded.train(tmp_path / f"{i}.safetensors", epochs=1, progress=losses.append)
+        embedded.train_embedded(tmp_path / f"{i}.safetensors", epochs=1, progress=losses.append)
         for i in range(2)
     ]
     assert results[0] == results[1] and losses[0] == losses[1]

@@ -47,7 +47,7 @@ from vitpareto.search.trials.worker import Worker
 
 task = study_task(checked, threads=1)
 trainer = Worker.open(task).trainer
-shared = [n for n in job["methods"] if methods.get(n).trained_once]
+shared = [n for n in job["methods"] if methods.get(n).needs_preparation]
 record_preparations(checked.folder, [trainer.prepare(name) for name in shared])
 worker = Worker.open(with_preparations(task))
 out = {}

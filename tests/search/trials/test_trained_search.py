@@ -40,7 +40,7 @@ from vitpareto.search.study.results import TrialResult, unpack_bits
 from vitpareto.search.tracking.run_contents import trial_runs
 from vitpareto.search.training.loop import Epoch
 from vitpareto.search.training.preparation_cache import epochs_key
-from vitpareto.search.training.settings import TrainingSettings, train
+from vitpareto.search.training.settings import TrainingSettings, train_candidate
 from vitpareto.search.trials.candidates import CandidateTrainer
 from vitpareto.search.trials.job_check import CheckedJob, check_job
 from vitpareto.search.trials.measurement import measure_recipe
@@ -289,7 +289,7 @@ class Killed(CandidateTrainer):
             raise KeyboardInterrupt
 
         own = self.training
-        return train(
+        return train_candidate(
             model, own.split, own.preprocess, settings, data=own.data, teacher=self.dense,
             checkpoint=checkpoint, progress=stop,
             about={"model": self.fingerprint, "recipe": recipe.to_dict()},

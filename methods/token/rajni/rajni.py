@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.errors import BadInput, Code
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.forward import ReducedForward
 from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
+from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Choice, Counts, Float, Int, Layers
-from vitpareto.methods.engine.registry import register
 from vitpareto.methods.engine.schedules import check_layers, pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape
 from vitpareto.methods.engine.tokens import Tokens, keep, top_k
-from vitpareto.methods.token.rajni.reduction import RajniReduction
+from vitpareto.methods.token.rajni.rajni_reduction import RajniReduction
 from vitpareto.methods.token.rajni.scores import Reading, keep_ratio, ranking, read
 
 

@@ -32,7 +32,7 @@ from vitpareto.search.training.finetune_result import (
     save_result,
 )
 from vitpareto.search.training.loop import Epoch
-from vitpareto.search.training.settings import TrainingSettings, seeded, train
+from vitpareto.search.training.settings import TrainingSettings, seeded, train_candidate
 from vitpareto.search.training.teachers import NO_TEACHER, SELF, Teacher, TeacherChoice
 
 Log = Callable[[str], None]
@@ -152,7 +152,7 @@ def finetune(
     if state.exists():
         say(f"continuing from {state}")
     try:
-        history = train(
+        history = train_candidate(
             model,
             data.split("train"),
             preprocess,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from vitpareto.methods.engine.errors import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
 from vitpareto.methods.engine.method import Method
 
 _REGISTRY: dict[str, Method] = {}

@@ -26,7 +26,7 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import evaluate
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import load_model
-from vitpareto.search.training.finetune import FinetuneJob, finetune, fit_head
+from vitpareto.search.training.fine_tuning import FinetuneJob, finetune, fit_head
 from vitpareto.search.training.finetune_result import FinetuneResult
 from vitpareto.search.training.settings import TrainingSettings
 from vitpareto.search.training.teachers import Renormalised
