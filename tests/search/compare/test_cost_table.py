@@ -9,7 +9,7 @@ from torch import nn
 from tests.refusals import refused
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, UnsupportedModel
-from vitpareto.methods.engine import registry
+from vitpareto.methods.engine import method_registry
 from vitpareto.methods.engine.method import Preset
 from vitpareto.methods.engine.parameters import Float
 from vitpareto.methods.engine.staged import StagedMethod
@@ -120,7 +120,7 @@ def test_a_new_method_needs_nothing_but_its_file(monkeypatch: pytest.MonkeyPatch
         def resolve(self, choices, shape):
             return {"keep_rate": 1 - choices["dropped"], "prune_layers": (3, 6, 9)}
 
-    monkeypatch.setitem(registry._REGISTRY, "odd", Odd())
+    monkeypatch.setitem(method_registry._REGISTRY, "odd", Odd())
     setting = setting_at("odd", 0.75, *SMALL)
     assert setting.rule == NEAREST and setting.recipe.tokens is not None
     assert setting.recipe.tokens.params["keep_rate"] == pytest.approx(0.75, abs=0.005)
