@@ -5,9 +5,9 @@ The command line prints its message without a traceback. May import `vitpareto.m
 
 from __future__ import annotations
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest, suggestion
 
-__all__ = ["BadInput", "Code", "UserError", "nearest"]
+__all__ = ["BadInput", "Code", "UserError", "closest", "nearest", "suggestion"]
 
 
 class UserError(BadInput):

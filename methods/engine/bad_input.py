@@ -58,11 +58,20 @@ def _rebuilt(kind: type[E], message: str, code: Code, details: dict[str, Any]) -
     return kind(message, code, **details)
 
 
-def nearest(word: object, known: Iterable[str]) -> str:
-    """`": did you mean 'x'?"` for the closest known word, or all of them where none is close."""
-    known = sorted(known)
+def closest(word: object, known: Iterable[str]) -> str | None:
+    """The known word that is most similar to `word`; None if none is similar."""
     # YAML keys may be numbers
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    if close:
-        return f": did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known) or 'none'}"
+    close = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def suggestion(word: object, known: Iterable[str], otherwise: str = "") -> str:
+    """`": did you mean 'x'?"` for the closest known word; `otherwise` if none is similar."""
+    match = closest(word, known)
+    return otherwise if match is None else f": did you mean {match!r}?"
+
+
+def nearest(word: object, known: Iterable[str]) -> str:
+    """As `suggestion`, and all known words if none is similar."""
+    known = sorted(known)
+    return suggestion(word, known, f"; known: {', '.join(known) or 'none'}")

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vitpareto.methods.engine.attention import Attended, attend
 from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.reduction import Reduction, Trace
+from vitpareto.methods.engine.timm_embedding import embed_images
 from vitpareto.methods.engine.tokens import Tokens
 
 
@@ -48,8 +49,7 @@ class ReducedForward(VisionTransformer):
             inputs = F.interpolate(
                 wide, size=self.resize_to, mode="bicubic", antialias=True, align_corners=False
             ).to(images.dtype)
-        x = self.norm_pre(self._pos_embed(self.patch_embed(inputs)))
-        tokens = Tokens(x, self.num_prefix_tokens)
+        tokens = Tokens(embed_images(self, inputs), self.num_prefix_tokens)
         rows, columns = cast("tuple[int, int]", tuple(self.patch_embed.grid_size))
         if tokens.patches != rows * columns and type(self.reduction) is not Reduction:
             # timm's dynamic_img_size accepts other sizes, a schedule is for one number of patches
@@ -62,8 +62,8 @@ class ReducedForward(VisionTransformer):
                 expected=rows * columns,
             )
         if trace:
-            index = torch.arange(tokens.patches, device=x.device)
-            tokens = replace(tokens, group=index.repeat(x.shape[0], 1))
+            index = torch.arange(tokens.patches, device=images.device)
+            tokens = replace(tokens, group=index.repeat(images.shape[0], 1))
         return self.reduction.begin(images, tokens)
 
     def run_block(

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, nearest, suggestion
 
 
 class Required:
@@ -45,8 +45,13 @@ class Parameter:
 
     @property
     def accepts(self) -> str:
-        """The accepted values as a noun phrase: "an integer >= 1"."""
+        """The accepted values as a noun phrase: "an integer >= 1". Bounds are exact."""
         raise NotImplementedError
+
+    @property
+    def accepts_rounded(self) -> str:
+        """`accepts` for a table, with bounds rounded to 3 significant digits."""
+        return self.accepts
 
     def check(self, value: Any, where: str) -> Any:
         """The value in its canonical type. Raises BadInput if it is not accepted.
@@ -82,15 +87,15 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _interval(kind: str, low: float, high: float, open_low: bool = False) -> str:
-    """The accepted numbers: "a number in (0, 1]", "an integer >= 0"."""
+def _interval(kind: str, low: float, high: float, open_low: bool = False, digits: int = 12) -> str:
+    """The accepted numbers: "a number in (0, 1]", "an integer >= 0". digits: significant ones."""
     if math.isinf(low) and math.isinf(high):
         return f"a finite {kind.split()[-1]}"
     if math.isinf(low):
         return f"{kind} <= {high:g}"
     if math.isinf(high):
         return f"{kind} {'>' if open_low else '>='} {low:g}"
-    return f"{kind} in {'(' if open_low else '['}{low:.12g}, {high:.12g}]"
+    return f"{kind} in {'(' if open_low else '['}{low:.{digits}g}, {high:.{digits}g}]"
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,10 @@ class Float(Parameter):
     @property
     def accepts(self) -> str:
         return _interval("a number", self.low, self.high, self.open_low)
+
+    @property
+    def accepts_rounded(self) -> str:
+        return _interval("a number", self.low, self.high, self.open_low, digits=3)
 
     def check(self, value: Any, where: str) -> float | None:
         if value is None and self.default is None:
@@ -161,11 +170,8 @@ class Choice(Parameter):
             if type(choice) is type(value) and choice == value:
                 return choice
         strings = [c for c in self.choices if isinstance(c, str)]
-        if isinstance(value, str) and strings:
-            hint = nearest(value, strings)
-            hint = hint if hint.startswith(": did you mean") else ""
-            raise self.error(Code.OUT_OF_RANGE, value, where, hint)
-        raise self.error(Code.OUT_OF_RANGE, value, where)
+        hint = suggestion(value, strings) if isinstance(value, str) else ""
+        raise self.error(Code.OUT_OF_RANGE, value, where, hint)
 
 
 @dataclass(frozen=True)

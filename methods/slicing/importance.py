@@ -69,8 +69,7 @@ def importances(
         objective: the scalar loss of (model, images, labels), whose gradient is g.
 
     Raises:
-        FloatingPointError: if an importance is not finite.
-        BadInput: if there is no batch.
+        BadInput: if an importance is not finite, or there is no batch.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     total: list[Tensor] | None = None
@@ -90,8 +89,12 @@ def importances(
             parts = [part.square() for part in units.parts()]
             parts[0] = parts[0] / tied
             if not all(part.isfinite().all() for part in parts):
-                raise FloatingPointError(
-                    f"importances must be finite (batch {index} has loss {loss.item()})"
+                raise BadInput(
+                    f"importances must be finite (got loss {loss.item()} for batch {index})",
+                    Code.OUT_OF_RANGE,
+                    name="batches",
+                    batch=index,
+                    loss=loss.item(),
                 )
             total = parts if total is None else [a + b for a, b in zip(total, parts, strict=True)]
     finally:

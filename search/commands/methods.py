@@ -65,7 +65,8 @@ def _text(method: Method) -> str:
         lines.append(f"  paper       {paper.title}; {paper.authors} {paper.url}".rstrip())
     for label, declared in (("parameter", method.parameters), ("searched", method.space)):
         for p in declared:
-            lines.append(f"  {label:<11} {p.name}: {p.accepts}{f' ({p.doc})' if p.doc else ''}")
+            doc = f" ({p.doc})" if p.doc else ""
+            lines.append(f"  {label:<11} {p.name}: {p.accepts_rounded}{doc}")
     if (key := epochs_key(method.name)) is not None:
         lines.append(f"  searched    only with {KEYS[key].option} of at least 1")
     for preset in method.presets:

@@ -18,7 +18,7 @@ from vitpareto.search.data.imagenet import IMAGENET_CLASSES, imagenet_indices
 from vitpareto.search.data.named import NAMES, list_named
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import EVALUATION, ListedSplit
-from vitpareto.search.errors import Code, UserError, nearest
+from vitpareto.search.errors import Code, UserError, closest, nearest
 from vitpareto.search.files.filesystems import download_folder, is_remote
 
 
@@ -194,13 +194,14 @@ def _existing_folder(spec: str) -> Path:
             path=spec,
         )
     if spec == Path(spec).name:  # without a separator it may be a misspelt name
-        hint = nearest(spec.lower().replace("_", "-"), NAMES)
-        hint = f" ({hint.removeprefix(': ')})" if hint.startswith(": did you mean") else ""
+        match = closest(spec.lower().replace("_", "-"), NAMES)
+        hint = "" if match is None else f" (did you mean {match!r}?)"
         raise UserError(
             f"unknown data {spec!r}{hint}: must be one of {', '.join(NAMES)} (all except digits "
             "also as NAME:DIR), or a folder DIR/CLASS/*.jpg",
             Code.UNKNOWN_NAME,
             name=spec,
             accepted=NAMES,
+            closest=match,
         )
     raise UserError(f"folder {spec} does not exist", Code.NOT_FOUND, path=spec)

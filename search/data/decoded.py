@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitpareto.search.errors import BadInput, Code
+
 
 @dataclass(frozen=True)
 class Split:
@@ -43,11 +45,18 @@ class Split:
         return len(self.labels)
 
     def batch(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of images start..stop-1 and their labels: uint8 [B, H, W, 3] and int64 [B]."""
+        """Copies of images start..stop-1 and their labels: uint8 [B, H, W, 3] and int64 [B].
+
+        Raises BadInput for an empty range and for one beyond the split.
+        """
         if not 0 <= start < stop <= len(self):
-            raise ValueError(
-                f"start and stop must satisfy 0 <= start < stop <= {len(self)} (got {start}, "
-                f"{stop}) in split {self.name!r}"
+            raise BadInput(
+                f"start and stop must satisfy 0 <= start < stop <= {len(self)}, the images of "
+                f"{self.name!r} (got {start} and {stop})",
+                Code.OUT_OF_RANGE,
+                name=self.name,
+                got=(start, stop),
+                images=len(self),
             )
         images, labels = np.array(self.images[start:stop]), np.array(self.labels[start:stop])
         return torch.from_numpy(images), torch.from_numpy(labels)

@@ -10,7 +10,7 @@ import timm.data
 import torch
 from PIL import Image
 
-from vitpareto.search.errors import Code, UserError
+from vitpareto.search.errors import BadInput, Code, UserError
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,16 @@ class Preprocess:
     def normalise(self, images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """(images / 255 - mean) / std: uint8 [B, H, W, 3] -> `dtype` [B, 3, H, W], same device.
 
-        Computed in float32 in timm's order of operations, then cast to `dtype`.
+        Computed in float32 in timm's order of operations, then cast to `dtype`. Raises BadInput for
+        images of another type or shape.
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise ValueError(
-                f"images must be uint8 [B, H, W, 3] (got {images.dtype} {list(images.shape)})"
+            raise BadInput(
+                f"images must be uint8 [B, H, W, 3] (got {images.dtype} {list(images.shape)})",
+                Code.WRONG_TYPE,
+                name="images",
+                dtype=str(images.dtype),
+                shape=tuple(images.shape),
             )
         mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)

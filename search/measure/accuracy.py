@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
-from vitpareto.methods import recipe_of
+from vitpareto.methods import BadInput, Code, ModelShape, Recipe, recipe_of
 from vitpareto.search import choices
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
@@ -157,51 +157,82 @@ def evaluate(
 
     Raises:
         NonFiniteLogits: the logits of an image are not finite.
-        ValueError: the range contains no image.
+        BadInput: the range contains no image.
     """
-    recipe, adaptive = recipe_of(model), False
-    shape = None
-    if recipe.tokens is not None:
-        shape = methods.model_shape(model)
-        adaptive = recipe.tokens.declared.counts(recipe.tokens.params, shape) is None
+    cost = _cost_by_image(model)
     columns = None if head_indices is None else torch.tensor(head_indices, device=device)
-    top1: list[Tensor] = []
-    top5: list[Tensor] = []
-    as_run, alone, seen = 0.0, list[int](), 0
+    hits: list[tuple[Tensor, Tensor]] = []
+    seen = 0
     for images, labels in batches_of(
         split, preprocess, batch=batch, device=device, dtype=dtype, start=start, stop=stop
     ):
-        if adaptive and shape is not None:
-            logits, trace = model(images, trace=True)
-            counts = torch.stack(trace.tokens, dim=1) - shape.prefix
-            as_run += len(images) * schedule_macs(
-                recipe, shape, padded_counts(trace.tokens, shape.prefix)
-            )
-            alone += [schedule_macs(recipe, shape, row) for row in counts.tolist()]
-        else:
-            logits = model(images)
-        logits = logits.float()
+        logits = (model(images) if cost is None else cost.forward(model, images)).float()
         if columns is not None:
             logits = logits[:, columns]
-        finite = logits.isfinite().all(dim=1)
-        if not bool(finite.all()):
-            bad = start + seen + int((~finite).nonzero()[0, 0])
-            raise NonFiniteLogits(f"non-finite logits, first for image {bad} of {split.name}", bad)
-        order = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        top1.append(order[:, 0].cpu())
-        top5.append(order.any(dim=1).cpu())
+        _check_finite(logits, start + seen, split.name)
+        hits.append(_hits(logits, labels))
         seen += len(images)
         if progress is not None:
             progress(len(images))
     if not seen:
         end = len(split) if stop is None else stop
-        raise ValueError(
+        raise BadInput(
             f"the range must contain an image (got {start}..{end} of the {len(split)} images of "
-            f"{split.name!r})"
+            f"{split.name!r})",
+            Code.EMPTY,
+            name=split.name,
+            got=(start, end),
+            images=len(split),
         )
-    return Correctness(
-        torch.cat(top1).numpy(),
-        torch.cat(top5).numpy(),
-        as_run / seen if adaptive else None,
-        np.array(alone, dtype=np.float64) if adaptive else None,
-    )
+    top1, top5 = (torch.cat(part).numpy() for part in zip(*hits, strict=True))
+    if cost is None:
+        return Correctness(top1, top5)
+    return Correctness(top1, top5, cost.as_run / seen, np.array(cost.alone, dtype=np.float64))
+
+
+def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether labels [B] are the largest, and among the 5 largest, of logits [B, K]: bool [B]."""
+    matches = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return matches[:, 0].cpu(), matches.any(dim=1).cpu()
+
+
+def _check_finite(logits: Tensor, first: int, name: str) -> None:
+    """Raises NonFiniteLogits. first: index in the split `name` of the first row of the logits."""
+    finite = logits.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        bad = first + int((~finite).nonzero()[0, 0])
+        raise NonFiniteLogits(f"non-finite logits, first for image {bad} of {name}", bad)
+
+
+@dataclass
+class _CostByImage:
+    """Adds up the MACs of a model whose images decide the token counts.
+
+    Attributes:
+        as_run: MACs of all images, padding included.
+        alone: MACs of each image alone.
+    """
+
+    recipe: Recipe
+    shape: ModelShape
+    as_run: float = 0.0
+    alone: list[int] = field(default_factory=list)
+
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """The logits of the images, whose cost is added."""
+        logits, trace = model(images, trace=True)
+        padded = padded_counts(trace.tokens, self.shape.prefix)
+        self.as_run += len(images) * schedule_macs(self.recipe, self.shape, padded)
+        counts = (torch.stack(trace.tokens, dim=1) - self.shape.prefix).tolist()
+        self.alone += [schedule_macs(self.recipe, self.shape, row) for row in counts]
+        return cast(Tensor, logits)
+
+
+def _cost_by_image(model: nn.Module) -> _CostByImage | None:
+    """None unless images decide the model's token counts."""
+    recipe = recipe_of(model)
+    if recipe.tokens is None:
+        return None
+    shape = methods.model_shape(model)
+    fixed = recipe.tokens.declared.counts(recipe.tokens.params, shape) is not None
+    return None if fixed else _CostByImage(recipe, shape)

@@ -69,6 +69,8 @@ def work(recipe: Recipe, model: nn.Module) -> Work:
         raise BadInput(
             "the LayerNorms of the model must have weights; no counting convention covers others",
             Code.UNSUPPORTED,
+            name="norms",
+            model=type(model).__name__,
         )
     return Work(without_norms - products, products, norms, scores, own)
 

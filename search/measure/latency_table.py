@@ -29,7 +29,7 @@ from torch import nn
 from vitpareto.methods import Code
 from vitpareto.methods.engine.shape import model_shape
 from vitpareto.methods.slicing.sliced_model import BlockWidths, Widths, model_widths
-from vitpareto.search.errors import UserError
+from vitpareto.search.errors import BadInput, UserError
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.measure.latency import LatencyTarget
 
@@ -81,14 +81,31 @@ class Grid:
 
     @classmethod
     def from_json(cls, stored: Any, names: Sequence[str]) -> Grid:
-        """The inverse of `to_json`. Raises ValueError unless it is a grid over the axes `names`."""
+        """The inverse of `to_json`.
+
+        Raises BadInput unless it is a grid of positive numbers over the axes `names`, and KeyError,
+        TypeError or ValueError for another structure.
+        """
         axes = {k: tuple(int(p) for p in v) for k, v in stored["axes"].items()}
         ms = np.asarray(stored["ms"], dtype=np.float64)
         rising = all(all(a < b for a, b in itertools.pairwise(p)) for p in axes.values())
         if tuple(axes) != tuple(names) or ms.shape != tuple(map(len, axes.values())) or not rising:
-            raise ValueError(f"a grid must have the axes {', '.join(names)} (got {list(axes)})")
-        if not np.isfinite(ms).all() or (ms <= 0).any():
-            raise ValueError("every latency must be a positive number")
+            raise BadInput(
+                f"a grid must have ascending points on the axes {', '.join(names)}, and a latency "
+                f"for each (got the axes {', '.join(axes)} and latencies of shape {ms.shape})",
+                Code.MISMATCH,
+                name="axes",
+                got=tuple(axes),
+                expected=tuple(names),
+            )
+        valid = np.isfinite(ms) & (ms > 0)
+        if not valid.all():
+            raise BadInput(
+                f"latencies must be positive numbers (got {ms[~valid][0]})",
+                Code.OUT_OF_RANGE,
+                name="ms",
+                got=float(ms[~valid][0]),
+            )
         return cls(axes, ms)
 
 
@@ -187,9 +204,19 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> LatencyTable:
-        """The inverse of `to_json`. Raises ValueError, KeyError or TypeError for anything else."""
+        """The inverse of `to_json`.
+
+        Raises BadInput for a later schema and for invalid grids, and KeyError, TypeError or
+        ValueError for another structure.
+        """
         if stored["schema"] > SCHEMA:
-            raise ValueError(f"schema must be at most {SCHEMA} (got {stored['schema']})")
+            raise BadInput(
+                f"schema must be at most {SCHEMA} (got {stored['schema']})",
+                Code.UNSUPPORTED,
+                name="schema",
+                got=stored["schema"],
+                most=SCHEMA,
+            )
         return cls(
             model=str(stored["model"]),
             target=LatencyTarget.from_json(stored["target"]),

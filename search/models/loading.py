@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitpareto.methods import ModelShape, Recipe, check_supported, model_shape
 from vitpareto.search.data.embedded_images import CLASSES
-from vitpareto.search.errors import Code, UserError, nearest
+from vitpareto.search.errors import Code, UserError, closest, suggestion
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.models.weight_files import first_line
@@ -74,10 +74,15 @@ def fresh_model(name: str) -> nn.Module:
 def _check_name(name: str) -> None:
     """Raise UserError unless timm has such a model, or resolves the name itself."""
     if not name.startswith(RESOLVED_BY_TIMM) and name.split(".")[0] not in timm.list_models():
-        hint = nearest(name, [embedded_model.NAME, *timm.list_models()])
-        if not hint.startswith(": did you mean"):  # not all of timm's thousand names
-            hint = ": must be digits, a name in timm.list_models(), hf-hub:… or local-dir:…"
-        raise UserError(f"unknown model {name!r}{hint}", Code.UNKNOWN_NAME, name=name)
+        known = [embedded_model.NAME, *timm.list_models()]
+        # not all of timm's thousand names
+        accepted = ": must be digits, a name in timm.list_models(), hf-hub:… or local-dir:…"
+        raise UserError(
+            f"unknown model {name!r}{suggestion(name, known, accepted)}",
+            Code.UNKNOWN_NAME,
+            name=name,
+            closest=closest(name, known),
+        )
 
 
 def _check_buildable(name: str) -> None:
@@ -155,7 +160,10 @@ def num_classes(model: nn.Module) -> int:
     head = cast(Any, model).head
     if not isinstance(head, nn.Linear):
         raise UserError(
-            "the model has no classification head: give weights that have one", Code.MISSING
+            "the model has no classification head: give weights that have one",
+            Code.MISSING,
+            name="head",
+            got=type(head).__name__,
         )
     return head.out_features
 

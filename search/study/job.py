@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.methods.engine.bad_input import Code, nearest
+from vitpareto.methods.engine.bad_input import Code, nearest, suggestion
 from vitpareto.search.choices import SEARCHABLE_OBJECTIVES
 from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
@@ -221,8 +221,7 @@ def checked_value(name: str, value: Any) -> Any:
     except Rejected as rejected:
         hint = ""
         if isinstance(kind, OneOf) and isinstance(value, str):
-            near = nearest(value, kind.choices)
-            hint = near if near.startswith(": did you mean") else ""
+            hint = suggestion(value, kind.choices)
         raise UserError(
             f"job.{name} must be {kind.rule} (got {value!r}){hint}",
             Code(rejected.code),

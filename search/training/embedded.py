@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitpareto.methods.engine.timm_embedding import embed_images
 from vitpareto.search.data.embedded_images import (
     CLASSES,
     PATCH,
@@ -119,7 +120,7 @@ class _TrainedViT(nn.Module):
         `corner` [B, 2] is the first patch (y, x) of each digit's 2x2 patches.
         """
         vit = self.vit
-        tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        tokens = embed_images(vit, images)
         shuffle = self.SHUFFLE[int(torch.randint(len(self.SHUFFLE), ()))]
         early: list[Tensor] = []
         for index, block in enumerate(vit.blocks):

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.methods.method_settings import recorded
 from tests.methods.tiny_models import dense, images
 from vitpareto import methods
-from vitpareto.methods.engine import head_maximum as by_head
+from vitpareto.methods.engine import head_maximum
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.head_maximum import attend_with_head_maximum
 from vitpareto.methods.engine.tokens import Tokens
@@ -29,7 +29,7 @@ def test_attention_by_head_is_attention(rows, with_bias, batch, monkeypatch):
     without gradients and in inference mode, which reuses its buffers: by head where there are more
     heads than images, else by image.
     """
-    monkeypatch.setattr(by_head, "ROWS", rows)
+    monkeypatch.setattr(head_maximum, "ROWS", rows)
     bias = draw(batch, 1, 1, 7, seed=9) if with_bias else None
     results = []
     for ours in (True, False):

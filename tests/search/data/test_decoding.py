@@ -64,7 +64,7 @@ def test_the_map_is_read_only_and_pickles_as_its_path(folder: Path, cache: Path)
     assert (images.shape, labels.shape) == ((2, 16, 16, 3), (2,))
     images.zero_()  # a copy: the map is untouched
     assert received.images[70].any()
-    with pytest.raises(ValueError, match="70, 73"):
+    with refused("out-of-range", name="held-out", got=(70, 73), images=72):
         received.batch(70, 73)
 
 

@@ -157,6 +157,27 @@ def test_an_invalid_table_is_refused(tmp_path: Path, change: dict) -> None:
         LatencyTable.load(path)
 
 
+@pytest.mark.parametrize(
+    ("change", "code", "details"),
+    [
+        ({"schema": 3}, "unsupported", {"name": "schema", "got": 3, "most": 2}),
+        (
+            {"rest": {"axes": {"width": [16, 32]}, "ms": [1, 2]}},
+            "mismatch",
+            {"name": "axes", "got": ("width",), "expected": ("embedding",)},
+        ),
+        (
+            {"rest": {"axes": {"embedding": [16, 32]}, "ms": [1, -2]}},
+            "out-of-range",
+            {"name": "ms", "got": -2.0},
+        ),
+    ],
+)
+def test_what_is_invalid_in_a_table_is_named(change: dict, code: str, details: dict) -> None:
+    with refused(code, **details):
+        LatencyTable.from_json({**table().to_json(), **change})
+
+
 def test_a_missing_file_or_other_text_is_refused(tmp_path: Path) -> None:
     with refused("unreadable", UserError):
         LatencyTable.load(tmp_path / "p.json")
