@@ -11,7 +11,6 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +23,7 @@ from vitpareto.search.commands.terminal import console, log
 if TYPE_CHECKING:
     from vitpareto.clusters.connect import ClusterCapacity
     from vitpareto.clusters.jobs import JobClient
+    from vitpareto.search.study.job_request import JobRequest
 
 HEAD = "http://127.0.0.1:8265"
 
@@ -49,7 +49,7 @@ class RayClusters:
 
         return joined_cluster(address)
 
-    def store_inputs(self, job: Mapping[str, Any], package: Path, study: Path) -> dict[str, Any]:
+    def store_inputs(self, job: JobRequest, package: Path, study: Path) -> JobRequest:
         from vitpareto.clusters.packing import store_inputs
 
         return store_inputs(job, package, study)

@@ -9,16 +9,16 @@ import contextlib
 import logging
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vitpareto.clusters.packing import JOB, pack_job
 from vitpareto.clusters.ray_internals import VERBOSE_LOGGERS, server_version
 from vitpareto.methods import Code
 from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.errors import UserError
+from vitpareto.search.study.job_request import JobRequest
 
 #: metadata by which this project's jobs are told from others
 PROJECT = "vitpareto"
@@ -107,7 +107,7 @@ class JobClient:
                 accepted=ray.__version__,
             )
 
-    def submit(self, job: Mapping[str, Any]) -> str:
+    def submit(self, job: JobRequest) -> str:
         """Pack and submit a search; returns Ray's id of the job. Raises as `pack_job`."""
         with tempfile.TemporaryDirectory(prefix="vitpareto-job-") as package:
             config = pack_job(job, Path(package))

@@ -12,9 +12,8 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -22,24 +21,23 @@ from vitpareto.methods import Code
 from vitpareto.search.code_identity import PACKAGE, copy_code
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.job_keys import KEYS
+from vitpareto.search.study.job_request import JobRequest
 
 #: folder of the job's files in a package, and the job file
 INPUTS, JOB = "inputs", "job.yaml"
 #: Ray's limit of a package in MiB; Ray's name for it is GCS_STORAGE_MAX_SIZE
 LIMIT_MB = 512
-#: job keys that may name files of this machine
-FILE_KEYS = ("weights", "profile")
-LOCAL_MODEL = "local-dir:"
 
 
-def pack_job(job: Mapping[str, Any], package: Path) -> SearchConfig:
+def pack_job(job: JobRequest, package: Path) -> SearchConfig:
     """Write what the cluster runs into an empty folder: code, job, and the files that it names.
 
     Raises UserError for a wrong job, a store that ends with the cluster, and a package above Ray's
     limit.
     """
-    config = SearchConfig.of(job)
-    store = str(job.get("store") or "")
+    config = job.config()
+    store = job.store
     if "://" not in store and not os.path.isabs(store):
         raise UserError(
             f"store must outlive the cluster (got {store!r}); give --store with a folder that all "
@@ -48,18 +46,25 @@ def pack_job(job: Mapping[str, Any], package: Path) -> SearchConfig:
             key="store",
             got=store,
         )
-    packed = dict(job)
-    for key in FILE_KEYS:
-        if packed.get(key) and Path(packed[key]).is_file():
-            packed[key] = _add_input(Path(packed[key]), package)
-    model = str(packed.get("model") or "")
-    folder = Path(model.removeprefix(LOCAL_MODEL))
-    if model.startswith(LOCAL_MODEL) and folder.is_dir():
-        packed["model"] = f"{LOCAL_MODEL}{_add_input(folder, package)}"
+    inputs = {
+        name: scheme + _add_input(path, package)
+        for name, scheme, path in _paths(job)
+        if path.exists()
+    }
+    packed = job.changed(**inputs)
     copy_code(package / PACKAGE)
-    (package / JOB).write_text(yaml.safe_dump(packed, sort_keys=False), encoding="utf-8")
+    text = yaml.safe_dump(dict(packed.keys), sort_keys=False)
+    (package / JOB).write_text(text, encoding="utf-8")
     _check_size(package)
     return config
+
+
+def _paths(job: JobRequest) -> Iterator[tuple[str, str, Path]]:
+    """(key, what precedes the path, path) for each key that names a file or folder."""
+    for key in KEYS.values():
+        value, scheme = job.text(key.name), key.path_after
+        if scheme is not None and value.startswith(scheme) and value != scheme:
+            yield key.name, scheme, Path(value.removeprefix(scheme))
 
 
 def _check_size(package: Path) -> None:
@@ -100,24 +105,22 @@ def _add_input(source: Path, package: Path) -> str:
     return str(path)
 
 
-def store_inputs(job: Mapping[str, Any], package: Path, study: Path) -> dict[str, Any]:
+def store_inputs(job: JobRequest, package: Path, study: Path) -> JobRequest:
     """On the cluster: copy a package's files to the study, which outlives the package.
 
     Returns the job with their new paths. The same job submitted again gets the same paths.
     """
-    stored = dict(job)
     target = study / INPUTS
     if not (package / INPUTS).is_dir():
-        return stored
+        return job
     for source in (package / INPUTS).iterdir():
         _copy_once(source, target / source.name)
-    for key in (*FILE_KEYS, "model"):
-        value = str(stored.get(key) or "")
-        scheme = LOCAL_MODEL if value.startswith(LOCAL_MODEL) else ""
-        path = value.removeprefix(scheme)
-        if path.startswith(f"{INPUTS}/"):
-            stored[key] = scheme + str((target / Path(path).relative_to(INPUTS)).absolute())
-    return stored
+    stored = {
+        name: scheme + str((target / path.relative_to(INPUTS)).absolute())
+        for name, scheme, path in _paths(job)
+        if path.is_relative_to(INPUTS)
+    }
+    return job.changed(**stored)
 
 
 def _copy_once(source: Path, target: Path) -> None:

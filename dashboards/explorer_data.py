@@ -109,11 +109,11 @@ def explorer_study(
     dense, front = reference_of(results), front_of(results, axes)
     knee, latencies = knee_of(front, axes, dense), folder.latencies.read()
     stopped_early = sum(r.state == "raced_out" for r in results)
-    model = str(job.get("model"))
+    model = job.model
     return ExplorerStudy(
         name=folder.name,
         model=model,
-        data=str(job.get("data")),
+        data=job.data,
         verdict=str(verdict(results, folder.objectives) or "No pruned model is fully measured yet"),
         counts=f"{len(results) - stopped_early} trials fully measured, {stopped_early} stopped "
         f"early, {len(front)} on the front",

@@ -161,7 +161,7 @@ def studies_table(folders: Sequence[StudyFolder]) -> Table:
 
 def _study_cells(folder: StudyFolder) -> list[str]:
     results, job = folder.measured(), folder.job()
-    axes = [OBJECTIVES[o] for o in job["objectives"]]
+    axes = [OBJECTIVES[o] for o in folder.objectives]
     front, dense = front_of(results, axes), reference_of(results)
     knee, volume = knee_of(front, axes, dense), ""
     if dense is not None:
@@ -171,8 +171,8 @@ def _study_cells(folder: StudyFolder) -> list[str]:
     cost = next((o for o in axes if o.name not in ACCURACIES), None)
     return [
         folder.name,
-        str(job["model"]),
-        str(job["data"]),
+        job.model,
+        job.data,
         str(sum(r.state == "finished" for r in results)),
         str(sum(r.state == "raced_out" for r in results)),
         str(len(front)),

@@ -50,7 +50,7 @@ def write_study_explorer(
     from vitpareto.dashboards.explorer_page import write_explorer
     from vitpareto.dashboards.study_token_pictures import token_pictures
 
-    tokens = token_pictures(folder, cache_folder(cache or folder.job().get("cache")))
+    tokens = token_pictures(folder, cache_folder(cache or folder.job().cache))
     return write_explorer([folder], path, {folder.name: tokens}), tokens
 
 
@@ -61,7 +61,7 @@ def draw_front(folder: StudyFolder, path: Path) -> Path:
 
     return plot_front(
         measured(folder),
-        objectives=tuple(folder.job()["objectives"][:2]),
+        objectives=folder.objectives[:2],
         title=title_of(folder),
         path=path,
         recovered=measured(folder, recovered=True),
@@ -70,7 +70,7 @@ def draw_front(folder: StudyFolder, path: Path) -> Path:
 
 def title_of(folder: StudyFolder) -> str:
     job = folder.job()
-    return f"{folder.name}: {job['model']} on {job['data']}"
+    return f"{folder.name}: {job.model} on {job.data}"
 
 
 def verdict_of(folder: StudyFolder, max_gmacs: float | None = None) -> str:
@@ -78,7 +78,7 @@ def verdict_of(folder: StudyFolder, max_gmacs: float | None = None) -> str:
     from vitpareto.search.study.certificates import measured
     from vitpareto.search.study.verdict import verdict
 
-    found = verdict(measured(folder), folder.job()["objectives"], max_gmacs)
+    found = verdict(measured(folder), folder.objectives, max_gmacs)
     return "No pruned model has been measured in full yet" if found is None else str(found)
 
 
@@ -105,7 +105,7 @@ def _print_front(folder: StudyFolder, rows: Sequence[FrontRow]) -> None:
         tables.print()
         tables.print(damage)
     recovered = rows[0].recovered
-    front = front_of(measured(folder, recovered), objectives_named(folder.job()["objectives"]))
+    front = front_of(measured(folder, recovered), objectives_named(folder.objectives))
     for note in (order_note(front), "" if recovered else why_not(folder, front)):
         if note:
             typer.echo(note)

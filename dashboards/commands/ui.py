@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from vitpareto.search.commands.inputs import find_study, store_folder
+from vitpareto.search.commands.inputs import chosen_store, find_study
 from vitpareto.search.commands.options import Store
 
 
@@ -34,7 +34,7 @@ def ui_command(
         find_study(store, name)
     for ending in (signal.SIGTERM, signal.SIGHUP):  # the server must end with this process
         signal.signal(ending, lambda number, _: sys.exit(128 + number))
-    with serve(Path(store_folder(store)), name, port=port) as served:
+    with serve(Path(chosen_store(store)), name, port=port) as served:
         if name is not None:
             typer.echo(f"front: {served.view}")
             typer.echo(f"explorer: {served.explorer}")

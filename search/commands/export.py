@@ -150,7 +150,7 @@ def _select(folder: StudyFolder, selection: Selection) -> TrialResult:
         )
     return choose_trial(
         results,
-        objectives_named(folder.job()["objectives"]),
+        objectives_named(folder.objectives),
         max_gmacs=selection.max_gmacs,
         max_latency_ms=selection.max_latency_ms,
         min_top1=selection.min_top1,
@@ -177,7 +177,7 @@ def _registration(
     check_aliases(folder, result, alias or (), recovered)
     if not into_registry:
         return None
-    return Registration(alias or (), uri or folder.job().get("tracking_uri"))
+    return Registration(alias or (), uri or folder.job().tracking_uri)
 
 
 def _log_target(folder: StudyFolder, result: TrialResult, max_latency_ms: float) -> None:

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
+    from vitpareto.search.study.job_request import JobRequest
     from vitpareto.search.tracking.page import StudyPage
     from vitpareto.search.trials.nodes import Node
 
@@ -36,7 +36,7 @@ class Clusters(Protocol):
     def join(self, address: str) -> AbstractContextManager[Capacity]:
         """The Ray cluster at an address, left when the block ends."""
 
-    def store_inputs(self, job: Mapping[str, Any], package: Path, study: Path) -> dict[str, Any]:
+    def store_inputs(self, job: JobRequest, package: Path, study: Path) -> JobRequest:
         """Copy the files of a submitted job from its package to the study; the job with their new
         paths.
         """

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitpareto.search.study.job_keys import KEYS
+
 if TYPE_CHECKING:
     from vitpareto.methods import Recipe
     from vitpareto.search.study.folder import StudyFolder
 
 
-def store_folder(store: str | None) -> str:
+def chosen_store(store: str | None) -> str:
     """The store of a command: as given, VITPARETO_STORE, or ./studies."""
     return store or os.environ.get("VITPARETO_STORE") or "studies"
 
@@ -21,7 +23,7 @@ def find_study(store: str | None, name: str) -> StudyFolder:
     """The study of this name. Raises UserError where it does not exist."""
     from vitpareto.search.study.folder import StudyFolder
 
-    return StudyFolder.find(store_folder(store), name)
+    return StudyFolder.find(chosen_store(store), name)
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -29,6 +31,21 @@ def cache_folder(cache: str | None) -> Path:
     from vitpareto.search.files.cache import default_cache
 
     return Path(cache) if cache else default_cache()
+
+
+def job_value(name: str, value: Any, option: str = "") -> Any:
+    """The value of a job key that a command takes by itself, or the key's default if it was not
+    given.
+
+    Args:
+        option: the command's option for the key [--NAME].
+
+    Raises UserError for a value that the key does not accept.
+    """
+    from vitpareto.search.study.job import checked_value
+
+    key = KEYS[name]
+    return key.default if value is None else checked_value(name, value, option or key.option)
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,39 +18,46 @@ from vitpareto.search.commands.inputs import (
     read_weights,
 )
 from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.study.job_keys import KEYS
 
 if TYPE_CHECKING:
     from vitpareto.methods import Recipe
     from vitpareto.search.measure.latency import Latency
+    from vitpareto.search.study.job_request import JobRequest
     from vitpareto.search.study.results import TrialResult
 
-#: job keys that decide what is measured; a trial's are its study's unless options override them
-KEYS = ("model", "data", "weights", "device", "dtype", "batch", "images", "seed",
-        "latency_batch", "latency_runtime", "cache")  # fmt: skip
+#: job keys that decide how a recipe is measured; a trial has its study's, options override them
+MEASURED = {name: key for name, key in KEYS.items() if key.measured}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is measured.
+
+    Attributes:
+        recipe: of a file or of a trial.
+        job: of the trial's study.
+        trained: the weights that the recipe names, as a state dict; None if it names none.
+    """
+
+    recipe: Recipe
+    job: JobRequest
+    trained: Mapping[str, Any] | None
 
 
 def add_to(app: typer.Typer) -> None:
     app.command("measure")(measure_command)
 
 
+@o.with_job_options(MEASURED.values())
 def measure_command(
     recipe: o.RecipeFile = None,
     study: o.Study = None,
     trial: o.Trial = None,
     trained: o.Trained = None,
-    model: o.Model = None,
-    data: o.Data = None,
-    weights: o.Weights = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    batch: o.Batch = None,
-    images: o.Images = None,
-    seed: o.Seed = None,
-    latency_batch: o.LatencyBatch = None,
-    latency_runtime: o.LatencyRuntime = None,
     as_json: o.AsJson = False,
     store: o.Store = None,
-    cache: o.Cache = None,
+    **options: Any,
 ) -> None:
     """Measure one recipe, or one trial of a study again, beside the dense model.
 
@@ -57,16 +65,15 @@ def measure_command(
     vitpareto measure --model deit_small_patch16_224 --data /imagenet/val --recipe recipe.yaml
     vitpareto measure --study deit-s --trial 12
     """
-    given = {k: v for k, v in locals().items() if k in KEYS and v is not None}
-    from vitpareto.search.study.job import SearchConfig
     from vitpareto.search.trials.single_measurement import measure_once
 
-    chosen, job, state = _chosen(recipe, study, trial, trained, store)
-    config = SearchConfig.of({**{k: v for k, v in job.items() if k in KEYS}, **given})
+    chosen = _chosen(recipe, study, trial, trained, store)
+    config = chosen.job.only(MEASURED).config(**o.given(options))
     with ProgressDisplay() as display:
         measured = measure_once(
-            config, chosen, decode=display.counter("decoding images"), trained=state
-        )
+            config, chosen.recipe, decode=display.counter("decoding images"),
+            trained=chosen.trained,
+        )  # fmt: skip
     result, dense, timed = measured.result, measured.dense, measured.latency
     if as_json:
         typer.echo(json.dumps(_record(result, dense, timed)))
@@ -78,15 +85,16 @@ def measure_command(
 def _chosen(
     recipe: Path | None, study: str | None, trial: int | None, trained: Path | None,
     store: str | None,
-) -> tuple[Recipe, dict[str, Any], Mapping[str, Any] | None]:  # fmt: skip
-    """The recipe to measure, the job keys of its study, and its weights."""
+) -> Chosen:  # fmt: skip
+    """The recipe of a file, or that of a trial. Raises UserError."""
     from vitpareto.methods import Code
     from vitpareto.search.compare.show import TraceRequest
     from vitpareto.search.errors import UserError
+    from vitpareto.search.study.job_request import JobRequest
 
     check_recipe_or_trial(recipe, study, trial)
     if recipe is not None:
-        return read_recipe(recipe), {}, read_weights(trained)
+        return Chosen(read_recipe(recipe), JobRequest(), read_weights(trained))
     assert study is not None and trial is not None
     if trained is not None:
         raise UserError(
@@ -96,7 +104,7 @@ def _chosen(
         )
     folder = find_study(store, study)
     asked = TraceRequest.of_trial(folder, trial)
-    return asked.recipe, {**folder.job(), "weights": str(folder.weights)}, asked.trained
+    return Chosen(asked.recipe, folder.job().changed(weights=str(folder.weights)), asked.trained)
 
 
 def _record(result: TrialResult, dense: TrialResult, timed: Latency) -> dict[str, Any]:

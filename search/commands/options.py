@@ -6,22 +6,26 @@ Imports typer and the declarations of job keys: nothing heavy.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from vitpareto.search.study.job_keys import KEYS
+from vitpareto.search.study.job_keys import KEYS, Key
 from vitpareto.search.study.key_kinds import Entries
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def job_option(name: str) -> Any:
-    """The option of a job key, with the key's help and default."""
+def job_option(name: str, default: str = "") -> Any:
+    """The option of a job key, with the key's help.
+
+    Args:
+        default: what the help names as the default, if that is not the key's.
+    """
     key = KEYS[name]
-    return typer.Option(help=f"{key.help} [{key.shown_default}]")
+    return typer.Option(help=f"{key.help} [{default or key.shown_default}]")
 
 
 Model = Annotated[str | None, job_option("model")]
@@ -57,20 +61,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV")]
 
 
-def with_job_options(command: Command) -> Command:
-    """Replace the command's `**options` by one option per job key; None where not given.
+def with_job_options(keys: Iterable[Key]) -> Callable[[Command], Command]:
+    """Replace a command's `**options` by one option per job key; None where not given.
 
     `space` and `fixed` are mappings: `--set` gives their entries.
     """
-    signature = inspect.signature(command, eval_str=True)
-    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    for key in KEYS.values():
-        if not isinstance(key.kind, Entries):
-            annotation = Annotated[key.kind.python | None, job_option(key.name)]  # type: ignore[name-defined]
-            parameters.append(
-                inspect.Parameter(
-                    key.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-                )
-            )
-    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    return command
+    options = [
+        inspect.Parameter(
+            key.name, inspect.Parameter.KEYWORD_ONLY, default=None,
+            annotation=Annotated[key.kind.python | None, job_option(key.name)],
+        )
+        for key in keys
+        if not isinstance(key.kind, Entries)
+    ]  # fmt: skip
+
+    def decorate(command: Command) -> Command:
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        command.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}

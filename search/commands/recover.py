@@ -80,7 +80,7 @@ def _show(folder: StudyFolder, presenter: Presenter) -> None:
 
     page = presenter.page(folder)
     presenter.show(folder, page)
-    uri = folder.job().get("tracking_uri")
+    uri = folder.job().tracking_uri
     if uri != "none":
         try:
             sync(folder, uri, page)

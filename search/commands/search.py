@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +14,15 @@ import typer
 from vitpareto.search.commands.export import print_verification
 from vitpareto.search.commands.hooks import Capacity, Clusters, Presenter
 from vitpareto.search.commands.inputs import find_study
-from vitpareto.search.commands.options import Address, Cache, Sets, Store, with_job_options
+from vitpareto.search.commands.options import Address, Cache, Sets, Store, given, with_job_options
 from vitpareto.search.commands.progress import ProgressDisplay, SearchProgress
 from vitpareto.search.commands.terminal import log
+from vitpareto.search.study.job_keys import KEYS
 
 if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.job import SearchConfig
+    from vitpareto.search.study.job_request import JobRequest
     from vitpareto.search.study.progress import ProgressHook, StudyProgress
     from vitpareto.search.study.results import TrialResult
     from vitpareto.search.tracking.page import StudyPage
@@ -34,7 +36,7 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
     runner = SearchRunner(clusters, presenter)
 
     @app.command("search")
-    @with_job_options
+    @with_job_options(KEYS.values())
     def search_command(
         job: Annotated[
             Path | None, typer.Argument(help="Job file (YAML); options override it")
@@ -53,9 +55,8 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
         """
         from vitpareto.search.study.job_files import read_job
 
-        given = read_job(job, set_ or [], options)
         package = job.parent if packed and job is not None else None
-        runner.run(given, address, package)
+        runner.run(read_job(job, set_ or [], options), address, package)
 
     @app.command("demo")
     def demo_command(
@@ -71,11 +72,13 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
         \b
         vitpareto demo
         """
+        from vitpareto.search.study.job_request import JobRequest
+
         job = {"name": "demo", "trials": trials, "store": store, "cache": cache,
                "latency_batch": 32, "tracking_uri": "store",
                # the digits fill whole patches, which a smaller input does not keep
                "fixed": {"structure": "none"}}  # fmt: skip
-        runner.run({k: v for k, v in job.items() if v is not None})
+        runner.run(JobRequest(given(job)))
         _export_demo(find_study(store, "demo"), store, cache)
 
 
@@ -86,12 +89,12 @@ class SearchRunner:
         self._clusters, self._presenter = clusters, presenter
 
     def run(
-        self, given: Mapping[str, Any], address: str | None = None, package: Path | None = None
+        self, given: JobRequest, address: str | None = None, package: Path | None = None
     ) -> None:
         """Run or continue the study of a job, and print its front.
 
         Args:
-            given: the job's keys; a study that exists keeps its own for keys that are not given.
+            given: the job; a study that exists keeps its own keys for those that are not given.
             address: of the Ray cluster to join; None: a Ray on this machine.
             package: the folder of a submitted job, with the files that the job names.
 
@@ -138,19 +141,17 @@ class SearchRunner:
         if not state.ended:
             raise typer.Exit(130)  # interrupted: scripts can tell
 
-    def _config(self, given: Mapping[str, Any], package: Path | None) -> SearchConfig:
+    def _config(self, given: JobRequest, package: Path | None) -> SearchConfig:
         from vitpareto.search.study.folder import StudyFolder
-        from vitpareto.search.study.job import SearchConfig
 
-        config = SearchConfig.of(given)
+        config = given.config()
         folder = StudyFolder.open(config.store, config.name)
         if package is not None:
             given = self._clusters.store_inputs(given, package, folder.folder)
-            config = SearchConfig.of(given)
+            config = given.config()
         if folder.exists:
             # keys that are not given stay as the study was started
-            before = {k: v for k, v in folder.job().items() if k not in ("store", "cache")}
-            config = SearchConfig.of({**before, **given})
+            config = folder.job().without("store", "cache").updated(given).config()
         return config
 
 
@@ -255,7 +256,7 @@ def _demo_choice(folder: StudyFolder) -> tuple[TrialResult, str]:
     from vitpareto.search.study.front import front_of
     from vitpareto.search.study.objectives import objectives_named
 
-    measured, objectives = folder.measured(), folder.job()["objectives"]
+    measured, objectives = folder.measured(), folder.objectives
     knee = knee_trial(measured, objectives)
     if knee is not None:
         return knee, "knee"

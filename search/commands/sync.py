@@ -27,7 +27,7 @@ def add_to(app: typer.Typer, presenter: Presenter) -> None:
         from vitpareto.search.tracking.sync import sync
 
         folder = find_study(store, name)
-        uri = tracking_uri or folder.job().get("tracking_uri")
+        uri = tracking_uri or folder.job().tracking_uri
         report = sync(folder, "store" if uri == "none" else uri, presenter.page(folder))
         typer.echo(
             f"{report.created} runs created, {report.updated} updated, {report.closed} closed, "

@@ -26,7 +26,6 @@ from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import fingerprint, load_model, num_classes
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.job import SearchConfig
 
 #: number of images traced if no file is given, and the largest number of images
 IMAGES, MOST = 4, 64
@@ -73,7 +72,7 @@ class TraceRequest:
                 trial=number,
                 state=result.state,
             )
-        job = SearchConfig.of({**folder.job(), "store": folder.store})
+        job = folder.job().config(store=folder.store)
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         known = str(folder.identity.read()["model_fingerprint"])
         trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)

@@ -185,8 +185,8 @@ class _BundleWriter:
         dense = reference_of(self.folder.trials.all())
         values, job = result.values, self.folder.job()
         return BundleResult(
-            model=provenance.model or job["model"],
-            **architecture(job["model"]),
+            model=provenance.model or job.model,
+            **architecture(job.model),
             study=self.folder.name,
             trial=result.trial,
             recipe=self.trial.recipe.to_dict(),

@@ -21,7 +21,6 @@ from vitpareto.search.export.reference_outputs import MAX_NEAR_TIED, ReferenceOu
 from vitpareto.search.export.verification import eager_logits
 from vitpareto.search.models.loading import check_trained, fingerprint, load_model, num_classes
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.results import TrialResult, unpack_bits
 
 #: relative sizes of the noise that reveals near-tied selections, and the draws of each: float32
@@ -53,7 +52,7 @@ class RebuiltTrial:
     @classmethod
     def of(cls, folder: StudyFolder, result: TrialResult, cache: str | None) -> RebuiltTrial:
         """Raises UserError if it cannot be exported, or the study's model or images changed."""
-        job = SearchConfig.of({**folder.job(), "store": folder.store, "cache": cache or None})
+        job = folder.job().config(store=folder.store, cache=cache or None)
         recipe = Recipe.from_dict(result.resolved or result.recipe)
         dense = load_model(job.model, folder.weights)
         identity = folder.identity.read()

@@ -236,7 +236,7 @@ def why_not(folder: StudyFolder, front: Sequence[TrialResult]) -> str:
     if not missing:
         return ""
     fix = f"run vitpareto search --name {folder.name}"
-    if folder.job().get("certify", "front") == "off":
+    if not folder.job().certifies:
         fix = f"the job has certify: off; {fix} --certify front"
     if len(missing) == len(front):
         return f"the front is not certified on held-out images yet; {fix}"

@@ -24,7 +24,6 @@ import dataclasses
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -34,6 +33,7 @@ from vitpareto.search.files.object_store import ObjectStore, store_folder
 from vitpareto.search.files.write_through import fetch_if_missing, object_store_of
 from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.study.identity import StudyIdentity
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.records import (
     CertificationFiles,
     LatencyFile,
@@ -190,18 +190,20 @@ class StudyFolder:
 
     # -- job and measurements ----------------------------------------------------------------------
 
-    def job(self) -> dict[str, Any]:
+    def job(self) -> JobRequest:
         """Return the job as last requested; empty if there is none."""
         path = self.folder / "job.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not path.is_file():
+            return JobRequest()
+        return JobRequest(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
 
-    def write_job(self, job: dict[str, Any]) -> None:
-        write_atomic(self.folder / "job.yaml", yaml.safe_dump(job, sort_keys=False))
+    def write_job(self, job: JobRequest) -> None:
+        write_atomic(self.folder / "job.yaml", yaml.safe_dump(dict(job.keys), sort_keys=False))
 
     @property
     def objectives(self) -> tuple[str, ...]:
         """Names of the objectives of the search."""
-        return tuple(self.job().get("objectives") or DEFAULT_OBJECTIVES)
+        return self.job().objectives or DEFAULT_OBJECTIVES
 
     def measured(self) -> list[TrialResult]:
         """Return all results, with the front's latencies among their values."""

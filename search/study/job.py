@@ -20,18 +20,10 @@ from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache
 from vitpareto.search.study.database_address import check_url
-from vitpareto.search.study.job_keys import DEFAULT_TRIALS, KEYS, JobKeys
+from vitpareto.search.study.job_keys import DEFAULT_TRIALS, KEYS, Identity, JobKeys
 from vitpareto.search.study.key_kinds import OneOf, Rejected
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.training.preparation_cache import epochs_key
-
-#: Keys that a study's numbers depend on: a study does not continue with other values of them.
-IDENTITY = (
-    "model", "data", "weights", "dtype", "device", "images", "seed", "objectives", "methods",
-    "space", "fixed", "min_gmacs", "max_gmacs", "batch", "latency_batch", "sampler",
-)  # fmt: skip
-#: The same for studies with a method that is trained.
-TRAINING_IDENTITY = ("train_epochs", "prepare_epochs", "lr", "train_batch")
 
 
 @dataclass(frozen=True)
@@ -53,17 +45,20 @@ class SearchConfig(JobKeys):
                     key=name,
                 )
         config = cls(**{k: checked_value(k, v) for k, v in given.items() if v is not None})
+        # absolute: a study continues by its name, from any folder
+        paths = {
+            key.name: _absolute(value, key.path_after) if value or key.path_after else None
+            for key in KEYS.values()
+            if key.path_after is not None and (value := getattr(config, key.name)) is not None
+        }
         return dataclasses.replace(
             config,
-            # absolute: a study continues by its name, from any folder
-            model=_absolute(config.model, "local-dir:"),
+            **paths,
             tracking_uri=config.tracking_uri and _absolute(config.tracking_uri, "sqlite:///"),
             storage=_database(config.storage),
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
             data=_absolute_data(config.data),
-            weights=os.path.abspath(config.weights) if config.weights else None,
-            profile=os.path.abspath(config.profile) if config.profile else None,
         )._checked()
 
     def _checked(self) -> SearchConfig:
@@ -166,10 +161,29 @@ class SearchConfig(JobKeys):
                     key=key,
                 )
 
+    def identity(self, *, trained: bool) -> dict[str, Any]:
+        """The keys that a study's numbers depend on, as study.json holds them, without what it
+        holds as a fingerprint.
+
+        Args:
+            trained: whether a method of the study is trained.
+        """
+        holds = {
+            Identity.ALWAYS: True,
+            Identity.IF_TRAINED: trained,
+            Identity.IF_RACED: self.race != "off",
+        }
+        plain, identity = self.plain(), {}
+        for key in KEYS.values():
+            changed = key.identity is Identity.IF_CHANGED and plain.get(key.name) != key.default
+            if changed or holds.get(key.identity, False):
+                identity[key.name] = plain.get(key.name)
+        return identity
+
     @property
     def budget(self) -> int | None:
         """Trials in total; None: unlimited."""
-        return trials_in_all({"trials": self.trials, "time": self.time, "patience": self.patience})
+        return trials_in_all(self.trials, self.time, self.patience)
 
     @property
     def until(self) -> str:
@@ -213,8 +227,15 @@ class SearchConfig(JobKeys):
         return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items() if v is not None}
 
 
-def checked_value(name: str, value: Any) -> Any:
-    """Return one key's value in its canonical type. Raises UserError."""
+def checked_value(name: str, value: Any, option: str = "") -> Any:
+    """Return one key's value in its canonical type.
+
+    Args:
+        option: of a command that is no search, by which the message names the key.
+
+    Raises:
+        UserError: the key does not accept the value.
+    """
     kind = KEYS[name].kind
     try:
         return kind.check(value)
@@ -223,19 +244,20 @@ def checked_value(name: str, value: Any) -> Any:
         if isinstance(kind, OneOf) and isinstance(value, str):
             hint = suggestion(value, kind.choices)
         raise UserError(
-            f"job.{name} must be {kind.rule} (got {value!r}){hint}",
+            f"{option or f'job.{name}'} must be {kind.rule} (got {value!r}){hint}",
             Code(rejected.code),
             key=name,
             got=value,
             accepted=kind.rule,
+            **({"option": option} if option else {}),
         ) from None
 
 
-def trials_in_all(job: Mapping[str, Any]) -> int | None:
+def trials_in_all(trials: int | None, time: str | None, patience: int | None) -> int | None:
     """Trials in total: as given; the default where the job names no end; else None, unlimited."""
-    if all(job.get(key) is None for key in ("trials", "time", "patience")):
+    if trials is None and time is None and patience is None:
         return DEFAULT_TRIALS
-    return job.get("trials")
+    return trials
 
 
 def _check_name(name: str) -> None:

@@ -14,9 +14,10 @@ from vitpareto.methods.engine.recipe_yaml import YamlLoader
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig, checked_value
 from vitpareto.search.study.job_keys import KEYS
+from vitpareto.search.study.job_request import JobRequest
 
 
-def read_job(path: Path | None, sets: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def read_job(path: Path | None, sets: Sequence[str], options: Mapping[str, Any]) -> JobRequest:
     """Return the keys that a user gave; later sources win: file, `--set`, options.
 
     Args:
@@ -52,7 +53,7 @@ def read_job(path: Path | None, sets: Sequence[str], options: Mapping[str, Any])
                 set=job[key],
             )
         job[key] = value
-    return job
+    return JobRequest(job)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -219,7 +219,7 @@ def save_model(bundle: Path, folder: Path) -> None:
 def _description(folder: StudyFolder) -> str:
     job = folder.job()
     return (
-        f"Models of the study {folder.name}: {job['model']} on {job['data']}. Input: images "
+        f"Models of the study {folder.name}: {job.model} on {job.data}. Input: images "
         "[N, 3, H, W] in float32, preprocessed as in preprocess.json next to the model. Outputs: "
         "logits, score and class; labels.json has the names of the classes."
     )

@@ -68,8 +68,8 @@ def _params(folder: StudyFolder) -> dict[str, str]:
     }
     job = folder.job()
     for key in ("model", "data"):
-        if key in job:
-            params.setdefault(key, str(job[key]))
+        if value := job.text(key):
+            params.setdefault(key, value)
     return params
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.locks import LockTimeout
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.job import trials_in_all
 from vitpareto.search.tracking.connection import connect
 from vitpareto.search.tracking.database import store_uri
 from vitpareto.search.tracking.outbox import clear_outbox
@@ -55,7 +54,7 @@ def _why_ended(folder: StudyFolder) -> str:
     if state.trials == trials:
         return state.ended
     # a later search was not tracked, and has stored no reason
-    wanted = trials_in_all(folder.job())
+    wanted = folder.job().budget
     return f"{trials} trials measured" if wanted and trials >= wanted else ""
 
 

@@ -28,7 +28,7 @@ from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.runtimes.backends import check_runtime
 from vitpareto.search.study.budget_window import BudgetWindow
 from vitpareto.search.study.folder import StudyFolder
-from vitpareto.search.study.job import IDENTITY, TRAINING_IDENTITY, SearchConfig
+from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
@@ -96,23 +96,11 @@ class CheckedJob:
     @property
     def identity(self) -> dict[str, Any]:
         """What the study's numbers depend on; `StudyFolder.settle` refuses to mix others."""
-        config = self.config.plain()
-        identity = {k: config.get(k) for k in IDENTITY if k not in ("weights", "data", "device")}
+        identity = self.config.identity(trained=bool(self.trained))
         if self.trained:
-            identity |= {k: config.get(k) for k in TRAINING_IDENTITY}
             identity["train_fingerprint"] = self.data.split("train").fingerprint
-        if self.trained or config["snap"] != "off":
+        if self.trained or self.config.snap != "off":
             identity["profile"] = None if self.profile is None else self.profile.digest
-        # keys that came later are written only where they differ from what older studies did
-        if config["snap"] != "off":
-            identity["snap"] = config["snap"]
-        if config["latency_runtime"] != "eager":
-            identity["latency_runtime"] = config["latency_runtime"]
-        for key in ("max_latency_ms", "latency_on"):
-            if config.get(key) is not None:
-                identity[key] = config[key]
-        if config["race"] != "off":
-            identity["race_error"] = config["race_error"]
         return {
             **identity,
             "methods": list(self.space.methods),

@@ -21,7 +21,6 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import delete_tree
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
-from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult
@@ -87,8 +86,8 @@ class Recovery:
         Raises UserError if there is nothing to recover, a trial is not finished, there are no
         training images, or the settings differ from those of a recovery that was started before.
         """
-        stored = {**folder.job(), "store": folder.store, "cache": cache or None}
-        config = SearchConfig.of(stored if workers is None else {**stored, "workers": workers})
+        stored = folder.job() if workers is None else folder.job().changed(workers=workers)
+        config = stored.config(store=folder.store, cache=cache or None)
         selected = select_trials(folder, config.objectives, trials)
         started = folder.recovery.settings() or {}
         settings = TrainingSettings(

@@ -15,6 +15,7 @@ import torch
 
 from vitpareto.search.stats.racing import Race, rungs
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import close, open_storage
 from vitpareto.search.study.progress import ProgressHook, StudyProgress
@@ -111,11 +112,11 @@ def _measure_front(
 
 def _claim(job: CheckedJob) -> str:
     """Write the job and start this driver's epoch in the study; returns the epoch."""
-    folder, plain = job.folder, job.config.plain()
+    folder, request = job.folder, JobRequest(job.config.plain())
     if not folder.exists:  # a study without its job could not be continued by name alone
-        folder.write_job(plain)
+        folder.write_job(request)
     folder.identity.settle(job.identity)
-    folder.write_job(plain)
+    folder.write_job(request)
     epoch = uuid.uuid4().hex
     folder.trials.start_epoch(epoch)
     return epoch

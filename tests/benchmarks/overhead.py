@@ -26,6 +26,8 @@ import timm
 import torch
 from matplotlib.figure import Figure
 
+from vitpareto.search.study.job_request import JobRequest
+
 from vitpareto.clusters.connect import local_cluster  # isort: skip  # before ray: it sets Ray's switches
 from vitpareto import methods
 from vitpareto.search.stats.racing import Race, rungs
@@ -98,7 +100,9 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
         folder = StudyFolder(Path(scratch) / "study")
         folder.create()
         folder.identity.settle({})
-        folder.write_job({"objectives": list(OBJECTIVE_NAMES), "model": "m", "data": "d"})
+        folder.write_job(
+            JobRequest({"objectives": list(OBJECTIVE_NAMES), "model": "m", "data": "d"})
+        )
         folder.trials.start_epoch("epoch")
         early_stopping = None
         if race:

@@ -17,6 +17,7 @@ from vitpareto.methods import Recipe
 from vitpareto.search.export.bundle import export
 from vitpareto.search.export.verification import verify
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.measurement import measure_recipe
 from vitpareto.search.trials.study_task import study_task
@@ -31,7 +32,7 @@ def main() -> None:
             {"name": "all", "store": scratch, "cache": f"{scratch}/cache", "device": "cpu"}
         )
         prepared = check_job(config)
-        prepared.folder.write_job(config.plain())
+        prepared.folder.write_job(JobRequest(config.plain()))
         prepared.folder.identity.settle(prepared.identity)
         place = Worker.open(study_task(prepared, threads=2))
         untrained = [n for n in methods.names() if methods.get(n).training != "required"]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +12,7 @@ from tests.command_line import Run
 from vitpareto.clusters import jobs
 from vitpareto.clusters.jobs import SubmittedJob
 from vitpareto.methods.engine.bad_input import Code
+from vitpareto.search.study.job_request import JobRequest
 
 DONE = SubmittedJob(
     id="s-1", study="s", status="SUCCEEDED", message="", started_ms=1_700_000_000_000
@@ -23,13 +23,13 @@ FAILED = replace(DONE, id="s-2", status="FAILED", message="log\nerror: no such d
 class Server:
     """A job server that answers from memory."""
 
-    submitted: list[dict[str, Any]] = []
+    submitted: list[JobRequest] = []
 
     def __init__(self, address: str) -> None:
         self.address = address
 
-    def submit(self, job: Mapping[str, Any]) -> str:
-        self.submitted.append(dict(job))
+    def submit(self, job: JobRequest) -> str:
+        self.submitted.append(job)
         return "s-1"
 
     def jobs(self) -> list[SubmittedJob]:
@@ -60,7 +60,8 @@ def test_submit_sends_the_job_with_its_options(command: Run, tmp_path: Path) -> 
     job.write_text("trials: 3\n")
     result = command("submit", job, "--set", "seed=2", "--store", "s3://b/s", "--name", "s")
     assert result.code == 0 and result.out == "s-1\n"
-    assert Server.submitted == [{"trials": 3, "seed": 2, "name": "s", "store": "s3://b/s"}]
+    given = {"trials": 3, "seed": 2, "name": "s", "store": "s3://b/s"}
+    assert Server.submitted == [JobRequest(given)]
     result = command("submit", job, "--follow")
     assert result.out == "s-1\nfirst\nsecond\n"
     error = command("submit", tmp_path / "no.yaml").is_refused(Code.NOT_FOUND)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,21 +15,22 @@ from vitpareto.clusters import packing
 from vitpareto.clusters.jobs import JobClient, SubmittedJob
 from vitpareto.clusters.packing import INPUTS, pack_job, store_inputs
 from vitpareto.search.code_identity import SUBPACKAGES
+from vitpareto.search.study.job_request import JobRequest
 
 
-def given(tmp_path: Path) -> dict[str, Any]:
+def given(tmp_path: Path) -> JobRequest:
     """A job that names files of this machine."""
     model = tmp_path / "vit"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
     (tmp_path / "w.safetensors").write_bytes(b"w" * 1000)
-    return {
+    return JobRequest({
         "name": "k",
         "model": f"local-dir:{model}",
         "weights": str(tmp_path / "w.safetensors"),
         "store": "/shared/studies",
         "data": "/shared/imagenet",
-    }
+    })  # fmt: skip
 
 
 def test_a_package_is_self_contained(tmp_path: Path) -> None:
@@ -67,11 +67,11 @@ def test_packed_files_are_stored_in_the_study_under_stable_names(tmp_path: Path)
         package = tmp_path / name
         package.mkdir()
         pack_job(job, package)
-        packed = yaml.safe_load((package / "job.yaml").read_text())
+        packed = JobRequest(yaml.safe_load((package / "job.yaml").read_text()))
         stored.append(store_inputs(packed, package, study))
     assert stored[0] == stored[1]
     for key in ("weights", "model"):
-        path = Path(stored[0][key].removeprefix("local-dir:"))
+        path = Path(stored[0].text(key).removeprefix("local-dir:"))
         assert path.is_relative_to(study) and path.exists()
     assert not list((study / INPUTS).glob(".*")), "nothing half-copied"
 
@@ -81,9 +81,9 @@ def test_an_unpackable_job_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "package").mkdir()
     for store in (None, "studies"):
         with refused("unsupported", key="store", got=store or ""):
-            pack_job({**job, "store": store}, tmp_path / "package")
+            pack_job(job.changed(store=store), tmp_path / "package")
     with refused("unknown-name"):
-        pack_job({**job, "trails": 3}, tmp_path / "package")
+        pack_job(job.changed(trails=3), tmp_path / "package")
     (tmp_path / "w.safetensors").write_bytes(b"w" * 7_000_000)
     monkeypatch.setattr(packing, "LIMIT_MB", 5)
     with refused("out-of-range", accepted=5, largest="w.safetensors"):

@@ -9,6 +9,7 @@ import numpy as np
 from vitpareto.methods import Recipe
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.results import TrialResult, pack_bits
 
 IMAGES = 400
@@ -28,7 +29,9 @@ def write_study(
     folder = StudyFolder(store / name)
     folder.create()
     folder.identity.settle({"model": model, "model_fingerprint": "abc", "data_fingerprint": "def"})
-    folder.write_job({"objectives": ["top1", "gmacs"], "model": model, "data": "digits"})
+    folder.write_job(
+        JobRequest({"objectives": ["top1", "gmacs"], "model": model, "data": "digits"})
+    )
     rng = np.random.default_rng(seed)
     right = rng.random(IMAGES) < 0.8
     folder.trials.write(result(0, Recipe(), right, 4.6, latency_ms=20.0))

@@ -13,6 +13,7 @@ from vitpareto.dashboards.explorer_page import explorer, write_explorer
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, front_of, reference_of, reference_point
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import objectives_named
 
 AXES = objectives_named(("top1", "gmacs"))
@@ -221,6 +222,8 @@ def test_studies_without_trials_are_refused(tmp_path: Path) -> None:
     folder = StudyFolder(tmp_path / "none")
     folder.create()
     folder.identity.settle({"model": "digits"})
-    folder.write_job({"objectives": ["top1", "gmacs"], "model": "digits", "data": "digits"})
+    folder.write_job(
+        JobRequest({"objectives": ["top1", "gmacs"], "model": "digits", "data": "digits"})
+    )
     with refused(Code.EMPTY, UserError, studies=("none",)):
         explorer([folder])

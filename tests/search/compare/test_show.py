@@ -22,6 +22,7 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.results import TrialResult
 
 TOPK = Recipe.of("topk", keep_rate=0.6, prune_layers=[3, 6, 9])
@@ -124,7 +125,7 @@ def study(tmp_path: Path) -> StudyFolder:
     folder.create()
     model = embedded_model.build()
     folder.identity.settle({"model_fingerprint": fingerprint(model)})
-    folder.write_job({"name": "s", "model": "digits", "data": "digits", "images": 30})
+    folder.write_job(JobRequest({"name": "s", "model": "digits", "data": "digits", "images": 30}))
     save_file(model.state_dict(), folder.weights)
     resolved = {"tokens": {**RAJNI.to_dict()["tokens"], "counts": [64, 60, 50, *[40] * 9]}}
     folder.trials.write(TrialResult(1, "finished", RAJNI.to_dict(), "k", {"top1": 90.0}, resolved))

@@ -43,6 +43,7 @@ from vitpareto.search.export.verification import (
 from vitpareto.search.models import embedded_model
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.trials.job_check import check_job
@@ -101,7 +102,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Study]:
         )  # fmt: skip
         prepared = check_job(config)
         prepared.folder.create()
-        prepared.folder.write_job(config.plain())
+        prepared.folder.write_job(JobRequest(config.plain()))
         prepared.folder.identity.settle(prepared.identity)
         worker = Worker.open(study_task(prepared, threads=1))
         results = {}

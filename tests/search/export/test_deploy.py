@@ -220,7 +220,7 @@ def test_int8_is_measured_on_all_search_images_before_it_is_called_verified(
 ) -> None:
     bundle, said = extended
     found = check_files(bundle).int8
-    config = SearchConfig.of({**study.job(), "cache": str(cache)})
+    config = study.job().config(cache=str(cache))
     prepared = check_job(config)
     images = [
         (x, y)

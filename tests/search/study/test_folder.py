@@ -20,6 +20,7 @@ from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study import trial_files
 from vitpareto.search.study.folder import StudyFolder, studies_in
 from vitpareto.search.study.identity import SCHEMA
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.trial_files import StaleWorker
@@ -118,11 +119,11 @@ def test_study_is_found_by_name_and_the_nearest_is_named(study: StudyFolder) -> 
 
 
 def test_job_is_read_as_written(study: StudyFolder) -> None:
-    assert study.job() == {}
-    study.write_job({"name": "deit-s", "objectives": ["top1"], "latency": "off", "fixed": {}})
-    assert study.job() == {
-        "name": "deit-s", "objectives": ["top1"], "latency": "off", "fixed": {},
-    }  # fmt: skip
+    assert study.job() == JobRequest()
+    job = JobRequest({"name": "deit-s", "objectives": ["top1"], "latency": "off", "fixed": {}})
+    study.write_job(job)
+    assert study.job() == job
+    assert (study.folder / "job.yaml").read_text().startswith("name: deit-s\nobjectives:\n")
 
 
 @pytest.mark.parametrize("where", ["below a file", "/proc/studies", "name too long"])

@@ -13,6 +13,7 @@ import pytest
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import Front, reference_point
 from vitpareto.search.study.front_table import study_front_rows
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.progress import StudyProgress
 from vitpareto.search.study.provenance import Provenance
@@ -35,7 +36,7 @@ class GrowingStudy:
         self.folder = StudyFolder(store / name)
         self.folder.create()
         common = {"model": "digits", "objectives": list(OBJECTIVES), "seed": 0}
-        self.folder.write_job({"name": name, "data": "digits", "trials": 100, **common})
+        self.folder.write_job(JobRequest({"name": name, "data": "digits", "trials": 100, **common}))
         self.folder.identity.settle({**common, "methods": ["tome", "topk"], "min_gmacs": None})
         self.progress = StudyProgress(requested=100)
         self.front: Front | None = None

@@ -15,6 +15,7 @@ from tests.search.tracking.conftest import CountingClient, Notices
 from tests.search.tracking.studies import OBJECTIVES, GrowingStudy, finish, wait_until_sent
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.measure.latency import Latency, LatencyTarget
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.tracking import live_updates, sync
 from vitpareto.search.tracking.client import open_client
 from vitpareto.search.tracking.notices import Event
@@ -215,6 +216,6 @@ def test_the_reason_of_an_older_search_does_not_outlive_it(study: GrowingStudy) 
         assert finish(tracker, study, "2 trials measured")
     assert study.check_runs()[None].data.tags["reason"] == "2 trials measured"
     study.add_result()  # continued without a tracker
-    study.folder.write_job({"trials": 3})
+    study.folder.write_job(JobRequest({"trials": 3}))
     sync.sync(study.folder)
     assert study.check_runs()[None].data.tags["reason"] == "3 trials measured"

@@ -34,6 +34,7 @@ from vitpareto.search.study.choice import choose
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.verdict import is_control
@@ -377,7 +378,7 @@ def real(
     prepared = check_job(config)
     run_study(prepared, cpus=capacity.cpus, gpus=capacity.gpus)
     prepared.folder.write_job(
-        {**config.plain(), "certify": "front"}
+        JobRequest({**config.plain(), "certify": "front"})
     )  # as if it had been broken off
     yield Real(prepared, TrialResources.of(config, "cpu", capacity.cpus, capacity.gpus), [])
 

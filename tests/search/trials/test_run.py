@@ -103,7 +103,7 @@ def test_a_trial_equals_a_measurement_without_search_code(
         assert flipped <= 1, (str(Recipe.from_dict(result.recipe)), flipped)
         # where images decide, a batch costs its padding too: those of the study, one by one
         adaptive = "gmacs_mean" in result.values
-        parts = images.split(folder.job()["batch"]) if adaptive else (images[:2],)
+        parts = images.split(folder.job().keys["batch"]) if adaptive else (images[:2],)
         macs = sum(fvcore_macs(pruned, part) * len(part) for part in parts)
         found = macs / sum(len(part) for part in parts) / 1e9
         assert found == pytest.approx(result.values["gmacs"], rel=1e-3)
@@ -293,6 +293,6 @@ def test_job_and_identity_are_readable_files(
     study: tuple[StudyFolder, Any, list[Any]],
 ) -> None:
     folder, _, _ = study
-    assert folder.job()["model"] == "digits"
+    assert folder.job().model == "digits"
     identity = json.loads((folder.folder / "study.json").read_text())
     assert identity["schema"] == 1 and identity["dtype"] == "float32"

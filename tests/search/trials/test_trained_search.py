@@ -35,6 +35,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.front_table import front_rows
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult, unpack_bits
 from vitpareto.search.tracking.run_contents import trial_runs
@@ -544,7 +545,7 @@ def test_a_recovered_trial_is_exported(
 def test_nothing_to_recover(tmp_path: Path, data: Path, cache: Path) -> None:
     prepared = check_job(job(tmp_path, data, cache, methods="topk", space={}))
     prepared.folder.identity.settle(prepared.identity)
-    prepared.folder.write_job(prepared.config.plain())
+    prepared.folder.write_job(JobRequest(prepared.config.plain()))
     with refused("empty", UserError, study="s"):
         Recovery.of(prepared.folder, epochs=1, cache=str(cache))
 
