@@ -16,6 +16,7 @@ from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.job_files import read_job
+from vitpareto.search.study.job_request import JobRequest
 
 GOOD: dict[str, Any] = {
     "name": "deit-s", "model": "deit_small_patch16_224", "data": "/imagenet/val",
@@ -155,6 +156,31 @@ def test_round_trip_through_plain_and_yaml(given: dict[str, Any]) -> None:
     config = SearchConfig.of(given)
     assert SearchConfig.of(config.plain()) == config
     assert SearchConfig.of(yaml.safe_load(yaml.safe_dump(config.plain()))) == config
+
+
+def test_what_the_identity_of_a_study_holds() -> None:
+    """As earlier versions wrote it: a key that came later only where it is not the default."""
+    always = {"model", "dtype", "images", "seed", "objectives", "methods", "space", "fixed",
+              "min_gmacs", "max_gmacs", "batch", "latency_batch", "sampler"}  # fmt: skip
+    assert set(SearchConfig.of({"race": "off"}).identity(trained=False)) == always
+    raced = SearchConfig.of({}).identity(trained=True)
+    assert set(raced) == always | {
+        "race_error", "train_epochs", "prepare_epochs", "lr", "train_batch",
+    }  # fmt: skip
+    assert (raced["images"], raced["objectives"]) == (None, ["top1", "gmacs"])
+    later = {k: GOOD[k] for k in ("snap", "latency_runtime", "max_latency_ms", "latency_on")}
+    full = SearchConfig.of(GOOD).identity(trained=False)
+    assert set(full) == always | set(later) and {k: full[k] for k in later} == later
+
+
+def test_a_request_keeps_unknown_keys_until_it_is_checked() -> None:
+    """The job of another version can be shown; a search that continues it is refused."""
+    request = JobRequest({"model": "digits", "shape": 3})
+    assert (request.model, request.data, request.objectives) == ("digits", "", ())
+    assert request.certifies and request.budget == 100 and request.tracking_uri is None
+    with refused(Code.UNKNOWN_NAME, UserError, key="shape"):
+        request.config()
+    assert request.without("shape").config(model=None) == SearchConfig.of({})
 
 
 def test_defaults_and_none_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
