@@ -19,6 +19,7 @@ from vitpareto.methods import Code
 from vitpareto.methods.engine.bad_input import nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job_request import JobRequest
+from vitpareto.search.versions import package_versions
 
 #: metadata by which this project's jobs are told from others
 PROJECT = "vitpareto"
@@ -94,17 +95,16 @@ class JobClient:
         self._check_version(version)
 
     def _check_version(self, version: str) -> None:
-        import ray
-
-        if version.split(".")[:2] != ray.__version__.split(".")[:2]:
+        (here,) = package_versions("ray").values()
+        if version.split(".")[:2] != here.split(".")[:2]:
             raise UserError(
-                f"the cluster at {self.address} must run this version of Ray, {ray.__version__} "
+                f"the cluster at {self.address} must run this version of Ray, {here} "
                 f"(got {version}); install ray=={version} here, or give the cluster an image with "
-                f"{ray.__version__}",
+                f"{here}",
                 Code.MISMATCH,
                 address=self.address,
                 got=version,
-                accepted=ray.__version__,
+                accepted=here,
             )
 
     def submit(self, job: JobRequest) -> str:

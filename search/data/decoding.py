@@ -16,9 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL
-import timm
-import torchvision
 
 from vitpareto.search.data.decode_chunks import (
     CHUNK,
@@ -33,6 +30,7 @@ from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.data.splits import Source
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.locks import locked
+from vitpareto.search.versions import package_versions
 
 #: called with (images decoded, images in all)
 Progress = Callable[[int, int], None]
@@ -68,7 +66,7 @@ class DecodeRequest:
     def fingerprint(self) -> str:
         """Identifies the decoded bytes."""
         # PIL resamples, called by torchvision, in timm's order: each version may change pixels
-        versions = [timm.__version__, torchvision.__version__, PIL.__version__]
+        versions = list(package_versions("timm", "torchvision", "pillow").values())
         key = {
             "schema": SCHEMA,
             "pixels": self.preprocess.pixels(),

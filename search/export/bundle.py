@@ -6,7 +6,6 @@ The programs are float32 and for the CPU, whatever device measured the trial.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import shutil
@@ -49,6 +48,7 @@ from vitpareto.search.runtimes.exported_program import (
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import reference_of
 from vitpareto.search.study.results import TrialResult
+from vitpareto.search.versions import installed_versions
 
 #: search images that a bundle carries, the first of their fixed order
 IMAGES = 20
@@ -216,7 +216,7 @@ class _BundleWriter:
             exported=ExportSettings(
                 dtype="float32",
                 device="cpu",
-                versions={name: importlib.metadata.version(name) for name in PACKAGES},
+                versions=installed_versions(*PACKAGES),
                 seconds=seconds,
             ),
             rebuilt_as_measured=agreement,

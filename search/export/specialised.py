@@ -1,8 +1,7 @@
 """Programs for one runtime or one batch size: an AOTInductor package, and ONNX with fixed shapes.
 
 Each is marked "not verified" in result.json unless it was run here and compared with the measured
-model in the same way as the bundle's own programs. AOTInductor is a private module of torch; only
-this file uses it.
+model in the same way as the bundle's own programs.
 """
 
 from __future__ import annotations
@@ -20,19 +19,20 @@ from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle_result import SpecialisedProgram
 from vitpareto.search.export.reference_outputs import ReferenceOutputs, compare
+from vitpareto.search.export.torch_internals import LOAD_PACKAGE, compile_package
 from vitpareto.search.runtimes.backends import onnx_session
 from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
 
 AOTI = "model.aoti.pt2"
 
 #: run in a fresh process, so that a package that crashes does not end the export
-_PROGRAM = """
+_PROGRAM = f"""
 import sys
 import numpy as np
 import torch
 
 package, images, out = sys.argv[1:4]
-run = torch._inductor.aoti_load_package(package)
+run = {LOAD_PACKAGE.format(package="package")}
 given = torch.from_numpy(np.load(images))
 with torch.no_grad():
     found = [run(given[i : i + 2])[0] for i in range(0, len(given) - 1, 2)]
@@ -51,7 +51,7 @@ def write_aoti(
     path = bundle / AOTI
     try:
         program = trace_program(graph, images)
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+        compile_package(program, path)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise UserError(
@@ -59,7 +59,7 @@ def write_aoti(
             Code.UNAVAILABLE,
             name="AOTInductor",
         ) from error
-    runs = f'torch._inductor.aoti_load_package("{AOTI}")(images)'
+    runs = LOAD_PACKAGE.format(package=f'"{AOTI}"') + "(images)"
     with tempfile.TemporaryDirectory(prefix="vitpareto-aoti-") as scratch:
         inputs, out = Path(scratch) / "images.npy", Path(scratch) / "out.npy"
         np.save(inputs, images.numpy())

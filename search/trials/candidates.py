@@ -14,8 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from torch import Tensor, nn
 
 from vitpareto import methods
@@ -37,6 +35,7 @@ from vitpareto.search.training.preparation_trainer import (
 )
 from vitpareto.search.training.settings import TrainingSettings, train_candidate
 from vitpareto.search.trials.study_training import StudyTraining
+from vitpareto.search.versions import release_versions
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,7 @@ class CandidateTrainer:
             "preprocess": training.preprocess.describe(),
             "head_indices": None if head is None else list(head),
             "settings": {**settings.to_json(), "augment": training.images.augmentation(settings)},
-            "versions": {"torch": torch.__version__.partition("+")[0], "timm": timm.__version__},
+            "versions": release_versions("torch", "timm"),
         }
 
 

@@ -53,9 +53,8 @@ class DataParallel:
 
     def _train(self, call: Callable[[], T], scratch: Path) -> T:
         import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchConfig, TorchTrainer
-        from ray.train.v2.api.exceptions import TrainingFailedError
 
         first_rank: Any = ray.remote(_FirstRankOutcome).options(num_cpus=0).remote()
         name = f"ray-{uuid.uuid4().hex[:12]}"

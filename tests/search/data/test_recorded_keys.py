@@ -54,20 +54,17 @@ def write_fashion(root: Path) -> Path:
 
 def observe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """All values that must not change, in JSON's types."""
-    import PIL
-    import timm
-    import torchvision
-
     from vitpareto.methods.engine.weights import weights_digest
-    from vitpareto.search.data import embedded_images
+    from vitpareto.search.data import decoding, embedded_images
     from vitpareto.search.data.datasets import open_data
     from vitpareto.search.data.preprocess import Preprocess
     from vitpareto.search.files.object_store import ObjectStore
     from vitpareto.search.models import embedded_model
     from vitpareto.search.models.loading import fingerprint
 
-    for module, version in zip((timm, torchvision, PIL), VERSIONS, strict=True):
-        monkeypatch.setattr(module, "__version__", version)
+    monkeypatch.setattr(
+        decoding, "package_versions", lambda *names: dict(zip(names, VERSIONS, strict=True))
+    )
     monkeypatch.setenv("VITPARETO_CACHE", str(tmp_path / "cache"))
     cache = tmp_path / "cache"
     folder = write_folder(tmp_path / "pets")
