@@ -15,7 +15,7 @@ from typing import Any
 
 from vitpareto import methods
 from vitpareto.dashboards.method_styles import COLOURS
-from vitpareto.methods import BadInput, Recipe
+from vitpareto.methods import BadInput
 from vitpareto.search.compare import published
 from vitpareto.search.measure.closed_form import recipe_macs
 from vitpareto.search.measure.latency import Latency
@@ -24,7 +24,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.results import TrialResult
-from vitpareto.search.study.verdict import only_controls, recipe_line, verdict
+from vitpareto.search.study.verdict import is_control, verdict
 
 #: classes of the data that published accuracies are measured on
 _PUBLISHED_CLASSES = 1000
@@ -119,7 +119,7 @@ def explorer_study(
         f"early, {len(front)} on the front",
         colour=COLOURS[position % len(COLOURS)],
         trials=[
-            _trial(r, dense, r.timed or latencies.get(r.trial), knee=r is knee) for r in results
+            _trial(r, dense, r.latency or latencies.get(r.trial), knee=r is knee) for r in results
         ],
         pictures={str(trial): _data_address(path) for trial, path in pictures.items()},
         published=published_results(model) if _is_published_data(results) else [],
@@ -138,9 +138,9 @@ def _trial(
         number=result.trial,
         state=result.state,
         method=result.method,
-        control=only_controls(result.recipe),
+        control=is_control(result),
         dense=result.is_reference,
-        recipe=recipe_line(result),
+        recipe=str(result.recipe),
         yaml=_yaml(result),
         values=values,
         low=result.top1_low,
@@ -181,9 +181,9 @@ def _details(
 def _yaml(result: TrialResult) -> str:
     """The recipe that rebuilds the candidate, calibrated values included."""
     try:
-        return Recipe.from_dict(result.resolved or result.recipe).to_yaml()
+        return result.rebuilt_from.to_recipe().to_yaml()
     except BadInput:  # written by a version with other methods
-        return json.dumps(result.resolved or result.recipe)
+        return json.dumps(result.rebuilt_from.to_json())
 
 
 def _data_address(png: Path) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from vitpareto.dashboards.table_cells import Column, interval_text, new_table, number_text
-from vitpareto.methods import Recipe
 from vitpareto.search.stats.pareto import hypervolume
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, knee_of, reference_of, reference_point
@@ -131,7 +130,7 @@ def trial_table(results: Sequence[TrialResult], title: str) -> Table:
             number_text(r.values.get("gmacs"), ".4g"),
             str(r.images or ""),
             number_text(r.seconds or None, ".1f"),
-            str(Recipe.from_dict(r.recipe)),
+            str(r.recipe),
             r.reason,
         )
     return table
@@ -180,5 +179,5 @@ def _study_cells(folder: StudyFolder) -> list[str]:
         "" if dense is None else f"{dense.values['top1']:.2f}",
         "" if knee is None else f"{knee.values['top1']:.2f}",
         "" if knee is None or cost is None else f"{knee.values[cost.name]:.4g} {cost.unit}",
-        "" if knee is None else str(Recipe.from_dict(knee.recipe)),
+        "" if knee is None else str(knee.recipe),
     ]

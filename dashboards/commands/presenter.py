@@ -120,7 +120,7 @@ def _front_title(folder: StudyFolder, rows: Sequence[FrontRow]) -> str:
     kind, recovery = "front", folder.recovery.settings()
     if rows[0].recovered and recovery is not None:
         kind = "recovered front"
-        notes.append(f"epochs {recovery['epochs']}, {recovery['distill']} distillation")
+        notes.append(f"epochs {recovery.training.epochs}, {recovery.training.distill} distillation")
     return f"{kind} of {title_of(folder)}" + (f" ({'; '.join(notes)})" if notes else "")
 
 

@@ -182,7 +182,7 @@ def _registration(
 
 def _log_target(folder: StudyFolder, result: TrialResult, max_latency_ms: float) -> None:
     """A latency holds for the target on which it was measured."""
-    timed = result.timed or folder.latencies.read().get(result.trial)
+    timed = result.latency or folder.latencies.read().get(result.trial)
     if timed is not None:
         log(f"within {max_latency_ms:g} ms on the measured target: {timed.target}")
 

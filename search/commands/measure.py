@@ -110,7 +110,7 @@ def _chosen(
 def _record(result: TrialResult, dense: TrialResult, timed: Latency) -> dict[str, Any]:
     """What --json prints."""
     return {
-        "recipe": result.resolved,
+        "recipe": result.rebuilt_from.to_json(),
         **{k: round(v, 6) for k, v in result.values.items()},
         "top1_low": result.top1_low,
         "top1_high": result.top1_high,
@@ -131,12 +131,11 @@ def _rows(
     result: TrialResult, dense: TrialResult, timed: Latency, batch: int
 ) -> tuple[tuple[str, str], ...]:
     """Labels and texts for people."""
-    from vitpareto.methods import Recipe
 
     v, d = result.values, dense.values
     target = str(timed.target)
     return (
-        ("recipe", str(Recipe.from_dict(result.resolved))),
+        ("recipe", str(result.rebuilt_from)),
         ("top-1", f"{v['top1']:.2f} % ({result.top1_low:.2f}–{result.top1_high:.2f}, "
                   f"{result.images} images); dense {d['top1']:.2f} %"),
         ("top-5", f"{v['top5']:.2f} %; dense {d['top5']:.2f} %"),

@@ -73,7 +73,7 @@ class TraceRequest:
                 state=result.state,
             )
         job = folder.job().config(store=folder.store)
-        recipe = Recipe.from_dict(result.resolved or result.recipe)
+        recipe = result.rebuilt_from.to_recipe()
         known = str(folder.identity.read()["model_fingerprint"])
         trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)
         return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)

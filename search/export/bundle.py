@@ -47,6 +47,7 @@ from vitpareto.search.runtimes.exported_program import (
 )
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import reference_of
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.versions import installed_versions
 
@@ -189,7 +190,7 @@ class _BundleWriter:
             **architecture(job.model),
             study=self.folder.name,
             trial=result.trial,
-            recipe=self.trial.recipe.to_dict(),
+            recipe=RecordedRecipe.of(self.trial.recipe),
             accuracy=BundleAccuracy(
                 top1=values["top1"],
                 top1_low=result.top1_low,
@@ -200,19 +201,9 @@ class _BundleWriter:
                 split="search",
             ),
             cost={name: v for name, v in values.items() if name not in ("top1", "top5")},
-            latency=self.folder.latencies.read().get(result.trial) or result.timed,
+            latency=self.folder.latencies.read().get(result.trial) or result.latency,
             dense=None if dense is None else dense.values,
-            measured_with={
-                **{
-                    k: v
-                    for k, v in provenance.to_json().items()
-                    if k not in ("versions", "data_fingerprint")
-                },
-                "versions": dict(provenance.versions or {}),
-            },
-            seed=provenance.seed,
-            device=provenance.device,
-            data_fingerprint=provenance.data_fingerprint,
+            measured_with=provenance,
             exported=ExportSettings(
                 dtype="float32",
                 device="cpu",
@@ -268,14 +259,14 @@ def _facts(result: BundleResult) -> str:
         f"Trial {result.trial} of study {result.study}: top-1 {accuracy.top1:.2f} % "
         f"({accuracy.top1_low:.2f} to {accuracy.top1_high:.2f}, {accuracy.images} "
         f"images), {cost['gmacs']:.4g} GMACs per image, {cost['params_m']:.4g} M parameters; "
-        f"measured on {measured.get('device')} in {measured.get('dtype')}."
+        f"measured on {measured.device} in {measured.dtype}."
     )
-    if recovered := measured.get("recovery"):
+    if (recovered := measured.recovery) is not None:
         text += (
-            f" Recovered after the search: {recovered['epochs']} epochs of fine-tuning, from "
-            f"{recovered['from_top1']:.2f} %."
+            f" Recovered after the search: {recovered.settings.epochs} epochs of fine-tuning, from "
+            f"{recovered.from_top1:.2f} %."
         )
-    if measured.get("dtype") != "float32":
+    if measured.dtype != "float32":
         text += " This export is float32, so its accuracy may differ slightly."
     return text
 

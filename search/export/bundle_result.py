@@ -14,6 +14,8 @@ from typing import Any
 
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 
 SCHEMA = 1
 FILE = "result.json"
@@ -174,15 +176,12 @@ class BundleResult:
     model: str
     study: str
     trial: int
-    recipe: Mapping[str, Any]
+    recipe: RecordedRecipe
     accuracy: BundleAccuracy
     cost: Mapping[str, float]
     latency: Latency | None
     dense: Mapping[str, float] | None
-    measured_with: Mapping[str, Any]
-    seed: int | None
-    device: str | None
-    data_fingerprint: str | None
+    measured_with: Provenance
     exported: ExportSettings
     rebuilt_as_measured: str
     labels: tuple[str, ...]
@@ -209,7 +208,7 @@ class BundleResult:
             **source,
             "study": self.study,
             "trial": self.trial,
-            "recipe": dict(self.recipe),
+            "recipe": self.recipe.to_json(),
             "accuracy": asdict(self.accuracy),
             "cost": {
                 **self.cost,
@@ -217,10 +216,7 @@ class BundleResult:
             },
             "latency": None if self.latency is None else self.latency.to_json(),
             "dense": None if self.dense is None else dict(self.dense),
-            "measured_with": dict(self.measured_with),
-            "seed": self.seed,
-            "device": self.device,
-            "data_fingerprint": self.data_fingerprint,
+            **_measured_with(self.measured_with),
             "exported": asdict(self.exported),
             "rebuilt_as_measured": self.rebuilt_as_measured,
             "labels": list(self.labels),
@@ -246,15 +242,12 @@ class BundleResult:
             model_args=stored.get("model_args", {}),
             study=stored["study"],
             trial=stored["trial"],
-            recipe=stored["recipe"],
+            recipe=RecordedRecipe.from_json(stored["recipe"]),
             accuracy=BundleAccuracy(**_known(BundleAccuracy, stored["accuracy"])),
             cost={k: v for k, v in stored["cost"].items() if k != "units"},
             latency=None if latency is None else Latency.from_json(latency),
             dense=stored["dense"],
-            measured_with=stored["measured_with"],
-            seed=stored.get("seed"),
-            device=stored.get("device"),
-            data_fingerprint=stored.get("data_fingerprint"),
+            measured_with=_provenance(stored),
             exported=ExportSettings(**_known(ExportSettings, exported)),
             rebuilt_as_measured=stored["rebuilt_as_measured"],
             labels=tuple(stored["labels"]),
@@ -277,6 +270,25 @@ def seal_of(stored: Mapping[str, Any]) -> str:
     """sha256 of the content of `result.json` without its `seal`."""
     rest = {k: v for k, v in stored.items() if k != "seal"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _measured_with(provenance: Provenance) -> dict[str, Any]:
+    """The keys of `result.json` that hold the provenance: three of its values lie outside."""
+    values = provenance.to_json()
+    fingerprint = values.pop("data_fingerprint", None)
+    versions = values.pop("versions", {})
+    return {
+        "measured_with": {**values, "versions": versions},
+        "seed": provenance.seed,
+        "device": provenance.device,
+        "data_fingerprint": fingerprint,
+    }
+
+
+def _provenance(stored: Mapping[str, Any]) -> Provenance:
+    """The inverse of `_measured_with`."""
+    outside = {key: stored.get(key) for key in ("seed", "device", "data_fingerprint")}
+    return Provenance.from_json({**outside, **stored["measured_with"]})
 
 
 def _verification(stored: Mapping[str, Any]) -> VerificationSummary:

@@ -53,7 +53,7 @@ class RebuiltTrial:
     def of(cls, folder: StudyFolder, result: TrialResult, cache: str | None) -> RebuiltTrial:
         """Raises UserError if it cannot be exported, or the study's model or images changed."""
         job = folder.job().config(store=folder.store, cache=cache or None)
-        recipe = Recipe.from_dict(result.resolved or result.recipe)
+        recipe = result.rebuilt_from.to_recipe()
         dense = load_model(job.model, folder.weights)
         identity = folder.identity.read()
         _check_unchanged(folder, "model", identity["model_fingerprint"], fingerprint(dense))

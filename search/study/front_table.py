@@ -132,7 +132,7 @@ def front_rows(
         _front_row(
             result,
             dense,
-            result.timed or latencies.get(result.trial),
+            result.latency or latencies.get(result.trial),
             changes,
             knee=result is knee,
             recovered=before is not None,
@@ -163,7 +163,7 @@ def _front_row(
     return FrontRow(
         trial=result.trial,
         method=result.method,
-        recipe=str(Recipe.from_dict(result.recipe)),
+        recipe=str(result.recipe),
         top1=values["top1"],
         top1_low=result.top1_low,
         top1_high=result.top1_high,

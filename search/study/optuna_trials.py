@@ -17,6 +17,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.objectives import Objective
 from vitpareto.search.study.optuna_adapter import reopened, set_trial_attribute
 from vitpareto.search.study.optuna_storage import frozen_trials
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.space import Space
 
@@ -40,7 +41,12 @@ def running_trials(folder: StudyFolder) -> list[TrialResult]:
         return []
     done = {r.trial for r in folder.trials.all()}
     return [
-        TrialResult(t.number, "running", t.user_attrs["recipe"], str(t.user_attrs["key"]))
+        TrialResult(
+            t.number,
+            "running",
+            RecordedRecipe.from_json(t.user_attrs["recipe"]),
+            str(t.user_attrs["key"]),
+        )
         for t in frozen_trials(folder)
         if t.state == TrialState.RUNNING
         and t.number not in done
@@ -131,7 +137,7 @@ class OptunaTrials:
             self.study.add_trial(
                 optuna.trial.create_trial(
                     values=[result.values[o.name] for o in self.objectives],
-                    user_attrs={"recipe": result.recipe, "key": result.key},
+                    user_attrs={"recipe": result.recipe.to_json(), "key": result.key},
                 )
             )
 
@@ -168,6 +174,7 @@ class OptunaTrials:
         self.study.tell(frozen.number, state=TrialState.FAIL, skip_if_finished=True)
         if again:
             return None
-        recipe, key = frozen.user_attrs.get("recipe", {}), str(frozen.user_attrs.get("key", ""))
+        recipe = RecordedRecipe.from_json(frozen.user_attrs.get("recipe", {}))
+        key = str(frozen.user_attrs.get("key", ""))
         reason = f"{reason}, {counts[counter]} times"
         return TrialResult(frozen.number, "failed", recipe, key, reason=reason)

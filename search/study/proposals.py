@@ -64,7 +64,7 @@ class Proposals:
         self.known.setdefault(result.key, result)
         if result.resolved is not None:
             # a calibrated recipe has another key once it is resolved
-            recipe = Recipe.from_dict(result.recipe)
+            recipe = result.recipe.to_recipe()
             self.known.setdefault(recipe.key(self.shape_of(recipe)), result)
 
     def ask(self, running: Iterable[Proposal]) -> Proposal | None:

@@ -5,11 +5,24 @@ Data only: it may not measure, read or write anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from vitpareto.search.training.preparation_cache import PreparationUse
+from vitpareto.search.training.training_record import RecoveryRecord, TrainingRecord
+
+
+def _uses(stored: Iterable[Mapping[str, Any]]) -> tuple[PreparationUse, ...]:
+    return tuple(PreparationUse.from_json(use) for use in stored)
+
+
+#: how the values that are records are read from a file, by key
+_RECORDS: dict[str, Callable[[Any], object]] = {
+    "prepared": _uses,
+    "training": TrainingRecord.from_json,
+    "recovery": RecoveryRecord.from_json,
+}
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,11 @@ class Provenance:
         batch: images per forward pass.
         prepared: the preparations that the candidate's weights come from; () if its method shares
             none.
-        training: settings of the candidate's training, with its last loss and its seconds.
-        recovery: settings of the fine-tuning after the search, with the trial that it starts from
-            and the last loss.
+        training: the candidate's own training, if its method requires one per trial.
+        recovery: the fine-tuning after the search, of a recovered trial.
         split: that was measured, if it is not the search split.
         traceback: of the error that ended the trial.
-        extra: values under keys that this version does not know; written last.
+        extra: JSON values under keys that this version does not know; written last.
     """
 
     versions: Mapping[str, str] | None = None
@@ -50,8 +62,8 @@ class Provenance:
     dtype: str | None = None
     batch: int | None = None
     prepared: tuple[PreparationUse, ...] | None = None
-    training: Mapping[str, Any] | None = None
-    recovery: Mapping[str, Any] | None = None
+    training: TrainingRecord | None = None
+    recovery: RecoveryRecord | None = None
     split: str | None = None
     traceback: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -61,8 +73,9 @@ class Provenance:
         """Return the provenance of a file's JSON; unknown keys go to `extra`."""
         names = {f.name for f in fields(cls)} - {"extra"}
         known = {k: v for k, v in stored.items() if k in names}
-        if known.get("prepared") is not None:
-            known["prepared"] = tuple(PreparationUse.from_json(use) for use in known["prepared"])
+        for name, read in _RECORDS.items():
+            if known.get(name) is not None:
+                known[name] = read(known[name])
         return cls(**known, extra={k: v for k, v in stored.items() if k not in names})
 
     def to_json(self) -> dict[str, Any]:
@@ -71,6 +84,10 @@ class Provenance:
         written = {name: value for name, value in known.items() if value is not None}
         if self.prepared is not None:
             written["prepared"] = [use.to_json() for use in self.prepared]
+        if self.training is not None:
+            written["training"] = self.training.to_json()
+        if self.recovery is not None:
+            written["recovery"] = self.recovery.to_json()
         return {**written, **self.extra}
 
     def updated(self, other: Provenance) -> Provenance:

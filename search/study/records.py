@@ -14,6 +14,8 @@ from vitpareto.search.measure.latency import Latency
 from vitpareto.search.study.identity import described, differing
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.trial_files import PATTERN, read_results, write_result
+from vitpareto.search.training.preparation_cache import PreparationRecord
+from vitpareto.search.training.settings import TrainingSettings
 
 
 def _read(path: Path) -> Any:
@@ -40,15 +42,16 @@ class LatencyFile:
 
 @dataclass(frozen=True)
 class PreparationsFile:
-    """prepared.json: the preparations that trials share, as `Preparation` writes them."""
+    """prepared.json: the preparations that trials share."""
 
     path: Path
 
-    def read(self) -> list[dict[str, Any]]:
-        return _read(self.path) or []
+    def read(self) -> list[PreparationRecord]:
+        return [PreparationRecord.from_json(stored) for stored in _read(self.path) or []]
 
-    def write(self, preparations: Sequence[Mapping[str, Any]]) -> None:
-        write_atomic(self.path, json.dumps(list(preparations), indent=1))
+    def write(self, preparations: Sequence[PreparationRecord]) -> None:
+        plain = [record.to_json() for record in preparations]
+        write_atomic(self.path, json.dumps(plain, indent=1))
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,28 @@ class CertificationFiles:
 
 
 @dataclass(frozen=True)
+class RecoverySettings:
+    """What all results of a recovery share.
+
+    Attributes:
+        training: settings of the fine-tuning.
+        train_fingerprint: of the training images.
+    """
+
+    training: TrainingSettings
+    train_fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings for a file: the training's keys, then the fingerprint."""
+        return {**self.training.to_json(), "train_fingerprint": self.train_fingerprint}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> RecoverySettings:
+        """The inverse of `to_json`."""
+        return cls(TrainingSettings.from_json(stored), stored["train_fingerprint"])
+
+
+@dataclass(frozen=True)
 class RecoveryFiles:
     """The front's trials after fine-tuning, under their own numbers, and its settings.
 
@@ -87,23 +112,27 @@ class RecoveryFiles:
 
     folder: Path
 
-    def settings(self) -> dict[str, Any] | None:
-        """Return the settings of the fine-tuning; None if the study was not recovered."""
-        return _read(self.folder / "recovery.json")
+    @property
+    def _settings_file(self) -> Path:
+        return self.folder / "recovery.json"
 
-    def settle(self, settings: Mapping[str, Any]) -> None:
+    def settings(self) -> RecoverySettings | None:
+        """Return the settings of the recovery; None if the study was not recovered."""
+        stored = _read(self._settings_file)
+        return None if stored is None else RecoverySettings.from_json(stored)
+
+    def settle(self, settings: RecoverySettings) -> None:
         """Write the settings of the first recovery; check those of a later one.
 
         Raises:
             UserError: the study was recovered with other settings.
         """
-        settings = json.loads(json.dumps(settings))
-        stored = self.settings()
+        given, stored = settings.to_json(), _read(self._settings_file)
         if stored is None or not any(self.folder.glob(PATTERN)):
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.folder / "recovery.json", json.dumps(settings, indent=1))
+            write_atomic(self._settings_file, json.dumps(given, indent=1))
             return
-        differences = differing(stored, settings)
+        differences = differing(stored, given)
         if differences:
             study = self.folder.parent.name
             raise UserError(

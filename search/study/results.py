@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from vitpareto.methods import Recipe
 from vitpareto.search.errors import BadInput, Code
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 
 TrialState = Literal["finished", "raced_out", "failed", "running"]
 
@@ -92,7 +93,7 @@ class TrialResult:
     Attributes:
         trial: number of the trial.
         state: "finished" if all search images were seen, "raced_out" if it was stopped early.
-        recipe: as proposed (`Recipe.to_dict`).
+        recipe: as proposed.
         key: of the recipe as measured (`Recipe.key`).
         values: objectives by name, in the units of `objectives.OBJECTIVES`.
         resolved: the recipe with calibrated settings written into it, so that it rebuilds without
@@ -103,17 +104,17 @@ class TrialResult:
         seconds: duration of the measurement.
         reason: why the trial was not measured, or not in full; else "".
         provenance: what made the result.
-        latency: a `Latency` as a dict, if it was an objective.
+        latency: if it was an objective.
         ended_ms: end of the measurement, in ms since 1970.
         certified: added when a study is read (`certificates.measured`); not in result files.
     """
 
     trial: int
     state: TrialState
-    recipe: dict[str, Any]
+    recipe: RecordedRecipe
     key: str
     values: dict[str, float] = field(default_factory=dict)
-    resolved: dict[str, Any] | None = None
+    resolved: RecordedRecipe | None = None
     images: int = 0
     bits: str = ""
     top1_low: float | None = None
@@ -121,19 +122,32 @@ class TrialResult:
     seconds: float = 0.0
     reason: str = ""
     provenance: Provenance = Provenance()
-    latency: dict[str, Any] | None = None
+    latency: Latency | None = None
     ended_ms: int = field(default_factory=lambda: int(1e3 * time.time()))
     certified: Certified | None = None
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> TrialResult:
         """Return the result of a file's JSON."""
-        provenance = Provenance.from_json(stored.get("provenance", {}))
-        return cls(**{**stored, "provenance": provenance})
+        resolved, latency = stored.get("resolved"), stored.get("latency")
+        records = {
+            "recipe": RecordedRecipe.from_json(stored["recipe"]),
+            "resolved": None if resolved is None else RecordedRecipe.from_json(resolved),
+            "provenance": Provenance.from_json(stored.get("provenance", {})),
+            "latency": None if latency is None else Latency.from_json(latency),
+        }
+        return cls(**{**stored, **records})
 
     def to_json(self) -> dict[str, Any]:
         """Return the result for a file."""
-        return {**asdict(self), "provenance": self.provenance.to_json()}
+        return {
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+            "recipe": self.recipe.to_json(),
+            "resolved": None if self.resolved is None else self.resolved.to_json(),
+            "provenance": self.provenance.to_json(),
+            "latency": None if self.latency is None else self.latency.to_json(),
+            "certified": None if self.certified is None else asdict(self.certified),
+        }
 
     @property
     def begun_ms(self) -> int:
@@ -141,15 +155,14 @@ class TrialResult:
         return self.ended_ms - int(1e3 * self.seconds)
 
     @property
-    def timed(self) -> Latency | None:
-        """The latency that was measured as an objective."""
-        return None if self.latency is None else Latency.from_json(self.latency)
+    def rebuilt_from(self) -> RecordedRecipe:
+        """The recipe that rebuilds the candidate: with calibrated settings, if there are any."""
+        return self.recipe if self.resolved is None else self.resolved
 
     @property
     def method(self) -> str:
         """The methods' names, the structural one first, such as `nvit+topk`; or "dense"."""
-        parts = (self.recipe.get(part) for part in ("structure", "tokens"))
-        return "+".join(str(part["method"]) for part in parts if part) or Recipe().method
+        return self.recipe.method
 
     @property
     def is_reference(self) -> bool:

@@ -6,11 +6,11 @@ Data only. The worker writes these records, early stopping and the searcher read
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 
 #: reason of a result whose cost or latency lies outside the study's limits
 OUTSIDE_BUDGETS = "outside the budgets"
@@ -33,7 +33,7 @@ class RungReport:
     """
 
     key: str
-    resolved: dict[str, Any]
+    resolved: RecordedRecipe
     values: dict[str, float]
     # Ray formats every report for its debug log, even if the log is off
     right: np.ndarray = field(repr=False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, TrialState
 
 
@@ -21,7 +22,7 @@ class TrialRow:
     trial: int
     state: TrialState
     method: str
-    recipe: Mapping[str, Any]
+    recipe: RecordedRecipe
     top1: float | None
     top5: float | None
     gmacs: float | None
@@ -34,7 +35,8 @@ class TrialRow:
 
     def to_json(self) -> dict[str, Any]:
         """The row as plain values, keys in the order of the fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**values, "recipe": self.recipe.to_json()}
 
 
 def trial_rows(results: Sequence[TrialResult]) -> list[TrialRow]:

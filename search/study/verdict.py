@@ -10,12 +10,10 @@ are used, and the sentence says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from vitpareto import methods
-from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.stats.intervals import paired_difference
 from vitpareto.search.study.certificates import ERROR, flips
 from vitpareto.search.study.front import front_of, knee_of, reference_of
@@ -23,18 +21,9 @@ from vitpareto.search.study.objectives import ACCURACIES, OBJECTIVES, Objective,
 from vitpareto.search.study.results import TrialResult, unpack_bits
 
 
-def only_controls(recipe: Mapping[str, Any]) -> bool:
-    """Return whether all steps of a recipe (`Recipe.to_dict`) are controls; true for dense."""
-    steps = (recipe.get(part) for part in ("structure", "tokens"))
-    try:
-        return all(methods.get(step["method"]).control for step in steps if step)
-    except BadInput:  # a method of another version; controls of all versions are known
-        return False
-
-
 def is_control(result: TrialResult) -> bool:
-    """Return `only_controls` of a trial's recipe."""
-    return only_controls(result.recipe)
+    """Return whether all steps of a trial's recipe are controls; true for the dense model."""
+    return result.recipe.only_controls
 
 
 def controls_of(results: Sequence[TrialResult]) -> list[TrialResult]:
@@ -80,8 +69,8 @@ class Verdict:
         if method is None or control is None:
             return f"{budget} {self.reason}"
         gain, margin = _rounded(self.gain), f"± {_rounded_up(self.margin):.2f} points"
-        best = f"trial {method.trial}, {recipe_line(method)}"
-        name = "the dense model" if control.is_reference else recipe_line(control)
+        best = f"trial {method.trial}, {method.recipe}"
+        name = "the dense model" if control.is_reference else str(control.recipe)
         opponent = f"{name} (trial {control.trial}, {_cost(self.cost, control)})"
         rank = f"the best of {self.controls} controls" if self.controls > 1 else "the only control"
         basis = f"95 %, paired, on {self.images} held-out images"
@@ -130,7 +119,7 @@ def verdict(
         missing, candidates = ("method", pruned) if method is None else ("control", controls)
         reason = f"no verdict is possible: no fully measured {missing} is within the budget"
         if (nearest := _cheapest(candidates, cost)) is not None:
-            reason += f"; the cheapest, {recipe_line(nearest)}, costs {_cost(cost, nearest)}"
+            reason += f"; the cheapest, {nearest.recipe}, costs {_cost(cost, nearest)}"
         return Verdict(cost, budget, source, method, control, reason=reason)
     within = sum(_loss(cost, r) <= cost.sign * budget for r in controls)
     return _compared(Verdict(cost, budget, source, method, control, controls=within))
@@ -218,16 +207,8 @@ def _cost(cost: Objective, result: TrialResult) -> str:
 
 def _kind(control: TrialResult) -> str:
     """Return what kind of control it is, for the sentence."""
-    structure = control.recipe.get("structure")
-    if not structure:
+    structure = control.recipe.structure
+    if structure is None:
         return ""
-    resizes = methods.get(structure["method"]).resizes_input
+    resizes = methods.get(structure.method).resizes_input
     return "the smaller input, " if resizes else "the smaller model, "
-
-
-def recipe_line(result: TrialResult) -> str:
-    """Return a trial's recipe in one line."""
-    try:
-        return str(Recipe.from_dict(result.recipe))
-    except BadInput:  # written by a version with other methods
-        return result.method

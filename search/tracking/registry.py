@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitpareto.methods import Recipe
 from vitpareto.search.errors import Code, UserError, nearest
 from vitpareto.search.export.bundle_result import BundleResult
 from vitpareto.search.export.preprocessing import normalised
@@ -238,7 +237,7 @@ def _tags(
     tags = {
         "study": folder.name,
         "trial": str(result.trial),
-        "recipe": Recipe.from_dict(dict(bundle_result.recipe)).to_yaml(),
+        "recipe": bundle_result.recipe.to_recipe().to_yaml(),
         "front": position,
         "recovered": str(recovered).lower(),
         "top1": f"{result.values['top1']:.4f}",

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.stats.pareto import rank
 from vitpareto.search.study.front import Front, front_of, reference_point
 from vitpareto.search.study.objectives import ACCURACIES, objectives_named
@@ -139,7 +138,7 @@ def trial_run(
         metrics |= _certified_metrics(recovered.certified, f"{CERTIFIED_PREFIX}recovered_")
     return RunSpec(
         trial=result.trial,
-        name=f"{result.trial} {_recipe_line(result)}"[:MAX_NAME_CHARS],
+        name=f"{result.trial} {result.recipe}"[:MAX_NAME_CHARS],
         status="FAILED" if result.state == "failed" else "FINISHED",
         params=_params(result),
         metrics=metrics,
@@ -193,15 +192,18 @@ def _certified_metrics(certified: Certified | None, prefix: str) -> dict[str, fl
 def _params(result: TrialResult) -> dict[str, str]:
     """The parameters of the recipe. Those of the structural step are prefixed by `structure.`."""
     params = {"method": result.method}
-    for part, prefix in (("structure", "structure."), ("tokens", "")):
-        for name, value in (result.recipe.get(part) or {}).items():
-            if prefix or name != "method":
-                params[f"{prefix}{name}"] = _cut(str(value), MAX_PARAM_CHARS)
+    structure, tokens = result.recipe.structure, result.recipe.tokens
+    below = {} if structure is None else structure.to_json()
+    steps = {f"structure.{name}": value for name, value in below.items()}
+    steps |= {} if tokens is None else tokens.params
+    params |= {name: _cut(str(value), MAX_PARAM_CHARS) for name, value in steps.items()}
     return params
 
 
 def _tags(result: TrialResult, study: str, position: FrontPosition) -> dict[str, str]:
-    recipe = yaml.safe_dump(result.recipe, sort_keys=False, default_flow_style=None, width=100)
+    recipe = yaml.safe_dump(
+        result.recipe.to_json(), sort_keys=False, default_flow_style=None, width=100
+    )
     tags = {
         "method": result.method,
         "pareto": "true" if position.on_front else "false",
@@ -212,20 +214,13 @@ def _tags(result: TrialResult, study: str, position: FrontPosition) -> dict[str,
     }
     if result.reason:
         tags["reason"] = _cut(result.reason, MAX_TAG_CHARS)
-    if weights := (result.resolved or {}).get("weights"):
+    if weights := result.rebuilt_from.weights:
         tags["weights"] = weights
     if result.certified is not None and result.certified.worst is not None:
         worst = result.certified.worst
         noise = "" if worst.beyond_noise else "; within noise"
         tags["worst_class"] = f"{worst.name} ({worst.drop:.1f} points of {worst.images}{noise})"
     return tags
-
-
-def _recipe_line(result: TrialResult) -> str:
-    try:
-        return str(Recipe.from_dict(result.recipe))
-    except BadInput:  # written by a version with other methods
-        return result.method
 
 
 def hypervolume_curve(

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Sequence
 
-from vitpareto.methods import Recipe
 from vitpareto.search.study.certificates import order_note, why_not
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
@@ -137,5 +136,5 @@ def _front_cells(result: TrialResult, columns: Sequence[Objective], certified: b
             if held_out is None
             else f"{held_out.top1:.4g} ({held_out.low:.4g}–{held_out.high:.4g})"
         )
-    cells.append(str(Recipe.from_dict(result.recipe)).replace("|", "\\|"))
+    cells.append(str(result.recipe).replace("|", "\\|"))
     return cells

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.methods.engine.preparation import PreparationOutcome
+from vitpareto.methods import BadInput
+from vitpareto.methods.engine.preparation import PreparationOutcome, not_prepared
 from vitpareto.search.files.atomic import delete_tree, write_atomic
 from vitpareto.search.files.locks import locked
 from vitpareto.search.files.write_through import fetch_if_missing
@@ -42,6 +43,41 @@ def epochs_key(method: str) -> str | None:
 
 
 @dataclass(frozen=True)
+class UnknownOutcome(PreparationOutcome):
+    """The outcome of a method that is not registered: it can be stored again, but not used.
+
+    stored: its JSON values.
+    """
+
+    method: str
+    stored: Mapping[str, Any]
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return ()
+
+    def weights_for(self, params: Mapping[str, Any]) -> str:
+        """Raises BadInput."""
+        raise not_prepared(self.method)
+
+    def to_json(self) -> dict[str, Any]:
+        return dict(self.stored)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> UnknownOutcome:
+        return cls("", data)
+
+
+def _outcome(method: str, stored: Mapping[str, Any]) -> PreparationOutcome:
+    """The outcome of a file's JSON."""
+    try:
+        declared = methods.get(method)
+    except BadInput:  # recorded by a version with other methods
+        return UnknownOutcome(method, stored)
+    return declared.preparation_outcome(stored)
+
+
+@dataclass(frozen=True)
 class PreparationRecord:
     """What a study stores about a preparation (an entry of prepared.json).
 
@@ -49,29 +85,25 @@ class PreparationRecord:
         key: the preparation's key in the cache.
         seconds: how long it trained, without interruptions before the last start.
         fresh: whether it was trained for this study, not found in the cache.
-        outcome_json: the outcome as JSON values.
+        outcome: what it produced.
     """
 
     method: str
     key: str
     seconds: float
     fresh: bool
-    outcome_json: Mapping[str, Any]
-
-    @property
-    def outcome(self) -> PreparationOutcome:
-        """BadInput if the method is not registered."""
-        return methods.get(self.method).preparation_outcome(self.outcome_json)
+    outcome: PreparationOutcome
 
     def to_json(self) -> dict[str, Any]:
         return {
             "method": self.method, "key": self.key, "seconds": self.seconds, "fresh": self.fresh,
-            "outcome": dict(self.outcome_json),
+            "outcome": self.outcome.to_json(),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PreparationRecord:
-        return cls(data["method"], data["key"], data["seconds"], data["fresh"], data["outcome"])
+        outcome = _outcome(data["method"], data["outcome"])
+        return cls(data["method"], data["key"], data["seconds"], data["fresh"], outcome)
 
 
 @dataclass(frozen=True)
@@ -176,5 +208,7 @@ def _finished(folder: Path, method: str, key: str) -> CachedPreparation | None:
         done = json.loads((folder / "done.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    record = PreparationRecord(method, key, done["seconds"], False, done["outcome"])
+    record = PreparationRecord(
+        method, key, done["seconds"], False, _outcome(method, done["outcome"])
+    )
     return CachedPreparation(folder, record)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,12 @@ class TrainingSettings:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> TrainingSettings:
+        """The settings of a record's JSON, which may hold other keys too."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in stored.items() if name in names})
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from vitpareto.search.training.preparation_trainer import (
     built_fresh,
 )
 from vitpareto.search.training.settings import TrainingSettings, train_candidate
+from vitpareto.search.training.training_record import TrainingRecord
 from vitpareto.search.trials.study_training import StudyTraining
 from vitpareto.search.versions import release_versions
 
@@ -148,11 +149,8 @@ class CandidateTrainer:
         key = recipe.key(methods.model_shape(model))
         history = self.fit(model, settings, recipe, checkpoint(key))
         digest = self.artifacts.save(model.state_dict())
-        training = {
-            **settings.to_json(),
-            "loss": history[-1].loss,
-            "seconds": round(time.monotonic() - begin, 3),
-        }
+        seconds = round(time.monotonic() - begin, 3)
+        training = TrainingRecord(settings, history[-1].loss, seconds)
         provenance = Provenance(prepared=tuple(uses), training=training)
         return TrainedRecipe(replace(recipe, weights=digest), provenance)
 

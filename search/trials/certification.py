@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from vitpareto.methods import Recipe
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.study.certificates import Record
@@ -139,7 +138,7 @@ def _record_members(
 def _certify(task: TrialTask, result: TrialResult, recovered: bool = False) -> None:
     """On a worker: rebuild the candidate as it was resolved, measure it and write the result."""
     worker = Worker.open(task)
-    model = worker.build(Recipe.from_dict(result.resolved or result.recipe))
+    model = worker.build(result.rebuilt_from.to_recipe())
     split = Provenance(split=task.images.search.name)
     measured = measure_model(worker, result.trial, model, split)
     task.study.folder.certification(recovered).write_result(replace(measured, recipe=result.recipe))

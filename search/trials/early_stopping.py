@@ -17,9 +17,10 @@ from vitpareto.search.stats.confidence_sequences import cost_floor
 from vitpareto.search.stats.racing import Incumbent, Race
 from vitpareto.search.study.objectives import Objective
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.rungs import RungReport
-from vitpareto.search.study.verdict import only_controls
+from vitpareto.search.study.verdict import is_control
 
 
 @dataclass
@@ -53,7 +54,7 @@ class EarlyStopping:
         if result.is_reference and self.dense is None:
             self.dense = right
         new = Incumbent(result.trial, right, self._costs(result.values))
-        control = only_controls(result.recipe)
+        control = is_control(result)
         for group in (True, False) if control else (False,):
             front = self._fronts[group]
             if not any(old.covers(new) for old in front):
@@ -71,7 +72,8 @@ class EarlyStopping:
             error = self.race.cost_error(trial)
             floor = cost_floor(report.macs_each, report.bounds, len(self.dense), error)
             values["gmacs"] = floor / 1e9
-        incumbents = self._fronts[only_controls(recipe.to_dict())]
+        recorded = RecordedRecipe.of(recipe)
+        incumbents = self._fronts[recorded.only_controls]
         costs = self._costs(values)
         decision = self.race.check(trial, report.right, costs, incumbents, self.dense)
         if decision is None:
@@ -80,7 +82,7 @@ class EarlyStopping:
         return TrialResult(
             trial=trial,
             state="raced_out",
-            recipe=recipe.to_dict(),
+            recipe=recorded,
             key=report.key,
             values={**report.values, "top1": estimate.value},
             resolved=report.resolved,

@@ -32,7 +32,7 @@ def measure_front_latency(
     known = folder.latencies.read()
     front = front_of(folder.trials.all(), [OBJECTIVES[o] for o in objectives])
     members = [
-        (r.trial, Recipe.from_dict(r.resolved or r.recipe))
+        (r.trial, r.rebuilt_from.to_recipe())
         for r in front
         if r.trial not in known and r.latency is None
     ]

@@ -8,124 +8,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
-from vitpareto import methods
-from vitpareto.methods import ModelShape, Recipe, recipe_of
+from vitpareto.methods import Recipe
 from vitpareto.search.measure.accuracy import Correctness, evaluate, largest_fitting_batch
-from vitpareto.search.measure.closed_form import recipe_macs, schedule_macs
 from vitpareto.search.measure.latency import Latency
-from vitpareto.search.measure.memory import count_parameters, peak_mb
+from vitpareto.search.measure.memory import peak_mb
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.provenance import Provenance
 from vitpareto.search.study.results import TrialResult, pack_bits
-from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, SAME_CANDIDATE, RungReport
+from vitpareto.search.study.rungs import RungReport
+from vitpareto.search.trials.built_candidate import Candidate
 from vitpareto.search.trials.task import TrialTask
 from vitpareto.search.trials.worker import Worker
 
 
-@dataclass(frozen=True)
-class KnownCost:
-    """A built candidate's cost before it runs.
-
-    params_m: parameters in millions. macs: fewest and most MACs an image can cost. adaptive: images
-    decide the cost; otherwise both bounds are equal.
-    """
-
-    params_m: float
-    macs: tuple[int, int]
-    adaptive: bool
-
-    @classmethod
-    def of(cls, model: nn.Module, recipe: Recipe, shape: ModelShape) -> KnownCost:
-        counts: tuple[int, ...] | None = shape.dense_counts()
-        if recipe.tokens is not None:
-            counts = recipe.tokens.declared.counts(recipe.tokens.params, shape)
-        if counts is None:
-            macs = recipe_macs(recipe, shape)
-        else:
-            macs = (schedule_macs(recipe, shape, counts),) * 2
-        return cls(count_parameters(model) / 1e6, macs, adaptive=counts is None)
-
-    @property
-    def values(self) -> dict[str, float]:
-        """The objectives that are known: params_m, and gmacs unless images decide it."""
-        known = {"params_m": self.params_m}
-        return known if self.adaptive else {**known, "gmacs": self.macs[0] / 1e9}
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A built recipe with everything that is known of it before it runs.
-
-    recipe: resolved, with calibrated settings written into it. provenance:
-    how it got its weights.
-    """
-
-    model: nn.Module
-    recipe: Recipe
-    key: str
-    cost: KnownCost
-    provenance: Provenance
-
-    @classmethod
-    def of(cls, model: nn.Module, provenance: Provenance) -> Candidate:
-        recipe, shape = recipe_of(model), methods.model_shape(model)
-        cost = KnownCost.of(model, recipe, shape)
-        return cls(model, recipe, recipe.key(shape), cost, provenance)
-
-    @property
-    def is_dense(self) -> bool:
-        return self.recipe == Recipe()
-
-    def outside(self, trial: int, values: dict[str, float]) -> TrialResult:
-        """The result of a candidate that lies outside the study's limits."""
-        recipe = self.recipe.to_dict()
-        return TrialResult(trial, "failed", recipe, self.key, values, recipe,
-                           reason=OUTSIDE_BUDGETS)  # fmt: skip
-
-
 def run_rungs(worker: Worker, trial: int, recipe: Recipe) -> Iterator[RungReport | TrialResult]:
-    """Measure a recipe: a report after each rung of the task but the last, then the result.
+    """Build a recipe, look at its cost, and measure it: a report after each rung of the task but
+    the last, then the result.
 
     Raises what building, training or running the recipe raises.
     """
     task, start = worker.task, time.monotonic()
     weighted = worker.with_weights(recipe)
-    candidate = Candidate.of(worker.build(weighted.recipe), weighted.provenance)
-    proposed = recipe.to_dict()
+    candidate = Candidate.of(worker.build(weighted.recipe), weighted.provenance, recipe)
     values = candidate.cost.values
     if "gmacs" in values and task.window.violation(values["gmacs"]) > 0 and not candidate.is_dense:
-        yield replace(candidate.outside(trial, values), recipe=proposed)
+        yield candidate.outside(trial, values)
         return
     # calibration can resolve two settings to the same candidate, which is measured once
     known = task.study.folder.trials.by_key(candidate.key)
     if known is not None:
-        yield TrialResult(
-            trial=trial,
-            state=known.state,
-            recipe=proposed,
-            key=candidate.key,
-            values=known.values,
-            resolved=candidate.recipe.to_dict(),
-            images=known.images,
-            bits=known.bits,
-            top1_low=known.top1_low,
-            top1_high=known.top1_high,
-            seconds=time.monotonic() - start,
-            reason=f"{SAME_CANDIDATE} {known.trial}",
-            provenance=known.provenance.updated(candidate.provenance),
-        )
+        yield candidate.copied(trial, known, time.monotonic() - start)
         return
-    for step in measure_rungs(worker, trial, candidate, task.rungs):
-        seconds = time.monotonic() - start
-        if isinstance(step, RungReport):
-            yield replace(step, seconds=seconds)
-        else:
-            yield replace(step, recipe=proposed, seconds=seconds)
+    yield from _measure_rungs(worker, trial, candidate, task.rungs, start)
 
 
 def measure_recipe(worker: Worker, trial: int, recipe: Recipe) -> TrialResult:
@@ -142,16 +61,18 @@ def measure_model(
 
     provenance: what the result's has in addition, for example how it got its weights.
     """
-    *_, result = measure_rungs(worker, trial, Candidate.of(model, provenance), ())
+    candidate = Candidate.of(model, provenance)
+    *_, result = _measure_rungs(worker, trial, candidate, (), time.monotonic())
     assert isinstance(result, TrialResult)
     return result
 
 
-def measure_rungs(
-    worker: Worker, trial: int, candidate: Candidate, rungs: tuple[int, ...]
+def _measure_rungs(
+    worker: Worker, trial: int, candidate: Candidate, rungs: tuple[int, ...], start: float
 ) -> Iterator[RungReport | TrialResult]:
     """Measure a candidate: a report after each of these numbers of search images, then the result.
 
+    start: of the trial, by `time.monotonic`.
     Measured costs (latency, peak memory) come first if they are objectives, else last: a stopped
     trial does not pay for them.
     """
@@ -160,7 +81,7 @@ def measure_rungs(
         # padding is part of the cost: batches must be those of a trial without rungs
         batch = task.execution.batch
         rungs = tuple(-(-n // batch) * batch for n in rungs)
-    measurement = _Measurement(worker, candidate)
+    measurement = _Measurement(worker, candidate, start)
     if task.latency.per_trial:
         measurement.measure_latency()
         if measurement.too_slow and not candidate.is_dense:
@@ -180,9 +101,8 @@ def measure_rungs(
 class _Measurement:
     """A candidate's measurement as it grows. The batch is halved when memory does not suffice."""
 
-    def __init__(self, worker: Worker, candidate: Candidate) -> None:
-        self.worker, self.task, self.candidate = worker, worker.task, candidate
-        self.start = time.monotonic()
+    def __init__(self, worker: Worker, candidate: Candidate, start: float) -> None:
+        self.worker, self.task, self.candidate, self.start = worker, worker.task, candidate, start
         self.batch = self.task.execution.batch
         self.values = candidate.cost.values
         self.correctness: Correctness | None = None
@@ -250,33 +170,34 @@ class _Measurement:
         cost = self.candidate.cost
         return RungReport(
             key=self.candidate.key,
-            resolved=self.candidate.recipe.to_dict(),
+            resolved=self.candidate.resolved,
             values=dict(self.values),
             right=self.correctness.top1,
             macs_each=self.correctness.macs_each,
             bounds=cost.macs if cost.adaptive else (0.0, 0.0),
             # the driver writes a stopped trial's result, and may run on another device
             provenance=replace(self._provenance, device=self.task.provenance.device),
+            seconds=time.monotonic() - self.start,
         )
 
     def result(self, trial: int) -> TrialResult:
         assert self.correctness is not None
-        right, resolved = self.correctness.top1, self.candidate.recipe.to_dict()
+        right = self.correctness.top1
         low, high = wilson_interval(int(right.sum()), len(right))
         return TrialResult(
             trial=trial,
             state="finished",
-            recipe=resolved,
+            recipe=self.candidate.proposed,
             key=self.candidate.key,
             values=self.values,
-            resolved=resolved,
+            resolved=self.candidate.resolved,
             images=len(right),
             bits=pack_bits(right),
             top1_low=low,
             top1_high=high,
             seconds=time.monotonic() - self.start,
             provenance=self.task.provenance.updated(self._provenance),
-            latency=None if self.latency is None else self.latency.to_json(),
+            latency=self.latency,
         )
 
 
@@ -286,7 +207,7 @@ def drift_free_ms(timed: Latency, reference: TrialResult | None) -> float:
     A trial's own p50 depends on the machine's load at that time; candidate and dense were timed in
     turn, so their ratio does not. Trial 0 has no reference: its own p50.
     """
-    base = None if reference is None else reference.timed
+    base = None if reference is None else reference.latency
     return timed.p50_ms if base is None else base.p50_ms / timed.speedup
 
 

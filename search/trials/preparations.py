@@ -21,7 +21,6 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.training.preparation_cache import (
     CachedPreparation,
-    PreparationRecord,
     PreparationUse,
 )
 from vitpareto.search.trials.ray_cluster import Finished, run_for_each
@@ -121,7 +120,7 @@ def record_preparations(study: StudyFolder, prepared: Iterable[CachedPreparation
     Token methods' weights depend on the structural step under them; a trial stores those it uses.
     A preparation that the study trained stays recorded as its own when it is found again.
     """
-    before = {r.key: r for r in recorded(study)}
+    before = {r.key: r for r in study.preparations.read()}
     records = []
     for preparation in prepared:
         record = preparation.record
@@ -129,17 +128,15 @@ def record_preparations(study: StudyFolder, prepared: Iterable[CachedPreparation
             for digest in record.outcome.digests:
                 study.artifacts.adopt(digest, preparation.artifacts)
         records.append(before.get(record.key, record))
-    study.preparations.write([record.to_json() for record in records])
-
-
-def recorded(study: StudyFolder) -> list[PreparationRecord]:
-    return [PreparationRecord.from_json(entry) for entry in study.preparations.read()]
+    study.preparations.write(records)
 
 
 def structural_outcomes(study: StudyFolder) -> dict[str, PreparationOutcome]:
     """The recorded outcomes of structural methods, by method."""
     return {
-        r.method: r.outcome for r in recorded(study) if methods.get(r.method).kind == "structure"
+        r.method: r.outcome
+        for r in study.preparations.read()
+        if methods.get(r.method).kind == "structure"
     }
 
 
@@ -147,7 +144,7 @@ def with_preparations(task: TrialTask) -> TrialTask:
     """The task with the preparations that its study has recorded."""
     if task.training is None:
         return task
-    records = {r.method: r for r in recorded(task.study.folder)}
+    records = {r.method: r for r in task.study.folder.preparations.read()}
     return replace(task, training=replace(task.training, records=records))
 
 
@@ -156,7 +153,7 @@ def preparation_summary(study: StudyFolder, results: Sequence[TrialResult]) -> l
     counts = Counter[tuple[str, str]]()
     known = {
         (r.method, r.key): PreparationUse(r.method, r.key, r.fresh, r.seconds)
-        for r in recorded(study)
+        for r in study.preparations.read()
     }
     for result in results:
         for use in result.provenance.prepared or ():

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vitpareto.methods import Recipe, Untrained
+from vitpareto.methods import Untrained
 from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.atomic import delete_tree
@@ -23,8 +23,10 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.records import RecoverySettings
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.training.settings import TrainingSettings
+from vitpareto.search.training.training_record import RecoveryRecord
 from vitpareto.search.trials.certification import certify_front
 from vitpareto.search.trials.job_check import CheckedJob, DecodeProgress, check_job
 from vitpareto.search.trials.measurement import measure_model
@@ -89,17 +91,18 @@ class Recovery:
         stored = folder.job() if workers is None else folder.job().changed(workers=workers)
         config = stored.config(store=folder.store, cache=cache or None)
         selected = select_trials(folder, config.objectives, trials)
-        started = folder.recovery.settings() or {}
+        started = folder.recovery.settings()
+        before = None if started is None else started.training
+        first = before or TrainingSettings(lr=config.lr, batch=config.train_batch)
         settings = TrainingSettings(
             epochs=epochs,
-            lr=started.get("lr", config.lr) if lr is None else lr,
-            batch=started.get("batch", config.train_batch) if batch is None else batch,
+            lr=first.lr if lr is None else lr,
+            batch=first.batch if batch is None else batch,
             seed=config.seed,
         )
         job = check_job(config, decode, nodes=nodes)
-        folder.recovery.settle(
-            {**settings.to_json(), "train_fingerprint": job.data.split("train").fingerprint}
-        )
+        train = job.data.split("train").fingerprint
+        folder.recovery.settle(RecoverySettings(settings, train))
         recovered = {r.trial for r in folder.recovery.results()}
         pending = tuple(r for r in selected if r.trial not in recovered)
         return cls(folder, job, settings, pending)
@@ -195,7 +198,7 @@ def _recover(task: TrialTask, before: TrialResult) -> TrialResult:
     worker, start = Worker.open(task), time.monotonic()
     assert task.training is not None and task.training.trial is not None
     study, settings = task.study.folder, task.training.trial
-    recipe = Recipe.from_dict(before.resolved or before.recipe)
+    recipe = before.rebuilt_from.to_recipe()
     progress = study.folder / "recovered" / "training" / f"{before.trial:06d}"
     weights = None if recipe.weights is None else study.artifacts.load(recipe.weights)
     with warnings.catch_warnings():
@@ -203,12 +206,9 @@ def _recover(task: TrialTask, before: TrialResult) -> TrialResult:
         model = recipe.build(worker.trainer.dense, weights=weights)
     history = worker.trainer.fit(model, settings, recipe, progress / CHECKPOINT)
     digest = study.artifacts.save(model.state_dict())
-    recovery = {
-        **settings.to_json(),
-        "from_trial": before.trial,
-        "from_top1": before.values["top1"],
-        "loss": history[-1].loss,
-    }
+    recovery = RecoveryRecord(
+        settings, from_trial=before.trial, from_top1=before.values["top1"], loss=history[-1].loss
+    )
     built = worker.build(replace(recipe, weights=digest))
     measured = measure_model(worker, before.trial, built, Provenance(recovery=recovery))
     result = replace(measured, recipe=before.recipe, seconds=time.monotonic() - start)

@@ -32,6 +32,7 @@ from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.study_task import study_task
 from vitpareto.search.trials.task import LatencyTimer, TrialTask
+from vitpareto.search.trials.trial_actor import trainable_of
 from vitpareto.search.trials.tune import run_tune
 
 log = logging.getLogger("vitpareto")
@@ -153,7 +154,7 @@ def _run_trials(
         )
         progress = session.progress
         if config.budget is None or progress.done < config.budget:
-            run_tune(FrontSearcher(session), task, resources)
+            run_tune(FrontSearcher(session), trainable_of(task), resources)
         else:
             progress.ended = f"{progress.done} trials measured"
         return progress

@@ -49,8 +49,7 @@ def measure_once(
         worker = Worker.open(study_task(job))
         dense = measure_recipe(worker, 0, Recipe())
         result = measure_recipe(worker, 1, recipe)
-        resolved = Recipe.from_dict(result.resolved)
-        latency = worker.measure_latency(worker.build(resolved))
+        latency = worker.measure_latency(worker.build(result.rebuilt_from.to_recipe()))
     return SingleMeasurement(result, dense, latency)
 
 

@@ -16,6 +16,7 @@ from ray import tune
 
 from vitpareto.methods import BadInput, Recipe
 from vitpareto.search.files.atomic import delete_tree
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.rungs import OUTSIDE_BUDGETS, RungReport
 from vitpareto.search.study.trial_files import StaleWorker
@@ -83,7 +84,7 @@ class TrialActor(tune.Trainable):
             return TrialResult(
                 trial,
                 "failed",
-                recipe.to_dict(),
+                RecordedRecipe.of(recipe),
                 str(self.proposal["key"]),
                 reason=f"{type(error).__name__}: {error}",
                 provenance=replace(self.worker.task.provenance, traceback=trace),
@@ -94,3 +95,9 @@ class TrialActor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Loads nothing: nothing was saved."""
+
+
+def trainable_of(task: TrialTask) -> type[tune.Trainable]:
+    """The trainable whose actors get this task, each once."""
+    trainable: type[tune.Trainable] = tune.with_parameters(TrialActor, task=task)
+    return trainable

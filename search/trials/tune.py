@@ -11,14 +11,13 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
 
 from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher
-from vitpareto.search.trials.trial_actor import RUNG, TrialActor
+from vitpareto.search.trials.trial_actor import RUNG
 from vitpareto.search.trials.tune_internals import DiskWatch, DropReport, RungScheduler
 
 #: the searcher ends the study, not Ray's number of samples
@@ -26,16 +25,12 @@ UNLIMITED = 2**31
 
 
 def run_tune(
-    searcher: FrontSearcher,
-    task: Any,
-    resources: TrialResources,
-    actor: type[tune.Trainable] = TrialActor,
+    searcher: FrontSearcher, trainable: type[tune.Trainable], resources: TrialResources
 ) -> None:
     """Run the searcher's proposals until it ends the study.
 
     Args:
-        task: what every actor gets, once: a `TrialTask`.
-        actor: the trainable that measures; it must be reusable.
+        trainable: measures proposals (`trial_actor.trainable_of`); it must be reusable.
 
     Raises:
         BadInput: a worker cannot take part, because its code or its images differ.
@@ -48,10 +43,7 @@ def run_tune(
     ahead = 1 if resources.workers > 1 and full else 0
     with _scratch(folder / "ray") as scratch:
         tuner = tune.Tuner(
-            tune.with_resources(
-                tune.with_parameters(actor, task=task),
-                {"cpu": resources.cpus, "gpu": resources.gpus},
-            ),
+            tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
             tune_config=tune.TuneConfig(
                 search_alg=searcher,
                 num_samples=UNLIMITED,

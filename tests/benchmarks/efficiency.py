@@ -41,6 +41,7 @@ from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_trials import RACED_OUT_AS, RacedOutAs
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.session import SessionSettings, StudySession
@@ -150,19 +151,20 @@ def _climb(
 ) -> int:  # fmt: skip
     """One trial as a worker would have it, its result made durable; the images it saw."""
     right, (top1, gmacs) = lab.pool.right[at], lab.point(at)
+    recipe = RecordedRecipe.from_json(config["recipe"])
     for stop in looked:
         values = {"top1": lab.point(at, stop)[0], "gmacs": gmacs}
-        rung = RungReport(config["key"], config["recipe"], values, right[:stop])
+        rung = RungReport(config["key"], recipe, values, right[:stop])
         if not session.on_rung("t", rung):
             return stop
     folder.trials.write(
         TrialResult(
             config["trial"],
             "finished",
-            config["recipe"],
+            recipe,
             config["key"],
             {"top1": top1, "gmacs": gmacs},
-            config["recipe"],
+            recipe,
             len(right),
             pack_bits(right),
             top1,

@@ -43,6 +43,7 @@ from vitpareto.search.trials.resources import TrialResources
 from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.tune import run_tune
 
+from ray import tune  # isort: skip
 from sleeping import Place, Sleep, SleepingTrial  # isort: skip  # it imports ray
 
 OBJECTIVE_NAMES = ("top1", "gmacs")
@@ -141,7 +142,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             task = Sleep(Place(folder.folder), "epoch", images, sleep, looked)
             resources = TrialResources(workers, 1, 0.0)
             before = time.process_time()
-            run_tune(searcher, task, resources, actor=SleepingTrial)  # type: ignore[arg-type]
+            run_tune(searcher, tune.with_parameters(SleepingTrial, task=task), resources)
             whole = time.process_time() - before
             progress = searcher.progress
         results = folder.trials.all()

@@ -20,6 +20,7 @@ from ray import tune
 
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.stats.intervals import wilson_interval
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 
 
@@ -72,8 +73,9 @@ class SleepingTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         task, trial, key = self.task, int(self.asked["trial"]), str(self.asked["key"])
-        recipe = self.asked["recipe"]
-        gmacs, right = pretended(recipe, key, task.images)
+        plain = self.asked["recipe"]
+        recipe = RecordedRecipe.from_json(plain)
+        gmacs, right = pretended(plain, key, task.images)
         stop = next((n for n in task.rungs if n > self.seen), task.images)
         time.sleep(task.seconds * (stop - self.seen) / task.images)
         self.seen = stop

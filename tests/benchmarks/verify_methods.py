@@ -57,7 +57,7 @@ def main() -> None:
                 f"{name:<12}{''.join(f'{w:>9.1e}' for w in worst)}"
                 f"{f'{min(c.same_class for c in rows)}/{found.images}':>7}"
                 f"{max(c.near_tied for c in rows):>6}{sum(c.wrong for c in rows):>7}"
-                f"{seconds:>7.0f}  {Recipe.from_dict(result.recipe)}",
+                f"{seconds:>7.0f}  {result.recipe}",
                 flush=True,
             )
 

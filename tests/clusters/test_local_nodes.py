@@ -163,8 +163,8 @@ def test_latency_is_measured_in_an_exclusive_slot(cluster: Running, tmp_path: Pa
     found = StudyFolder(tmp_path / "s" / NAME).trials.all()
     assert len(found) == 6 and all(r.state == "finished" for r in found)
     for result in found:
-        assert result.timed is not None and result.values["latency_ms"] > 0
-        assert result.timed.target.device == "cpu"
+        assert result.latency is not None and result.values["latency_ms"] > 0
+        assert result.latency.target.device == "cpu"
     # a slot is the whole node: nothing else was given room on it
     assert (cluster.folder(1) / "cache" / "decoded").is_dir()
 

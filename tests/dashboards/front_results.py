@@ -8,6 +8,7 @@ import numpy as np
 
 from vitpareto.search.measure.latency import Latency, LatencyTarget
 from vitpareto.search.study.front_table import FrontRow, front_rows
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import Certified, TrialResult, WorstClass, pack_bits
 
 TARGET = LatencyTarget("cpu", "eager", "float32", 64)
@@ -28,15 +29,17 @@ def certified(bits: list[int], dense: list[int] | None) -> Certified:
 def results() -> list[TrialResult]:
     """Dense, two members of a front whose order held-out images reverse, one stopped trial."""
     dense = [1, 1, 1, 1, 1, 1, 1, 0]
-    tome = {"tokens": {"method": "tome", "r": 8}}
-    topk = {"structure": {"method": "resize", "size": 160},
-            "tokens": {"method": "topk", "keep_rate": 0.7, "prune_layers": [3, 6]}}  # fmt: skip
+    tome = RecordedRecipe.from_json({"tokens": {"method": "tome", "r": 8}})
+    topk = RecordedRecipe(
+        RecordedStep("resize", {"size": 160}),
+        RecordedStep("topk", {"keep_rate": 0.7, "prune_layers": [3, 6]}),
+    )
     common = {"params_m": 22.05}
     search = pack_bits(np.array(dense, dtype=bool))
     return [
         TrialResult(
-            0, "finished", {}, "k0", {"top1": 79.85, "gmacs": 4.608, **common}, None, 8,
-            search, 78.5, 81.2, certified=certified(dense, None),
+            0, "finished", RecordedRecipe(), "k0", {"top1": 79.85, "gmacs": 4.608, **common},
+            None, 8, search, 78.5, 81.2, certified=certified(dense, None),
         ),
         TrialResult(
             1, "finished", tome, "k1", {"top1": 79.1, "gmacs": 3.1, "peak_mb": 310.5, **common},

@@ -10,6 +10,7 @@ from vitpareto.methods import Recipe
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job_request import JobRequest
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 
 IMAGES = 400
@@ -43,7 +44,7 @@ def write_study(
         recipe = RECIPES[method](rate)
         if n % 29 == 0:
             folder.trials.write(
-                TrialResult(n, "failed", recipe.to_dict(), f"k{n}", reason="it raised")
+                TrialResult(n, "failed", RecordedRecipe.of(recipe), f"k{n}", reason="it raised")
             )
         elif n % 5 == 0:
             folder.trials.write(result(n, recipe, bits[:100], 4.6 * rate, "raced_out"))
@@ -59,6 +60,6 @@ def result(
     low, high = wilson_interval(int(bits.sum()), seen)
     values = {"top1": 100 * float(bits.mean()), "gmacs": gmacs, "params_m": 22.0, **more}
     return TrialResult(
-        n, state, recipe.to_dict(), f"k{n}", values, recipe.to_dict(), seen,  # type: ignore[arg-type]
+        n, state, RecordedRecipe.of(recipe), f"k{n}", values, RecordedRecipe.of(recipe), seen,  # type: ignore[arg-type]
         pack_bits(bits), low, high, 1.0,
     )  # fmt: skip

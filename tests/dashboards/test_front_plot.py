@@ -24,6 +24,7 @@ from vitpareto.search.errors import Code, UserError
 from vitpareto.search.stats.intervals import wilson_interval
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import TrialResult, TrialState
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -36,6 +37,12 @@ STATES: tuple[TrialState, ...] = ("finished", "raced_out", "failed", "running")
 TITLE = "deit_small_patch16_224 on ImageNet-1k (10,000 search images)"
 
 
+def recipe_of(method: str) -> RecordedRecipe:
+    return (
+        RecordedRecipe() if method == "dense" else RecordedRecipe(tokens=RecordedStep(method, {}))
+    )
+
+
 def trial(
     number: int, method: str, top1: float, gmacs: float, state: TrialState = "finished", **more
 ) -> TrialResult:
@@ -43,7 +50,7 @@ def trial(
     return TrialResult(
         number,
         state,
-        {} if method == "dense" else {"tokens": {"method": method}},
+        recipe_of(method),
         key=str(number),
         values={"top1": top1, "gmacs": gmacs, **more} if state in STATES[:2] else {},
         top1_low=low,
@@ -151,7 +158,7 @@ def test_the_front_is_a_step_line_through_its_members_with_their_intervals():
 
 def test_a_front_without_intervals_has_no_bars():
     results = [
-        TrialResult(i, "finished", {"tokens": {"method": "tome"}}, "k", {"top1": t, "gmacs": g})
+        TrialResult(i, "finished", recipe_of("tome"), "k", {"top1": t, "gmacs": g})
         for i, (t, g) in enumerate([(70.0, 1.0), (79.0, 2.0), (80.0, 4.0)])
     ]
     figure = draw(results)
@@ -212,7 +219,7 @@ def test_a_recipe_of_two_parts_is_a_control_where_both_are():
         [("resize", "random"), ("resize", "topk"), ("nvit", "random"), ("nvit", "topk")], 1
     ):
         one = trial(number, tokens, 80.0 - number, 4.6 - 0.5 * number)
-        results.append(replace(one, recipe={"structure": {"method": below}, **one.recipe}))
+        results.append(replace(one, recipe=replace(one.recipe, structure=RecordedStep(below, {}))))
     shown = legend(draw(results))
     methods, controls = shown.index("Methods"), shown.index("Controls (baselines)")
     assert set(shown[methods + 1 : controls]) == {"resize+topk", "nvit+random", "nvit+topk"}
@@ -370,7 +377,7 @@ def test_titles_and_names_are_not_parsed_as_formulas():
 
 def test_an_estimate_outside_its_interval_still_draws():
     odd = TrialResult(
-        1, "finished", {"tokens": {"method": "tome"}}, "k", {"top1": 75.0, "gmacs": 2.0},
+        1, "finished", recipe_of("tome"), "k", {"top1": 75.0, "gmacs": 2.0},
         top1_low=75.5, top1_high=76.0,
     )  # fmt: skip
     assert marks(draw([odd]), "member:1")

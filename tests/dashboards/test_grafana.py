@@ -17,6 +17,7 @@ import ray
 from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.progress import StudyProgress
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.ray_metrics import GAUGES, WINDOW_S, Metrics
@@ -85,7 +86,7 @@ def test_every_query_finds_its_metric_after_a_search(
 def test_rates_cover_the_last_minute(capacity: ClusterCapacity) -> None:
     now = [1000.0]
     metrics = Metrics("rated", 2, clock=lambda: now[0])
-    result = TrialResult(0, "finished", {}, "k", images=300, seconds=20.0)
+    result = TrialResult(0, "finished", RecordedRecipe(), "k", images=300, seconds=20.0)
     assert metrics.rates(now[0]) == (0.0, 0.0)
     now[0] += 10  # of a trial that began before the search only the part since then counts
     metrics.on_result(result, StudyProgress())

@@ -17,6 +17,7 @@ from vitpareto.dashboards import mlflow_server
 from vitpareto.dashboards.mlflow_server import serve
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking.sync import sync
 
@@ -40,7 +41,9 @@ def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> 
     folder = StudyFolder(tmp_path / "deit-s")
     folder.create()
     folder.identity.settle({"model": "digits"})
-    folder.trials.write(TrialResult(0, "finished", {}, "k", {"top1": 80.0, "gmacs": 4.0}))
+    folder.trials.write(
+        TrialResult(0, "finished", RecordedRecipe(), "k", {"top1": 80.0, "gmacs": 4.0})
+    )
     sync(folder)
     with serve(tmp_path, "deit-s") as served:
         assert served.url.startswith("http://127.0.0.1:")

@@ -23,6 +23,7 @@ from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import fingerprint
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job_request import JobRequest
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 
 TOPK = Recipe.of("topk", keep_rate=0.6, prune_layers=[3, 6, 9])
@@ -127,9 +128,15 @@ def study(tmp_path: Path) -> StudyFolder:
     folder.identity.settle({"model_fingerprint": fingerprint(model)})
     folder.write_job(JobRequest({"name": "s", "model": "digits", "data": "digits", "images": 30}))
     save_file(model.state_dict(), folder.weights)
-    resolved = {"tokens": {**RAJNI.to_dict()["tokens"], "counts": [64, 60, 50, *[40] * 9]}}
-    folder.trials.write(TrialResult(1, "finished", RAJNI.to_dict(), "k", {"top1": 90.0}, resolved))
-    folder.trials.write(TrialResult(2, "failed", TOPK.to_dict(), "f", reason="ValueError: no"))
+    counts = [64, 60, 50, *[40] * 9]
+    tokens = {**RAJNI.to_dict()["tokens"], "counts": counts}
+    resolved = RecordedRecipe.from_json({"tokens": tokens})
+    folder.trials.write(
+        TrialResult(1, "finished", RecordedRecipe.of(RAJNI), "k", {"top1": 90.0}, resolved)
+    )
+    folder.trials.write(
+        TrialResult(2, "failed", RecordedRecipe.of(TOPK), "f", reason="ValueError: no")
+    )
     return folder
 
 

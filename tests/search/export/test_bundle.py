@@ -45,6 +45,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import OBJECTIVES
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.measurement import measure_recipe
@@ -145,20 +146,21 @@ def test_each_method_exports_and_verifies(study: Study, name: str) -> None:
 def test_what_result_json_says(study: Study) -> None:
     bundle, result = study.bundle("topk"), study.results["topk"]
     said = check_files(bundle)
+    stored = json.loads((bundle / "result.json").read_text())
     assert said.accuracy.top1 == result.values["top1"]
     assert said.accuracy.top1_low == result.top1_low
     assert said.cost["gmacs"] == result.values["gmacs"]
-    assert said.data_fingerprint == result.provenance.data_fingerprint
-    assert (said.seed, said.device) == (0, result.provenance.device)
-    assert said.measured_with["versions"]["torch"] == torch.__version__
-    stored = json.loads((bundle / "result.json").read_text())
+    assert stored["data_fingerprint"] == result.provenance.data_fingerprint
+    assert (stored["seed"], stored["device"]) == (0, result.provenance.device)
+    assert said.measured_with == result.provenance
+    assert stored["measured_with"]["versions"]["torch"] == torch.__version__
     written = json.loads(json.dumps({**said.to_json(), "seal": said.seal}))
     assert written == stored, "every key on disk is in the record"
     assert stored["cost"]["units"]["top1"] == "%" and stored["cost"]["units"]["gmacs"] == "G"
     assert set(said.files) == {p.name for p in bundle.iterdir()} - {"result.json"}
     assert json.loads((bundle / "labels.json").read_text()) == list(embedded_images.CLASSES)
     text = (bundle / "recipe.yaml").read_text()
-    assert Recipe.from_yaml(text).to_dict() == result.resolved
+    assert RecordedRecipe.of(Recipe.from_yaml(text)) == result.resolved
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 7])
@@ -385,13 +387,14 @@ def test_fresh_process_cannot_import_what_others_can(study: Study) -> None:
 
 
 def _finished(trial: int, top1: float, gmacs: float, method: str = "topk") -> TrialResult:
-    recipe = {} if method == "dense" else {"tokens": {"method": method}}
+    tokens = None if method == "dense" else RecordedStep(method, {})
+    recipe = RecordedRecipe(tokens=tokens)
     return TrialResult(trial, "finished", recipe, str(trial), {"top1": top1, "gmacs": gmacs})
 
 
 RESULTS = [
     _finished(0, 80.0, 4.0, "dense"), _finished(1, 79.0, 2.0), _finished(2, 71.0, 1.0),
-    TrialResult(3, "failed", {}, "3", reason="it broke"),
+    TrialResult(3, "failed", RecordedRecipe(), "3", reason="it broke"),
 ]  # fmt: skip
 AXES = [OBJECTIVES["top1"], OBJECTIVES["gmacs"]]
 

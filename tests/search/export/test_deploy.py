@@ -42,6 +42,7 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.rungs import OUTSIDE_BUDGETS
 from vitpareto.search.tracking.client import open_client
@@ -117,7 +118,7 @@ def test_an_alias_that_is_none_or_another_trials_is_refused(
 
 def test_fastest_goes_by_latency_where_all_of_the_front_was_timed() -> None:
     def trial(n: int, **values: float) -> TrialResult:
-        return TrialResult(n, "finished", {}, str(n), values)
+        return TrialResult(n, "finished", RecordedRecipe(), str(n), values)
 
     front = [trial(1, gmacs=1.0, latency_ms=9.0), trial(2, gmacs=2.0, latency_ms=8.0)]
     found = fastest(front)
@@ -367,7 +368,7 @@ def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
     assert (above.state, above.reason, above.images) == ("failed", OUTSIDE_BUDGETS, 0)
     assert limit_violation(above, task) == above.values["latency_ms"] / 1e-3 - 1 > 0
     dense = measure_recipe(place, 0, Recipe())
-    assert dense.state == "finished" and dense.images == 20 and dense.timed is not None
-    assert dense.timed.target.runtime == "onnxruntime" and dense.timed.target.batch == 4
+    assert dense.state == "finished" and dense.images == 20 and dense.latency is not None
+    assert dense.latency.target.runtime == "onnxruntime" and dense.latency.target.batch == 4
     wide = replace(place, task=replace(task, latency=replace(task.latency, limit_ms=1e6)))
     assert measure_recipe(wide, 1, recipe).state == "finished"

@@ -33,6 +33,7 @@ from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import load_model
 from vitpareto.search.models.pretrained import read_pretrained
 from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.trials.single_measurement import measure_once
 
 # --- token methods
@@ -98,11 +99,11 @@ def test_measuring_uses_model_and_parts_of_one_file(
     measured = measure_once(config, DYNAMICVIT)
     result, dense = measured.result, measured.dense
     assert result.resolved is not None
-    assert result.resolved["weights"] == weights_digest(model.state_dict())
-    assert (result.images, dense.recipe, dense.resolved) == (20, {}, {})
+    assert result.resolved.weights == weights_digest(model.state_dict())
+    assert (result.images, dense.recipe, dense.resolved) == (20, RecordedRecipe(), RecordedRecipe())
     topk = Recipe.of("topk", keep_rate=0.7, prune_layers=[3, 6, 9])
     result = measure_once(config, topk).result
-    assert result.resolved == topk.to_dict(), "the model alone"
+    assert result.resolved == RecordedRecipe.of(topk), "the model alone"
 
 
 def test_other_methods_parts_are_ignored_and_a_mismatch_is_refused(

@@ -7,6 +7,7 @@ import pytest
 from tests.refusals import refused
 from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.study.choice import NothingUnderBudget, choose
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import TrialResult, TrialState
 
 
@@ -18,7 +19,8 @@ def trial(
     method: str = "tome",
     **more: float,
 ) -> TrialResult:
-    recipe = {} if method == "dense" else {"tokens": {"method": method, "r": number}}
+    tokens = None if method == "dense" else RecordedStep(method, {"r": number})
+    recipe = RecordedRecipe(tokens=tokens)
     values = {"top1": top1, "gmacs": gmacs, **more}
     return TrialResult(number, state, recipe, key=f"key{number}", values=values)
 
@@ -77,4 +79,4 @@ def test_choose_checks_its_input():
     with refused(Code.OUT_OF_RANGE, name="gmacs"):
         choose(CANDIDATES, max_gmacs=float("nan"))
     with refused(Code.MISSING, owner="trial 7", name="gmacs"):
-        choose([TrialResult(7, "finished", {}, "k", {"top1": 1.0})], max_gmacs=1)
+        choose([TrialResult(7, "finished", RecordedRecipe(), "k", {"top1": 1.0})], max_gmacs=1)

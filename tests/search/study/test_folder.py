@@ -22,10 +22,11 @@ from vitpareto.search.study.folder import StudyFolder, studies_in
 from vitpareto.search.study.identity import SCHEMA
 from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.trial_files import StaleWorker
 
-TOME = {"tokens": {"method": "tome", "r": 13}}
+TOME = RecordedRecipe.from_json({"tokens": {"method": "tome", "r": 13}})
 
 
 def result(trial: int, key: str = "", state: str = "finished", **more: Any) -> TrialResult:
@@ -204,7 +205,8 @@ def test_results_are_read_as_written(study: StudyFolder) -> None:
     low, high = wilson_interval(int(correct.sum()), 203)
     full = TrialResult(
         12, "finished", TOME, "ab" * 8, {"top1": 81.25, "gmacs": 1 / 3},
-        {"tokens": {"counts": [9]}}, 203, pack_bits(correct), low, high, 1.5, "reason",
+        RecordedRecipe.from_json({"tokens": {"method": "a", "counts": [9]}}), 203,
+        pack_bits(correct), low, high, 1.5, "reason",
         Provenance(versions={"torch": "2"}),
     )  # fmt: skip
     others = [result(3, state="failed", values={}, reason="ValueError: ä"), result(100_001)]
@@ -269,14 +271,14 @@ def test_latencies_are_merged_into_what_was_measured(study: StudyFolder) -> None
     ("recipe", "method"),
     [
         ({}, "dense"),
-        (TOME, "tome"),
+        (TOME.to_json(), "tome"),
         ({"structure": {"method": "resize", "size": 160}}, "resize"),
-        ({"structure": {"method": "resize", "size": 160}, **TOME}, "resize+tome"),
+        ({"structure": {"method": "resize", "size": 160}, **TOME.to_json()}, "resize+tome"),
         ({"tokens": None}, "dense"),
     ],
 )
 def test_method_of_a_result(recipe: dict[str, Any], method: str) -> None:
-    made = result(1, recipe=recipe)
+    made = result(1, recipe=RecordedRecipe.from_json(recipe))
     assert made.method == method
     assert made.is_reference == (method == "dense")
 

@@ -12,6 +12,7 @@ from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.stats.pareto import hypervolume, non_dominated
 from vitpareto.search.study.front import Front, FrontChange, front_of, knee_of, reference_point
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import TrialResult, TrialState
 
 TOP1_GMACS = objectives_named(("top1", "gmacs"))
@@ -25,7 +26,8 @@ def trial(
     method: str = "tome",
     **more: float,
 ) -> TrialResult:
-    recipe = {} if method == "dense" else {"tokens": {"method": method, "r": number}}
+    tokens = None if method == "dense" else RecordedStep(method, {"r": number})
+    recipe = RecordedRecipe(tokens=tokens)
     values = {"top1": top1, "gmacs": gmacs, **more}
     return TrialResult(number, state, recipe, key=f"key{number}", values=values)
 
@@ -115,7 +117,7 @@ def test_front_of_uses_finished_trials_only_and_sorts_by_gmacs():
         trial(2, 70.0, 2.0),
         trial(3, 78.0, 3.0, method="random"),
         trial(4, 77.0, 3.5),
-        TrialResult(5, "failed", {}, key="k", reason="out of memory"),
+        TrialResult(5, "failed", RecordedRecipe(), key="k", reason="out of memory"),
     ]
     assert [r.trial for r in front_of(results, TOP1_GMACS)] == [2, 3, 0]
     assert front_of([], TOP1_GMACS) == []
@@ -124,7 +126,7 @@ def test_front_of_uses_finished_trials_only_and_sorts_by_gmacs():
 
 
 def result(number: int, top1: float, gmacs: float) -> TrialResult:
-    recipe = {"tokens": {"method": "topk"}} if number else {}
+    recipe = RecordedRecipe(tokens=RecordedStep("topk", {}) if number else None)
     return TrialResult(number, "finished", recipe, str(number), {"top1": top1, "gmacs": gmacs})
 
 

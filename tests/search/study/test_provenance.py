@@ -42,7 +42,7 @@ def test_recorded_values_have_names(recorded: dict[str, str]) -> None:
     assert {p.dtype for p in provenances} == {"float32"} and {p.seed for p in provenances} == {3}
     assert {p.split for p in provenances} == {None, "held-out"}
     assert {use.method for p in provenances for use in p.prepared or ()} == {"nvit", "tnt"}
-    assert {p.training["epochs"] for p in provenances if p.training is not None} == {1}
+    assert {p.training.settings.epochs for p in provenances if p.training is not None} == {1}
 
 
 def test_unknown_keys_are_preserved() -> None:

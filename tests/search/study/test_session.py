@@ -22,6 +22,7 @@ from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.optuna_storage import open_storage
 from vitpareto.search.study.optuna_trials import INTERRUPTIONS, running_trials
 from vitpareto.search.study.progress import StudyProgress
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
@@ -62,13 +63,16 @@ class Bench:
         )
 
     def result(self, config: dict, state: str = "finished") -> TrialResult:
-        recipe = Recipe.from_dict(config["recipe"])
+        recipe, recorded = (
+            Recipe.from_dict(config["recipe"]),
+            RecordedRecipe.from_json(config["recipe"]),
+        )
         gmacs = recipe_macs(recipe, self.shape_of(recipe))[1] / 1e9
         values = {"top1": 100 * gmacs / (gmacs + 0.001), "gmacs": gmacs, "params_m": 0.1}
         self.measured.append(config["trial"])
         return TrialResult(
-            config["trial"], state, recipe.to_dict(), config["key"],  # type: ignore[arg-type]
-            values if state == "finished" else {}, recipe.to_dict(), 8, pack_bits([True] * 8),
+            config["trial"], state, recorded, config["key"],  # type: ignore[arg-type]
+            values if state == "finished" else {}, recorded, 8, pack_bits([True] * 8),
             reason="" if state == "finished" else "it raised",
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ from scipy.stats import beta, norm
 
 from vitpareto.search.stats.intervals import paired_difference
 from vitpareto.search.study.certificates import ERROR, Record, attach
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.verdict import controls_of, is_control, verdict
 
@@ -31,9 +32,9 @@ RECIPES = {
 
 def trial(number: int, method: str, right: np.ndarray, gmacs: float, **more: float) -> TrialResult:
     values = {"top1": 100 * float(right.mean()), "gmacs": gmacs, "params_m": 1.0, **more}
+    recipe = RecordedRecipe.from_json(RECIPES[method])
     return TrialResult(
-        number, "finished", RECIPES[method], f"k{number}", values, RECIPES[method], len(right),
-        pack_bits(right),
+        number, "finished", recipe, f"k{number}", values, recipe, len(right), pack_bits(right),
     )  # fmt: skip
 
 
@@ -162,7 +163,9 @@ def test_budget_is_in_the_first_cost_of_the_objectives() -> None:
 def test_controls_are_those_of_the_registry() -> None:
     assert [r.trial for r in controls_of(STUDY)] == [0, 2, 3, 5]
     assert not is_control(trial(9, "both", bits(1), 1.0))
-    assert not is_control(replace(STUDY[1], recipe={"tokens": {"method": "unknown"}}))
+    assert not is_control(
+        replace(STUDY[1], recipe=RecordedRecipe.from_json({"tokens": {"method": "unknown"}}))
+    )
 
 
 def test_interval_covers_on_held_out_images_and_not_on_search_images() -> None:

@@ -17,6 +17,7 @@ from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import objectives_named
 from vitpareto.search.study.progress import StudyProgress
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.tracking.client import open_client
 from vitpareto.search.tracking.page import StudyPage
@@ -50,12 +51,18 @@ class GrowingStudy:
         if trial == 0:
             versions = Provenance(versions={"torch": "2.13", "timm": "1.0"})
             return TrialResult(
-                0, "finished", {}, "k0", values, seconds=0.5, provenance=versions, **image_bits
+                0,
+                "finished",
+                RecordedRecipe(),
+                "k0",
+                values,
+                seconds=0.5,
+                provenance=versions,
+                **image_bits,
             )
-        tokens = {"method": "topk", "keep_rate": 0.5, "prune_layers": [3, 6, 9]}
-        recipe: dict[str, Any] = {"tokens": tokens}
-        if trial % 2:
-            recipe["structure"] = {"method": "resize", "size": 32}
+        below = RecordedStep("resize", {"size": 32}) if trial % 2 else None
+        tokens = RecordedStep("topk", {"keep_rate": 0.5, "prune_layers": [3, 6, 9]})
+        recipe = RecordedRecipe(below, tokens)
         if trial % 5 == 3:
             return TrialResult(trial, "failed", recipe, f"k{trial}", reason="it raised: no memory")
         gmacs = self.random.uniform(1, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, TrialState
 from vitpareto.search.tracking.run_contents import MAX_TAG_CHARS, fit_note, ranks_of
 
@@ -19,7 +20,9 @@ def test_only_members_of_the_front_have_rank_zero() -> None:
     def trial(
         number: int, top1: float, gmacs: float, state: TrialState = "finished"
     ) -> TrialResult:
-        return TrialResult(number, state, {}, str(number), {"top1": top1, "gmacs": gmacs})
+        return TrialResult(
+            number, state, RecordedRecipe(), str(number), {"top1": top1, "gmacs": gmacs}
+        )
 
     results = [
         trial(0, 80, 4), trial(1, 80, 4), trial(2, 70, 4), trial(3, 60, 1),

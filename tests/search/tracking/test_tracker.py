@@ -38,7 +38,7 @@ def test_runs_of_trials_equal_the_study(study: GrowingStudy, notices: Notices) -
     }  # fmt: skip
     result = study.folder.trials.get(1)
     assert result is not None
-    assert yaml.safe_load(runs[1].data.tags["recipe"]) == result.recipe
+    assert yaml.safe_load(runs[1].data.tags["recipe"]) == result.recipe.to_json()
     assert runs[3].data.tags["reason"] == "it raised: no memory"
     assert runs[1].info.end_time - runs[1].info.start_time == 500
     assert outbox_path(study.folder).read_bytes() == b""

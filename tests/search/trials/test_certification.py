@@ -36,6 +36,7 @@ from vitpareto.search.study.front import front_of
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.study.objectives import objectives_named
+from vitpareto.search.study.recorded_recipe import RecordedRecipe, RecordedStep
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.verdict import is_control
 from vitpareto.search.trials import certification as certify
@@ -56,7 +57,8 @@ BOUND_ERROR = 0.01
 def trial(
     number: int, right: np.ndarray, gmacs: float, method: str = "tome", **more: object
 ) -> TrialResult:
-    recipe = {} if method == "dense" else {"tokens": {"method": method, "r": 1}}
+    tokens = None if method == "dense" else RecordedStep(method, {"r": 1})
+    recipe = RecordedRecipe(tokens=tokens)
     values = {"top1": 100 * float(right.mean()), "gmacs": gmacs, "params_m": 1.0}
     low, high = wilson_interval(int(right.sum()), len(right))
     return TrialResult(
@@ -395,7 +397,7 @@ def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> N
     images = Preprocess.of(model).normalise(torch.from_numpy(raw))
     for result in members:
         assert result.resolved is not None
-        pruned = Recipe.from_dict(result.resolved).build(model)
+        pruned = result.resolved.to_recipe().build(model)
         with torch.inference_mode():
             right = pruned(images).argmax(dim=1).numpy() == labels
         found = held[result.trial]
@@ -495,11 +497,11 @@ def test_recovered_front_is_certified(real: Real) -> None:
     results = real.folder.trials.all()
     one = next(r for r in front_of(results, AXES) if not r.is_reference)
     model = load_model("digits")
-    pruned = Recipe.from_dict(one.resolved or one.recipe).build(model)
+    pruned = one.rebuilt_from.to_recipe().build(model)
     with torch.no_grad():  # as fine-tuning would, it moves a weight
         pruned.head.bias += 0.01  # type: ignore[union-attr, operator]
     digest = real.folder.artifacts.save(pruned.state_dict())
-    recipe = replace(Recipe.from_dict(one.resolved or one.recipe), weights=digest)
+    recipe = replace(one.rebuilt_from.to_recipe(), weights=digest)
     worker = Worker.open(study_task(real.prepared, threads=None))
     after = measure_recipe(worker, one.trial, recipe)
     (real.folder.folder / "recovered").mkdir(exist_ok=True)

@@ -16,12 +16,12 @@ from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits, unpack_bits
 from vitpareto.search.study.rungs import RungReport
 from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
 from vitpareto.search.study.space import Space
-from vitpareto.search.study.verdict import only_controls
 from vitpareto.search.trials.early_stopping import EarlyStopping
 from vitpareto.search.trials.job_check import check_job
 from vitpareto.search.trials.measurement import measure_recipe
@@ -44,7 +44,7 @@ def result(
     trial: int, recipe: Recipe, right: np.ndarray, gmacs: float, state: Any = "finished"
 ) -> TrialResult:
     values = {"top1": 100 * float(right.mean()), "gmacs": gmacs, "params_m": 1.0}
-    plain = recipe.to_dict()
+    plain = RecordedRecipe.of(recipe)
     return TrialResult(
         trial, state, plain, f"k{trial}", values, plain, len(right), pack_bits(right), 0.0, 100.0
     )
@@ -54,7 +54,7 @@ def rung(right: np.ndarray, gmacs: float | None, **more: Any) -> RungReport:
     values = {"top1": 100 * float(right.mean()), "params_m": 1.0}
     if gmacs is not None:
         values["gmacs"] = gmacs
-    return RungReport("key", {"tokens": {"method": "topk"}}, values, right, **more)
+    return RungReport("key", RecordedRecipe.of(TOPK), values, right, **more)
 
 
 def early_stopping() -> EarlyStopping:
@@ -98,7 +98,7 @@ def test_controls_are_compared_with_controls_only() -> None:
     found.on_result(result(2, RANDOM, bits(0.8, 3), 1.1))
     stopped = found.on_rung(8, RANDOM, poor)
     assert stopped is not None and stopped.reason.startswith("behind trial 2 ")
-    assert only_controls(RANDOM.to_dict()) and not only_controls(TOPK.to_dict())
+    assert RecordedRecipe.of(RANDOM).only_controls and not RecordedRecipe.of(TOPK).only_controls
 
 
 def test_adaptive_cost_is_compared_by_its_lower_bound() -> None:
@@ -247,7 +247,7 @@ def test_early_stopping_keeps_the_front(
     assert progress.images == sum(r.images for r in results.values() if not _same(r))
     for one in stopped:
         assert one.images in rungs(IMAGES)[:-1] or one.images % config.batch == 0 or _same(one)
-        whole = measure_recipe(worker, one.trial, Recipe.from_dict(one.recipe))
+        whole = measure_recipe(worker, one.trial, one.recipe.to_recipe())
         right = unpack_bits(whole.bits, whole.images)
         same = (right[: one.images] == unpack_bits(one.bits, one.images)).sum()
         assert same >= one.images - 1  # threads may flip a near-tied image

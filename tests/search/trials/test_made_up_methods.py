@@ -57,7 +57,7 @@ for number, name in enumerate(job["methods"]):
     recipe = Recipe.of(name, **declared.preset(declared.presets[0], shape))
     result = measure_recipe(worker, number, recipe)
     recorded = checked.folder.artifacts
-    weights = (result.resolved or {}).get("weights")
+    weights = result.rebuilt_from.weights
     out[name] = [result.state, weights, weights is not None and recorded.has(weights),
                  sorted(result.provenance.to_json()),
                  result.provenance.to_json().get("prepared", [])]

@@ -95,12 +95,12 @@ def test_a_trial_equals_a_measurement_without_search_code(
     images = Preprocess.of(model).normalise(torch.from_numpy(raw[:IMAGES]))
     for result in folder.trials.all():
         assert result.resolved is not None
-        pruned = Recipe.from_dict(result.resolved).build(model)
+        pruned = result.resolved.to_recipe().build(model)
         with torch.inference_mode():
             right = (pruned(images).argmax(dim=1).numpy() == labels[:IMAGES]).astype(bool)
         # other thread counts and batches may flip a near-tied image
         flipped = int(np.sum(right != unpack_bits(result.bits, IMAGES)))
-        assert flipped <= 1, (str(Recipe.from_dict(result.recipe)), flipped)
+        assert flipped <= 1, (str(result.recipe), flipped)
         # where images decide, a batch costs its padding too: those of the study, one by one
         adaptive = "gmacs_mean" in result.values
         parts = images.split(folder.job().keys["batch"]) if adaptive else (images[:2],)
@@ -201,12 +201,12 @@ def test_latency_as_an_objective_uses_one_worker(
     folder, _ = search(replace(config, latency="off"), capacity)
     for result in folder.trials.all():
         assert result.values["latency_ms"] > 0
-        assert result.timed is not None and result.timed.target.runtime == "eager"
+        assert result.latency is not None and result.latency.target.runtime == "eager"
         if result.trial:
             # the dense model's p50 over the trial's own ratio: free of the machine's drift
-            base = folder.trials.all()[0].timed
+            base = folder.trials.all()[0].latency
             assert base is not None
-            assert result.values["latency_ms"] == base.p50_ms / result.timed.speedup
+            assert result.values["latency_ms"] == base.p50_ms / result.latency.speedup
 
 
 def test_a_recipe_that_raises_is_a_failed_trial_with_its_reason(
@@ -236,7 +236,7 @@ def test_a_single_measurement_needs_no_study(tmp_path: Path, cache: Path) -> Non
     recipe = Recipe.from_yaml("tokens: {method: rajni, gamma: 0.02, min_tokens: 8}")
     measured = measure_once(config, recipe)
     result, dense, timed = measured.result, measured.dense, measured.latency
-    assert result.resolved is not None and len(result.resolved["tokens"]["counts"]) == 12
+    assert len(result.rebuilt_from.to_json()["tokens"]["counts"]) == 12
     assert result.values["gmacs"] < dense.values["gmacs"]
     assert timed.rounds >= 30
     assert not (tmp_path / "no").exists()

@@ -48,7 +48,6 @@ from vitpareto.search.trials.measurement import measure_recipe
 from vitpareto.search.trials.preparations import (
     preparation_summary,
     prepare_shared,
-    recorded,
 )
 from vitpareto.search.trials.recovery import NotRecovered, Recovery
 from vitpareto.search.trials.run_study import run_study
@@ -114,12 +113,12 @@ def test_every_kind_of_candidate_is_measured(study: Study) -> None:
     two = {m for m in tried if m.startswith("nvit+")}
     assert two, "both kinds of pruning in one recipe"
     for result in study.results:
-        resolved = Recipe.from_dict(result.resolved)
+        resolved = result.rebuilt_from.to_recipe()
         trained = {s.method for s in (resolved.structure, resolved.tokens) if s is not None}
         named = resolved.weights is not None
         assert named == any(epochs_key(m) for m in trained), result.method
         assert not named or study.folder.artifacts.has(str(resolved.weights))
-        assert Recipe.from_dict(result.recipe).weights is None, "as it was proposed"
+        assert result.recipe.weights is None, "as it was proposed"
 
 
 def test_shared_preparations_are_trained_once(study: Study) -> None:
@@ -134,7 +133,7 @@ def test_shared_preparations_are_trained_once(study: Study) -> None:
     assert sorted(line.partition(":")[0] for line in ended) == ["nvit", "tnt"]
     plain = [r for r in study.of("tnt") if r.method == "tnt"]
     assert len(plain) >= 2
-    assert len({Recipe.from_dict(r.resolved).weights for r in plain}) == 1, "one training for all"
+    assert len({r.rebuilt_from.to_recipe().weights for r in plain}) == 1, "one training for all"
     assert all(not use.fresh for r in plain for use in r.provenance.prepared or ())
     lines = preparation_summary(study.folder, study.results)
     counted = len([r for r in plain])
@@ -167,7 +166,7 @@ def test_another_study_of_the_store_reuses_preparations(
 
 def test_costs_are_known_before_trials_run(study: Study) -> None:
     dense = load_model("digits")
-    (record,) = (r for r in recorded(study.folder) if r.method == "nvit")
+    (record,) = (r for r in study.folder.preparations.read() if r.method == "nvit")
     assert isinstance(record.outcome, TrajectorySnapshots)
     snapshots = {s.target: s for s in record.outcome.snapshots}
     assert sorted(snapshots) == [0.85, 0.9]
@@ -176,7 +175,7 @@ def test_costs_are_known_before_trials_run(study: Study) -> None:
         assert 0.97 * target <= snapshot.reached <= target
     for result in study.of("nvit"):
         if result.method == "nvit":
-            target = result.recipe["structure"]["target"]
+            target = result.recipe.to_json()["structure"]["target"]
             share = 1e9 * result.values["gmacs"] / whole
             assert share == pytest.approx(snapshots[target].reached)
         assert result.values["params_m"] < study.results[0].values["params_m"]
@@ -187,7 +186,7 @@ def test_a_result_is_rebuilt_from_the_study(study: Study, data: Path, cache: Pat
     prepared = check_job(job(study.folder.folder.parent, data, cache))
     dense, split = load_model("digits", study.folder.weights), prepared.data.split("search")
     for result in study.results:
-        recipe = Recipe.from_dict(result.resolved)
+        recipe = result.rebuilt_from.to_recipe()
         state = None if recipe.weights is None else study.folder.artifacts.load(recipe.weights)
         built = recipe.build(dense, weights=state)
         seen = evaluate(
@@ -205,9 +204,9 @@ def test_a_trained_trial_records_its_training_and_deletes_its_checkpoint(study: 
     assert len(trained) >= 2
     for result in trained:
         said = result.provenance.training
-        assert (said["epochs"], said["lr"], said["batch"]) == (2, 1e-3, 10)
-        assert said["loss"] > 0 and said["seconds"] > 0
-    assert len({Recipe.from_dict(r.resolved).weights for r in trained}) == len(trained)
+        assert (said.settings.epochs, said.settings.lr, said.settings.batch) == (2, 1e-3, 10)
+        assert said.loss > 0 and said.seconds > 0
+    assert len({r.rebuilt_from.to_recipe().weights for r in trained}) == len(trained)
 
 
 def test_continuing_a_study_trains_nothing_again(
@@ -249,7 +248,7 @@ def test_a_recipe_of_two_parts_is_exported_and_verified(
     bundle = export(study.folder, two, tmp_path / "bundle", cache=str(cache), images=8)
     assert verify(bundle).verified
     said = json.loads((bundle / "result.json").read_text())
-    assert said["recipe"] == two.resolved and said["recipe"]["weights"]
+    assert said["recipe"] == two.rebuilt_from.to_json() and said["recipe"]["weights"]
     asked = TraceRequest.of_trial(study.folder, two.trial)
     assert asked.trained is not None and asked.recipe.weights == said["recipe"]["weights"]
 
@@ -324,11 +323,9 @@ def test_a_non_finite_loss_fails_the_trial(prepared: CheckedJob) -> None:
 def test_a_study_in_bfloat16_trains_in_float32(prepared: CheckedJob) -> None:
     worker = worker_of(prepared, TrainingSettings(epochs=1, lr=1e-3, batch=10), dtype="bfloat16")
     result = measure_recipe(worker, 1, MERGE)
-    state = prepared.folder.artifacts.load(str(Recipe.from_dict(result.resolved).weights))
+    state = prepared.folder.artifacts.load(str(result.rebuilt_from.to_recipe().weights))
     assert {v.dtype for v in state.values()} == {torch.float32}
-    assert (
-        next(worker.build(Recipe.from_dict(result.resolved)).parameters()).dtype == torch.bfloat16
-    )
+    assert next(worker.build(result.rebuilt_from.to_recipe()).parameters()).dtype == torch.bfloat16
 
 
 def test_a_failed_preparation_stops_the_study(
@@ -428,11 +425,11 @@ def test_a_recovered_trial_keeps_its_number_and_the_first_result(
     for before, after in pairs:
         assert after == results[before.trial]
         assert after.recipe == before.recipe and after.values["gmacs"] == before.values["gmacs"]
-        was, now = (Recipe.from_dict(r.resolved) for r in (before, after))
+        was, now = (r.rebuilt_from.to_recipe() for r in (before, after))
         assert now == replace(was, weights=now.weights) and now.weights != was.weights
         assert folder.artifacts.has(str(now.weights))
         said = after.provenance.recovery
-        assert said["from_top1"] == before.values["top1"] and said["epochs"] == 2
+        assert said.from_top1 == before.values["top1"] and said.settings.epochs == 2
     assert not list((folder.folder / "recovered" / "training").glob("*"))
 
 
@@ -475,7 +472,7 @@ def test_an_interrupted_recovery_continues(
     task = study_task(recovery.job)
     training = training_for(recovery.job, recovery.settings)
     worker = Worker.open(replace(task, training=training))
-    before = Recipe.from_dict(recovery.pending[0].resolved)
+    before = recovery.pending[0].rebuilt_from.to_recipe()
     model = before.build(worker.dense, weights=copy.artifacts.load(str(before.weights)))
     state = copy.folder / "recovered" / "training" / f"{after.trial:06d}" / CHECKPOINT
     killed = Killed(training, worker.dense, copy.artifacts)
@@ -492,7 +489,7 @@ def test_a_failed_recovery_names_its_trial_and_keeps_the_others(
     copy = StudyFolder(tmp_path / "s")
     shutil.copytree(study.folder.folder, copy.folder)
     lost = study.of("patchmerger")[0]
-    copy.artifacts.path(str(Recipe.from_dict(lost.resolved).weights)).unlink()
+    copy.artifacts.path(str(lost.rebuilt_from.to_recipe().weights)).unlink()
     recovery = Recovery.of(copy, epochs=1, trials=[0, lost.trial], batch=30, cache=str(cache))
     with pytest.raises(NotRecovered) as caught:
         recovery.run(cpus=capacity.cpus, gpus=capacity.gpus, on_result=lambda *_: None)
@@ -535,7 +532,7 @@ def test_a_recovered_trial_is_exported(
     chosen = choose_trial(folder.recovery.results(), axes, trial=number)
     bundle = export(folder, chosen, tmp_path / "bundle", cache=str(cache), images=8)
     said = json.loads((bundle / "result.json").read_text())
-    assert said["recipe"]["weights"] == Recipe.from_dict(chosen.resolved).weights
+    assert said["recipe"]["weights"] == chosen.rebuilt_from.to_recipe().weights
     assert said["measured_with"]["recovery"]["epochs"] == 2
     assert (
         "Recovered after the search: 2 epochs of fine-tuning" in (bundle / "README.md").read_text()

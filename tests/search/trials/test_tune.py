@@ -20,6 +20,7 @@ from vitpareto.methods import Code
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.job import SearchConfig
 from vitpareto.search.study.provenance import Provenance
+from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.session import SessionSettings, StudySession
 from vitpareto.search.study.shapes import ShapeFinder
@@ -62,7 +63,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
                 if len([*self.started.iterdir()]) > 1:
                     break
                 time.sleep(0.05)
-            trial, recipe = self.asked["trial"], self.asked["recipe"]
+            trial, recipe = self.asked["trial"], RecordedRecipe.from_json(self.asked["recipe"])
             values = {"top1": 50.0 + trial, "gmacs": 1.0 + trial}
             result = TrialResult(
                 trial, "finished", recipe, self.asked["key"], values, recipe, 8,
@@ -96,7 +97,8 @@ def test_workers_that_start_slowly_all_get_trials(tmp_path: Path, capacity: Any)
         session = StudySession(folder, space, settings, shape_of=ShapeFinder(model.eval()))
         searcher = FrontSearcher(session)
         errand: Any = SimpleNamespace(study=folder)
-        run_tune(searcher, errand, TrialResources(2, 1, 0.0), actor=worker_that_starts_slowly())
+        trainable = tune.with_parameters(worker_that_starts_slowly(), task=errand)
+        run_tune(searcher, trainable, TrialResources(2, 1, 0.0))
     done = Counter(r.provenance.extra["pid"] for r in folder.trials.all())
     assert sum(done.values()) == TRIALS == searcher.progress.done
     first, second, *_ = (*(count for _, count in done.most_common(2)), 0, 0)
