@@ -5,7 +5,7 @@
 - `bundle`, `bundle_result`, `preprocessing`, `readme`: the folder and its files
 - `reference_outputs`, `isolated_process`, `verification`: proof that the exported programs are the
   measured model
-- `int8`, `specialised`: additional programs
+- `int8`, `specialised`: additional programs; `torch_internals` holds what torch does not document
 - `benchmark`: latency of a bundle's programs
 
 Only this package and `search.runtimes` import onnx and onnxruntime. May import `search.study` and

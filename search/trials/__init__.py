@@ -1,7 +1,7 @@
 """What runs: checking a job, measuring its trials, and the study's run on Ray.
 
 job_check, study_task           from a job to the record that workers get
-task, worker, measurement       measure one recipe, rung by rung; do not import ray
+task, worker, built_candidate, measurement   measure one recipe, rung by rung, without ray
 single_measurement              measure one recipe without a study; does not import ray
 early_stopping                  whether a trial goes on to its next rung
 candidates, preparations        trained weights of candidates and of whole studies

@@ -341,7 +341,7 @@ def _measured(images: int = 40) -> ReferenceOutputs:
 
 def test_untrained_parts_are_refused(study: Study, tmp_path: Path) -> None:
     """No search measures one; a result that names one all the same has no weights to export."""
-    recipe = Recipe.of("patchmerger", prune_layers=[0], num_tokens=[9]).to_dict()
+    recipe = RecordedRecipe.of(Recipe.of("patchmerger", prune_layers=[0], num_tokens=[9]))
     result = replace(study.results["topk"], recipe=recipe, resolved=recipe)
     with refused("missing", UserError, method="patchmerger"):
         export(study.folder, result, tmp_path / "out")
