@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import Method, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int
 from vitpareto.methods.engine.reduced_model import reduced

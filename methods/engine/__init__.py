@@ -1,4 +1,4 @@
 """The parts that all methods share: the reduced forward, tokens, shapes, parameters and recipes.
 
-May import torch, timm and PyYAML, and no other package of `vitpareto.methods`.
+May import torch and timm (`recipe_yaml` alone PyYAML), and no other package of `vitpareto.methods`.
 """

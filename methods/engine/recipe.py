@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-import yaml
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.bad_input import BadInput, Code
@@ -30,7 +29,7 @@ from vitpareto.methods.engine.build import (
     warn_if_untrained,
 )
 from vitpareto.methods.engine.method_registry import get
-from vitpareto.methods.engine.recipe_yaml import parse_recipe, parse_yaml
+from vitpareto.methods.engine.recipe_fields import parse_recipe
 from vitpareto.methods.engine.reduced_model import check_supported, reduced
 from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.step import Step, short
@@ -69,10 +68,15 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:
-        """The recipe from YAML text. Raises BadInput if it is not YAML or not a recipe."""
+        """The recipe from YAML text. Raises BadInput if it is not YAML or not a recipe, and
+        ImportError without PyYAML.
+        """
+        from vitpareto.methods.engine.recipe_yaml import parse_yaml
+
         return cls.from_dict(parse_yaml(text))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON and YAML, which `from_dict` reads."""
         parts = {"structure": self.structure, "tokens": self.tokens}
         out: dict[str, Any] = {p: step.plain() for p, step in parts.items() if step is not None}
         if self.weights is not None:
@@ -80,7 +84,10 @@ class Recipe:
         return out
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=100)
+        """YAML text, which `from_yaml` reads. Raises ImportError without PyYAML."""
+        from vitpareto.methods.engine.recipe_yaml import format_yaml
+
+        return format_yaml(self.to_dict())
 
     @property
     def method(self) -> str:

@@ -74,6 +74,9 @@ class BlockShape:
 class ModelShape:
     """A model's dimensions and costs.
 
+    `search.models.loading.fingerprint` hashes the repr, so the names of the fields and their order
+    are part of what studies store.
+
     Attributes:
         depth: number of blocks.
         grid: patches (rows, columns).

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import PUBLISHED_DEPTH, Preset
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers, Parameter
 from vitpareto.methods.engine.reduction import Reduction
 from vitpareto.methods.engine.schedules import scale_layers, staged_counts

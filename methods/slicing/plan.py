@@ -127,30 +127,37 @@ def check_reachable(cost: Cost, widths: Widths, target: float, fixed: Collection
 
 
 def even(widths: Widths, cost: Cost, target: float, fixed: Collection[str] = ()) -> Widths:
-    """The largest widths that cost at most `target` and shrink embedding, attention and MLP in the
-    same proportion, in whole groups: the meaning of a target without scores.
+    """The largest widths that cost at most `target`, with embedding, attention and MLP scaled by
+    the same factor and rounded to whole groups. Without scores, a target means these widths.
 
-    Attention loses heads first, and width per head if heads cannot shrink as far. Raises BadInput
-    if the least widths cost more.
+    Attention loses heads first, and width per head if heads cannot shrink as far.
+
+    Args:
+        widths: the model's own.
+        cost: of given widths, in any unit.
+        target: in cost's unit.
+        fixed: names of widths that do not change.
+
+    Raises BadInput if the least widths cost more than the target.
     """
     check_reachable(cost, widths, target, fixed)
     floor = least(widths, fixed)
 
-    def near(part: str, own: int, low: int, share: float) -> int:
-        removed = round((own - own * share) / GROUPS[part])
+    def shrunk(part: str, own: int, low: int, factor: float) -> int:
+        removed = round((own - own * factor) / GROUPS[part])
         return max(low, own - removed * GROUPS[part]) if part not in fixed else own
 
-    def at(share: float) -> Widths:
+    def scaled(factor: float) -> Widths:
         blocks = []
         for own, low in zip(widths.blocks, floor.blocks, strict=True):
-            heads = near("heads", own.heads, low.heads, share)
-            rest = min(1.0, share * own.heads / heads)
-            qk, v = near("qk", own.qk, low.qk, rest), near("v", own.v, low.v, rest)
-            blocks.append(BlockWidths(heads, qk, v, near("mlp", own.mlp, low.mlp, share)))
-        embedding = near("embedding", widths.embedding, floor.embedding, share)
+            heads = shrunk("heads", own.heads, low.heads, factor)
+            rest = min(1.0, factor * own.heads / heads)
+            qk, v = shrunk("qk", own.qk, low.qk, rest), shrunk("v", own.v, low.v, rest)
+            blocks.append(BlockWidths(heads, qk, v, shrunk("mlp", own.mlp, low.mlp, factor)))
+        embedding = shrunk("embedding", widths.embedding, floor.embedding, factor)
         return Widths(embedding, tuple(blocks))
 
-    # cost is a step function of the share; no two steps are closer than this
+    # cost is a step function of the factor; no two steps are closer than this
     steps = 2 * max(widths.embedding, *(max(b.mlp, b.heads * b.qk) for b in widths.blocks))
-    shares = (i / steps for i in range(steps, -1, -1))
-    return next((w for w in map(at, shares) if cost(w) <= target), floor)
+    factors = (i / steps for i in range(steps, -1, -1))
+    return next((w for w in map(scaled, factors) if cost(w) <= target), floor)

@@ -87,25 +87,10 @@ def trajectory(
     Raises:
         BadInput: before anything runs, for settings out of range and unreachable targets.
     """
-    if not 0 < share <= 1:
-        raise BadInput(
-            f"share must be a number in (0, 1] (got {share!r})",
-            Code.OUT_OF_RANGE,
-            name="share",
-            got=share,
-        )
     cost = macs_cost(model) if cost is None else cost
     dense, held = cost(model_widths(model)), fixed(model)
     wanted = sorted(set(targets), reverse=True)
-    for target in wanted:
-        if not 0 < target < 1:
-            raise BadInput(
-                f"targets must be numbers in (0, 1) (got {target!r})",
-                Code.OUT_OF_RANGE,
-                name="targets",
-                got=target,
-            )
-        check_reachable(cost, model_widths(model), target * dense, held)
+    _check_settings(model, wanted, cost, share)
     index, current, widths = 0, model, model_widths(model)
     if start is not None:
         index, current, widths = start.index + 1, sliced_model(model, start.widths), start.widths
@@ -120,3 +105,21 @@ def trajectory(
         state = {name: t.detach().cpu().clone() for name, t in current.state_dict().items()}
         yield Round(index, cost(widths) / dense, widths, state, reached)
         index += 1
+
+
+def _check_settings(model: nn.Module, targets: Sequence[float], cost: Cost, share: float) -> None:
+    """Raises BadInput for numbers out of range, and for a target that cannot be reached."""
+    for name, number, valid, accepted in (
+        ("share", share, 0 < share <= 1, "(0, 1]"),
+        *(("targets", target, 0 < target < 1, "(0, 1)") for target in targets),
+    ):
+        if not valid:
+            raise BadInput(
+                f"{name} must be in {accepted} (got {number!r})",
+                Code.OUT_OF_RANGE,
+                name=name,
+                got=number,
+            )
+    widths, held = model_widths(model), fixed(model)
+    for target in targets:
+        check_reachable(cost, widths, target * cost(widths), held)

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import Method, Paper, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import Paper, Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Parameter
 from vitpareto.methods.engine.preparation import PreparationTrainer, WidthsCost

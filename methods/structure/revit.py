@@ -11,7 +11,8 @@ from typing import Any, cast
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import PUBLISHED_DEPTH, Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int
 from vitpareto.methods.engine.reduced_model import UnsupportedModel

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import PUBLISHED_DEPTH, Method, Paper, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import PUBLISHED_DEPTH, Paper, Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Int, IntOrList, Layers
 from vitpareto.methods.engine.reduction import Reduction

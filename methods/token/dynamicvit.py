@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import Method, Paper, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import Paper, Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float, Layers, Rates
 from vitpareto.methods.engine.reduction import Reduction

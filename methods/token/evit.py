@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import Paper, Preset
+from vitpareto.methods.engine.method_declaration import Paper, Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Choice
 from vitpareto.methods.engine.reduction import Reduction

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.merging import bipartite_match
-from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import PUBLISHED_PATCHES, Paper, Preset
 from vitpareto.methods.engine.method_registry import get, register
 from vitpareto.methods.engine.parameters import Counts, Float, Int, Layers
 from vitpareto.methods.engine.reduction import Reduction

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.bad_input import BadInput, Code
-from vitpareto.methods.engine.method import (
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import (
     PUBLISHED_DEPTH,
     PUBLISHED_PATCHES,
-    Method,
     Paper,
     Preset,
 )
@@ -145,8 +145,8 @@ class TNT(Method):
     parameters = (
         Layers("prune_layers", "blocks after which patches are dropped"),
         Rates("keep_rates", "fractions of the current patches kept at each"),
-        Int("similarity_prune", "patches dropped as similar to others: at the prune layer if there "
-            "is one, before block 0 if there are several", default=0, low=0, high=4096),
+        Int("similarity_prune", "patches dropped as similar to others: with one prune layer at "
+            "that layer, with more before block 0", default=0, low=0, high=4096),
     )  # fmt: skip
     space = (
         Float("keep_rate", "fraction kept at each prune layer", low=0.2, high=0.95),
@@ -223,8 +223,8 @@ class TNT(Method):
         super().check_shape(params, shape)
 
     def entering(self, params: dict[str, Any], shape: ModelShape) -> int:
-        several = len(params["prune_layers"]) > 1
-        return shape.patches - (params["similarity_prune"] if several else 0)
+        multi_stage = len(params["prune_layers"]) > 1
+        return shape.patches - (params["similarity_prune"] if multi_stage else 0)
 
     def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...]:
         entering = self.entering(params, shape)
@@ -237,8 +237,8 @@ class TNT(Method):
         pruned = pruned_blocks(counts, shape, entering)
         total = sum(n * shape.dim for _, n in pruned)
         if similar:
-            several = entering < shape.patches
-            m = shape.patches if several else counts[pruned[0][0]] + similar
+            before_blocks = entering < shape.patches
+            m = shape.patches if before_blocks else counts[pruned[0][0]] + similar
             total += (m // 2) * (m - m // 2) * shape.dim
         return total
 

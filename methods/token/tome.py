@@ -11,7 +11,8 @@ from torch import Tensor
 from vitpareto.methods.engine.attention import Attended
 from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.merging import bipartite_match, merge_matched
-from vitpareto.methods.engine.method import PUBLISHED_PATCHES, Method, Paper, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import PUBLISHED_PATCHES, Paper, Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Choice, Counts, Float, IntOrList
 from vitpareto.methods.engine.reduction import Reduction

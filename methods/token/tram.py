@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.method import Paper
+from vitpareto.methods.engine.method_declaration import Paper
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.schedules import pruned_blocks
 from vitpareto.methods.engine.shape import ModelShape

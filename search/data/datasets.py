@@ -113,7 +113,7 @@ def open_data(
         preprocess: how images are prepared for the model.
         cache: folder for decoded and downloaded images.
         seed: of splits and order; digits has fixed ones.
-        images: use the first so many images of the search split.
+        images: number of images of the search split to use, from its start; all if None.
         workers: number of decoding processes (`decode_chunks.decode_chunks`).
         progress: called with (images decoded, images in all).
 
@@ -134,21 +134,26 @@ def open_data(
         found = list_folder(folder, seed)
     classes, listed = found
     if images is not None:
-        most = len(listed["search"])
-        if not 1 <= images <= most:
-            raise UserError(
-                f"images must be 1 to {most}, the size of the search split (got {images})",
-                Code.OUT_OF_RANGE,
-                name="images",
-                got=images,
-                most=most,
-            )
-        listed["search"] = listed["search"].first(images)
+        listed["search"] = _first_images(listed["search"], images)
     sizes = {split: len(source) for split, source in listed.items()}
     return Data(
         spec, classes, imagenet_indices(classes), _fingerprint(classes, preprocess, listed), sizes,
         listed, preprocess, cache, workers, progress,
     )  # fmt: skip
+
+
+def _first_images(search: ListedSplit, images: int) -> ListedSplit:
+    """The first images of the search split. Raises UserError if it does not have as many."""
+    most = len(search)
+    if not 1 <= images <= most:
+        raise UserError(
+            f"images must be 1 to {most}, the size of the search split (got {images})",
+            Code.OUT_OF_RANGE,
+            name="images",
+            got=images,
+            most=most,
+        )
+    return search.first(images)
 
 
 def check_head(num_classes: int, data: Data) -> tuple[int, ...] | None:

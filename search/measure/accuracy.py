@@ -175,19 +175,23 @@ def evaluate(
         if progress is not None:
             progress(len(images))
     if not seen:
-        end = len(split) if stop is None else stop
-        raise BadInput(
-            f"the range must contain an image (got {start}..{end} of the {len(split)} images of "
-            f"{split.name!r})",
-            Code.EMPTY,
-            name=split.name,
-            got=(start, end),
-            images=len(split),
-        )
+        raise _no_images(split, start, stop)
     top1, top5 = (torch.cat(part).numpy() for part in zip(*hits, strict=True))
     if cost is None:
         return Correctness(top1, top5)
     return Correctness(top1, top5, cost.as_run / seen, np.array(cost.alone, dtype=np.float64))
+
+
+def _no_images(split: Split, start: int, stop: int | None) -> BadInput:
+    end = len(split) if stop is None else stop
+    return BadInput(
+        f"the range must contain an image (got {start}..{end} of the {len(split)} images of "
+        f"{split.name!r})",
+        Code.EMPTY,
+        name=split.name,
+        got=(start, end),
+        images=len(split),
+    )
 
 
 def _hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

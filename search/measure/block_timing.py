@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -31,7 +32,7 @@ POINTS, ROUNDS, WARMUP = 3, 20, 3
 #: the largest number of points of `LatencyTable.steps`; beyond it token counts are skipped
 STEP_POINTS = 256
 
-#: hears (entries measured, entries in total)
+#: called with (entries measured, entries in total)
 Progress = Callable[[int, int], None]
 
 
@@ -59,14 +60,7 @@ def measure_latency_table(
     Raises:
         UserError: `points` or `rounds` is too small.
     """
-    for key, value, least in (("points", points, 2), ("rounds", rounds, 1)):
-        if value < least:
-            raise UserError(
-                f"{key} of a latency table must be at least {least} (got {value})",
-                Code.OUT_OF_RANGE,
-                name=key,
-                got=value,
-            )
+    _check_numbers(points, rounds)
     shape = model_shape(model)
     most = shape.patches + shape.prefix
     full, axes = _axes(model, points)
@@ -76,29 +70,30 @@ def measure_latency_table(
         part: {axis: axes[axis] for axis in names}
         for part, names in (("attention", ATTENTION), ("mlp", MLP), ("rest", REST))
     }
-    entries = sum(int(np.prod([len(p) for p in grid.values()])) for grid in grids.values())
-    count = _Count(entries + 2 * len(step_points), progress)
+    count = _Count(sum(map(_entries, grids.values())) + 2 * len(step_points), progress)
     timer = _BlockTimer(model, torch.device(device), dtype, batch, rounds)
-    measured = {}
-    for part, grid in grids.items():
-        ms = []
-        for point in itertools.product(*grid.values()):
-            dimensions = {**full, "tokens": most, **dict(zip(grid, point, strict=True))}
-            ms.append(timer.milliseconds(part, dimensions))
-            count.add(1)
-        measured[part] = Grid(grid, np.reshape(ms, [len(p) for p in grid.values()]))
-    steps = []
-    for tokens in step_points:
-        dimensions = {**full, "tokens": tokens}
-        steps.append(sum(timer.milliseconds(half, dimensions) for half in ("attention", "mlp")))
-        count.add(2)
+    full["tokens"] = most
+    measured = {part: _measure_grid(timer, part, grid, full, count) for part, grid in grids.items()}
+    steps = _measure_steps(timer, step_points, full, count)
     images = torch.empty(batch, 3, *shape.image, device=device, dtype=dtype)
-    return LatencyTable(
-        name,
-        batch_target(images),
-        **measured,
-        steps=Grid({"tokens": step_points}, np.asarray(steps)),
-    )
+    return LatencyTable(name, batch_target(images), **measured, steps=steps)
+
+
+def _check_numbers(points: int, rounds: int) -> None:
+    """Raise UserError if one of the numbers is too small for a table."""
+    for key, value, least in (("points", points, 2), ("rounds", rounds, 1)):
+        if value < least:
+            raise UserError(
+                f"{key} of a latency table must be at least {least} (got {value})",
+                Code.OUT_OF_RANGE,
+                name=key,
+                got=value,
+            )
+
+
+def _entries(grid: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of points of a grid."""
+    return math.prod(len(points) for points in grid.values())
 
 
 def points_of(full: int, step: int, count: int, least: int | None = None) -> tuple[int, ...]:
@@ -176,3 +171,30 @@ class _BlockTimer:
         for _ in range(WARMUP):
             call(x)
         return float(np.median([clock(lambda: call(x)) for _ in range(self.rounds)]))
+
+
+def _measure_grid(
+    timer: _BlockTimer,
+    part: str,
+    grid: dict[str, tuple[int, ...]],
+    full: Mapping[str, int],
+    count: _Count,
+) -> Grid:
+    """Every point of a part's grid; dimensions that it does not have are as in `full`."""
+    ms = []
+    for point in itertools.product(*grid.values()):
+        ms.append(timer.milliseconds(part, {**full, **dict(zip(grid, point, strict=True))}))
+        count.add(1)
+    return Grid(grid, np.reshape(ms, [len(points) for points in grid.values()]))
+
+
+def _measure_steps(
+    timer: _BlockTimer, tokens: tuple[int, ...], full: Mapping[str, int], count: _Count
+) -> Grid:
+    """A whole block of the model's own widths at each number of tokens."""
+    ms = []
+    for number in tokens:
+        dimensions = {**full, "tokens": number}
+        ms.append(sum(timer.milliseconds(half, dimensions) for half in ("attention", "mlp")))
+        count.add(2)
+    return Grid({"tokens": tokens}, np.asarray(ms))

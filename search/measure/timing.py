@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vitpareto.methods import BadInput, Code
@@ -55,7 +56,7 @@ def measure_latency(
     interval.
 
     Args:
-        candidate: a call on a batch, as `search.runtimes.backends.prepared` returns it.
+        candidate: a call on a batch, as `search.runtimes.backends.runtime_call` returns it.
         dense: the dense model in the same runtime.
         images: the batch, [B, 3, H, W], on the device to measure.
         rounds: timed rounds.
@@ -72,6 +73,29 @@ def measure_latency(
             name="rounds",
             got=rounds,
         )
+    candidate_ms, dense_ms = _alternate(candidate, dense, images, rounds, warmup)
+    ratio = dense_ms / candidate_ms
+    low, high = median_interval(ratio)
+    return Latency(
+        p50_ms=float(np.median(candidate_ms)),
+        p95_ms=float(np.quantile(candidate_ms, 0.95)),
+        dense_p50_ms=float(np.median(dense_ms)),
+        speedup=float(np.median(ratio)),
+        speedup_low=low,
+        speedup_high=high,
+        rounds=rounds,
+        target=batch_target(images, runtime),
+    )
+
+
+def _alternate(
+    candidate: Callable[[Tensor], Any],
+    dense: Callable[[Tensor], Any],
+    images: Tensor,
+    rounds: int,
+    warmup: int,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Milliseconds of each round: of the candidate and of the dense model, [rounds] each."""
     clock = Clock(images.is_cuda)
     candidate_ms, dense_ms = np.zeros(rounds), np.zeros(rounds)
     # CUDA events are recorded on the current device, which may not be the images'
@@ -87,18 +111,7 @@ def measure_latency(
             else:
                 candidate_ms[i] = clock(lambda: candidate(images))
                 dense_ms[i] = clock(lambda: dense(images))
-    ratio = dense_ms / candidate_ms
-    low, high = median_interval(ratio)
-    return Latency(
-        p50_ms=float(np.median(candidate_ms)),
-        p95_ms=float(np.quantile(candidate_ms, 0.95)),
-        dense_p50_ms=float(np.median(dense_ms)),
-        speedup=float(np.median(ratio)),
-        speedup_low=low,
-        speedup_high=high,
-        rounds=rounds,
-        target=batch_target(images, runtime),
-    )
+    return candidate_ms, dense_ms
 
 
 def median_interval(values: np.ndarray) -> tuple[float, float]:
@@ -108,9 +121,10 @@ def median_interval(values: np.ndarray) -> tuple[float, float]:
     no such interval exists and the range of the values is returned.
     """
     ordered, n = np.sort(values), len(values)
-    # leave out the k-th value from each end while P(Binomial(n, 1/2) <= k) is at most 2.5 %
-    left_out, tail = 0, 1
-    while 40 * (tail := tail + math.comb(n, left_out + 1)) <= 2**n:
+    # leave out the k-th value from each end while P(Binomial(n, 1/2) <= k) is at most 2.5 %;
+    # `outcomes` / 2^n is that probability
+    left_out, outcomes = 0, 1
+    while 40 * (outcomes := outcomes + math.comb(n, left_out + 1)) <= 2**n:
         left_out += 1
     return float(ordered[left_out]), float(ordered[n - 1 - left_out])
 

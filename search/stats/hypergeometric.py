@@ -142,11 +142,11 @@ class PairedCounts:
         shortfall = float(self._shortfall(np.array(self.lost), np.array(self.gained), allowed))
         if shortfall <= NormalDist().inv_cdf(max(0.5, 1 - PREFILTER_FACTOR * error)):
             return False
-        tail = _Tail(self, allowed, most_lost, shortfall, TRUNCATION_NATS - math.log(error))
+        p_value = _PValue(self, allowed, most_lost, shortfall, TRUNCATION_NATS - math.log(error))
         likely = self.wrong * self.gained / max(1, self.wrong_seen)
         likely += self.right * self.lost / self.right_seen - allowed
         middle = min(max(low, round(likely / 2)), high)
-        if tail.above(middle, middle) > error:
+        if p_value.bound(middle, middle) > error:
             return False
         remaining_error = error * (1 - 4 * math.exp(-TRUNCATION_NATS))
         if self.wrong_seen < self.wrong:
@@ -154,7 +154,7 @@ class PairedCounts:
             remaining_error -= 2 * side_error
             low = max(low, lower_bound(self.gained, self.wrong_seen, self.wrong, side_error))
             high = min(high, upper_bound(self.gained, self.wrong_seen, self.wrong, side_error))
-        return low > high or tail.is_below(remaining_error, low, high)
+        return low > high or p_value.is_below(remaining_error, low, high)
 
     def _shortfall(self, lost: NDArray, gained: NDArray, allowed: int) -> Floats:
         """Return the estimate of L - G - allowed in standard errors. Broadcasts.
@@ -170,12 +170,19 @@ class PairedCounts:
         return np.asarray((losses - gains - allowed) / np.sqrt(variance + 1e-9))
 
 
-class _Tail:
-    """Probabilities of samples whose statistic is at least as large as the observed one.
+class _PValue:
+    """The p-value: the probability of samples whose statistic is at least as large as the observed.
 
-    Losses increase stochastically with L, and gains with G. The probability for an interval of G,
-    with the largest L that the hypothesis allows, is bounded by that at its largest L and smallest
-    G.
+    It is bounded for an interval of G and the largest L that the hypothesis allows. Losses increase
+    stochastically with L, and gains with G, so the bound is the probability at the largest L and
+    the smallest G of the interval.
+
+    Attributes:
+        counts: the observed losses and gains.
+        allowed: the hypothesis is L - G <= allowed.
+        most_lost: the largest possible L.
+        shortfall: the observed statistic, in standard errors.
+        nats: sums leave out counts of probability exp(-nats) at most.
     """
 
     def __init__(
@@ -184,18 +191,18 @@ class _Tail:
         self.counts, self.allowed, self.most_lost = counts, allowed, most_lost
         self.shortfall, self.nats = shortfall, nats
 
-    def above(self, low: int, high: int) -> float:
+    def bound(self, low: int, high: int) -> float:
         """Return the bound for the interval low..high of G."""
-        return float(self._above(np.array([low]), np.array([high]))[0])
+        return float(self._bounds(np.array([low]), np.array([high]))[0])
 
     def is_below(self, error: float, low: int, high: int) -> bool:
-        """Return whether the probability is at most `error` for every G in low..high.
+        """Return whether the p-value is at most `error` for every G in low..high.
 
         Intervals whose bound exceeds the error are subdivided.
         """
         a, b = _divided(np.array([low]), np.array([high]))
         while True:
-            worst = self._above(a, b)
+            worst = self._bounds(a, b)
             if (worst[a == b] > error).any():
                 return False
             open_ = worst > error
@@ -203,11 +210,12 @@ class _Tail:
                 return True
             at = int(worst.argmax())
             middle = int(a[at] + b[at]) // 2
-            if self.above(middle, middle) > error:
+            if self.bound(middle, middle) > error:
                 return False
             a, b = _divided(a[open_], b[open_])
 
-    def _above(self, smallest: Ints, largest: Ints) -> Floats:
+    def _bounds(self, smallest: Ints, largest: Ints) -> Floats:
+        """Return the bound for each of the intervals smallest..largest of G."""
         counts = self.counts
         lost = np.minimum(largest + self.allowed, self.most_lost)
         gains_low, gains_high = _window(

@@ -1,13 +1,13 @@
 """Confidence intervals and exact tests for counts, and how several of them share one error.
 
-For images that are independent draws from those the model will meet, so that the target is the
-accuracy there, not on these images; `search.stats.confidence_sequences` is for a finite set.
-Accuracies are in percent, differences in points. May not know trials, splits or files.
+The images are independent draws from a population, and the intervals are for the accuracy on the
+population, not on these images; `search.stats.confidence_sequences` is for a finite set. Accuracies
+are in percent, differences in points. May not know trials, splits or files.
 
 The exact intervals miss with probability `error` at most, for every number of images and every
-accuracy, without a normal approximation. Several share the error by Bonferroni's inequality, which
-needs no assumption on how their accuracies depend on each other. Sidak's product needs one, and for
-20 intervals gives each 0.00256 where Bonferroni gives 0.0025.
+accuracy, without a normal approximation. Simultaneous intervals share the error by Bonferroni's
+inequality, which does not assume that the accuracies are independent. Sidak's product does, and
+gains little: for 20 intervals the error of each is 0.00256 instead of 0.0025.
 """
 
 from __future__ import annotations
@@ -93,10 +93,10 @@ def paired_difference(gained: int, lost: int, images: int, error: float) -> tupl
     if most > 0.5:
         ends = [clopper_pearson(count, images, error / 2) for count in (gained, lost)]
         return ends[0][0] - ends[1][1], ends[0][1] - ends[1][0]
-    tail = (1 - NUISANCE) * error / 2
+    side_error = (1 - NUISANCE) * error / 2
     disagreements = _distribution(images, most)
-    high = _largest_difference(gained - lost, images, most, tail, disagreements)
-    low = -_largest_difference(lost - gained, images, most, tail, disagreements)
+    high = _largest_difference(gained - lost, images, most, side_error, disagreements)
+    low = -_largest_difference(lost - gained, images, most, side_error, disagreements)
     return 100 * low, 100 * high
 
 
@@ -118,15 +118,15 @@ def _probability_at_most(t: int, up: float, disagreements: tuple[Floats, Floats]
 
 
 def _largest_difference(
-    t: int, images: int, most: float, tail: float, disagreements: tuple[Floats, Floats]
+    t: int, images: int, most: float, side_error: float, disagreements: tuple[Floats, Floats]
 ) -> float:
-    """Return the largest difference, as a fraction, for which P(S <= t) is above `tail`."""
-    # below it `most` is not known to be the nuisance parameter's worst case
+    """Return the largest difference, as a fraction, for which P(S <= t) exceeds `side_error`."""
+    # for smaller differences `most` may not be the worst case of the nuisance parameter
     low = max(-most, (t + 2) / max(1, images - 1))
 
     def beyond(difference: float) -> float:
         up = (1 + difference / most) / 2
-        return math.log(_probability_at_most(t, up, disagreements) / tail)
+        return math.log(_probability_at_most(t, up, disagreements) / side_error)
 
     if low >= most:
         return most
@@ -158,10 +158,14 @@ def holm(p_values: Sequence[float], error: float) -> NDArray[np.bool_]:
 
 
 def errors_by_round(sizes: Sequence[int], error: float) -> list[float]:
-    """Return the error of each interval by round, for rounds of `sizes` intervals.
+    """Return the error of each interval of a round, for every round.
 
-    The sum over all intervals is at most `error`. A later round does not change the error of an
-    earlier one, because whether it takes place may depend on what the earlier one showed.
+    The sum over all intervals is at most `error`. The error of a round does not depend on later
+    rounds, because whether they take place may depend on its result.
+
+    Args:
+        sizes: number of intervals of each round.
+        error: probability that any interval misses.
     """
     rest = (1 - FIRST_ROUND) * error
     parts = (FIRST_ROUND * error if i == 0 else rest * 0.5**i for i in range(len(sizes)))

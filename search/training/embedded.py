@@ -33,6 +33,7 @@ from vitpareto.search.data.embedded_images import (
 )
 from vitpareto.search.models.embedded_model import DEPTH, WIDTH, build
 from vitpareto.search.training.loop import Epoch, fit
+from vitpareto.search.training.optimizers import Optimization
 
 EPOCHS = 70
 
@@ -71,11 +72,8 @@ def train_embedded(
         history = fit(
             _TrainedViT(vit),
             batches,
-            epochs=epochs,
-            lr=3e-3,
-            optimizer="nmuon",
+            Optimization(epochs, lr=3e-3, optimizer="nmuon", warmup_epochs=min(5, epochs / 10)),
             objective=_loss,
-            warmup_epochs=min(5, epochs / 10),
             progress=progress,
         )
     vit.eval()

@@ -148,11 +148,32 @@ def finetune(
     job.out.mkdir(parents=True, exist_ok=True)
     before = _accuracy(model, job, data, preprocess)
     say(f"before: {before}{' (fresh)' if fresh else ''}")
+    history = _train(job, model, teacher, data, preprocess, inputs, say, progress)
+    after = _accuracy(model, job, data, preprocess)
+    result = save_result(job.out, model, before, after, history, inputs, fresh)
+    (job.out / STATE).unlink(missing_ok=True)
+    return result
+
+
+def _train(
+    job: FinetuneJob,
+    model: nn.Module,
+    teacher: Teacher | None,
+    data: Data,
+    preprocess: Preprocess,
+    inputs: dict[str, Any],
+    say: Log,
+    progress: Callable[[Epoch], None] | None,
+) -> list[Epoch]:
+    """Train the built model in place, or continue its interrupted training.
+
+    Raises UserError for a loss that is not finite.
+    """
     state = job.out / STATE
     if state.exists():
         say(f"continuing from {state}")
     try:
-        history = train_candidate(
+        return train_candidate(
             model,
             data.split("train"),
             preprocess,
@@ -165,10 +186,6 @@ def finetune(
         )
     except FloatingPointError as error:
         raise UserError(str(error), Code.OUT_OF_RANGE, name="lr", got=job.settings.lr) from error
-    after = _accuracy(model, job, data, preprocess)
-    result = save_result(job.out, model, before, after, history, inputs, fresh)
-    state.unlink(missing_ok=True)
-    return result
 
 
 def _inputs(

@@ -22,9 +22,11 @@ from vitpareto.methods import BadInput, Code
 from vitpareto.search.training.data_parallel import average_gradients, local_share
 from vitpareto.search.training.optimizers import (
     CosineSchedule,
+    Optimization,
     current_rate,
     make_average,
     make_optimizer,
+    out_of_range,
 )
 
 
@@ -80,13 +82,13 @@ class LossNotFinite(FloatingPointError):
         self.loss, self.epoch, self.step, self.lr = loss, epoch, step, lr
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.loss, self.epoch, self.step, self.lr)
+        return type(self), (self.loss, self.epoch, self.step, self.how.lr)
 
 
 def cross_entropy(smoothing: float = 0.0) -> Objective:
     """The objective of plain supervised training: cross-entropy with label smoothing in [0, 1)."""
     if not 0 <= smoothing < 1:
-        raise _out_of_range("smoothing", "in [0, 1)", smoothing)
+        raise out_of_range("smoothing", "in [0, 1)", smoothing)
 
     def objective(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images), labels, label_smoothing=smoothing)
@@ -97,18 +99,9 @@ def cross_entropy(smoothing: float = 0.0) -> Objective:
 def fit(
     model: nn.Module,
     batches: Callable[[int], Batches],
+    how: Optimization,
     *,
-    epochs: int,
-    lr: float,
     objective: Objective | None = None,
-    optimizer: str = "adamw",
-    weight_decay: float = 0.05,
-    warmup_epochs: float = 0.0,
-    clip_norm: float | None = 1.0,
-    layer_decay: float | None = None,
-    parts_scale: float = 1.0,
-    average: float | None = None,
-    autocast: torch.dtype | None = None,
     state: TrainingState | None = None,
     on_state: Callable[[TrainingState], None] | None = None,
     progress: Callable[[Epoch], None] | None = None,
@@ -117,40 +110,29 @@ def fit(
 
     Args:
         batches: called with the epoch; returns its batches, on the model's device.
-        lr: the highest learning rate. It rises linearly over `warmup_epochs`, then falls to 0 along
-            a cosine.
+        how: epochs, optimizer and schedule.
         objective: called with model, images and labels; returns the scalar to minimise. Default:
             `cross_entropy()`.
-        weight_decay: not applied to biases and norms (timm's rule).
-        clip_norm: largest norm of the gradients; None: not clipped.
-        layer_decay: factor of the rate from block to block towards the input.
-        parts_scale: factor of the rate of what a method adds (`reduction.*`), which is fresh beside
-            a trained model.
-        average: decay per step of a moving average of the weights, which the model ends with
-            (warmed up as timm does). None: no average.
-        autocast: dtype of the forward.
         state: state of an earlier training with the same settings to continue from. On a CPU the
             weights are the same as without the interruption, bit for bit.
         on_state: called with the state after every epoch, before `progress`.
         progress: called with every finished epoch.
 
-    Raises BadInput for settings out of range or an epoch without batches, LossNotFinite if the
+    Raises BadInput for a state that does not fit or an epoch without batches, LossNotFinite if the
     objective is not finite.
     """
-    _check_settings(epochs, lr, warmup_epochs, layer_decay, parts_scale, average)
-    updates = make_optimizer(model, optimizer, lr, weight_decay, layer_decay, parts_scale)
-    schedule = CosineSchedule(updates, epochs, warmup_epochs)
-    ema = make_average(model, average)
+    updates = make_optimizer(model, how)
+    schedule = CosineSchedule(updates, how.epochs, how.warmup_epochs)
+    ema = make_average(model, how.average)
     history: list[Epoch] = []
     if state is not None:
-        if len(state.history) > epochs:
-            raise _out_of_range("epochs", f"at least the {len(state.history)} finished", epochs)
+        if len(state.history) > how.epochs:
+            least = f"at least the {len(state.history)} finished"
+            raise out_of_range("epochs", least, how.epochs)
         _restore(state, model, updates, ema)
         history += state.history
-    loop = _Loop(
-        model, updates, schedule, ema, objective or cross_entropy(), clip_norm, autocast, lr
-    )
-    for epoch in range(len(history), epochs):
+    loop = _Loop(model, updates, schedule, ema, objective or cross_entropy(), how)
+    for epoch in range(len(history), how.epochs):
         history.append(loop.run_epoch(epoch, batches(epoch)))
         if on_state is not None:
             on_state(_state(model, updates, ema, history))
@@ -171,9 +153,7 @@ class _Loop:
     schedule: CosineSchedule
     ema: ModelEmaV3 | None
     objective: Objective
-    clip_norm: float | None
-    autocast: torch.dtype | None
-    lr: float
+    how: Optimization
 
     def run_epoch(self, epoch: int, batches: Batches) -> Epoch:
         steps = len(batches)
@@ -191,41 +171,17 @@ class _Loop:
     def _step(self, epoch: int, step: int, images: Tensor, labels: Tensor) -> float:
         """One update; returns the loss of the whole batch."""
         images, labels, share = local_share(images, labels)
-        with _casting(next(self.model.parameters()).device.type, self.autocast):
+        with _casting(next(self.model.parameters()).device.type, self.how.autocast):
             loss = self.objective(self.model, images, labels)
         self.updates.zero_grad()
         loss.backward()
         value = average_gradients(self.model, loss.item(), share)
         if not math.isfinite(value):
-            raise LossNotFinite(value, epoch, step, self.lr)
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            raise LossNotFinite(value, epoch, step, self.how.lr)
+        if self.how.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.how.clip_norm)
         self.updates.step()
         return value
-
-
-def _check_settings(
-    epochs: int,
-    lr: float,
-    warmup_epochs: float,
-    layer_decay: float | None,
-    parts_scale: float,
-    average: float | None,
-) -> None:
-    for name, valid, rule, got in (
-        ("epochs", epochs >= 1, "at least 1", epochs),
-        ("lr", lr > 0, "above 0", lr),
-        ("warmup_epochs", 0 <= warmup_epochs < epochs, f"in [0, {epochs})", warmup_epochs),
-        ("layer_decay", layer_decay is None or 0 < layer_decay <= 1, "in (0, 1]", layer_decay),
-        ("parts_scale", parts_scale > 0, "above 0", parts_scale),
-        ("average", average is None or 0 < average < 1, "in (0, 1)", average),
-    ):
-        if not valid:
-            raise _out_of_range(name, rule, got)
-
-
-def _out_of_range(name: str, rule: str, got: Any) -> BadInput:
-    return BadInput(f"{name} must be {rule} (got {got})", Code.OUT_OF_RANGE, name=name, got=got)
 
 
 def _casting(device: str, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:

@@ -3,33 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
+from vitpareto.methods import BadInput, Code
 
-def make_optimizer(
-    model: nn.Module,
-    name: str,
-    lr: float,
-    weight_decay: float,
-    layer_decay: float | None,
-    parts_scale: float,
-) -> Optimizer:
-    """timm's optimizer of this name. layer_decay, parts_scale: as in `loop.fit`."""
+
+@dataclass(frozen=True)
+class Optimization:
+    """How `loop.fit` updates the weights. Raises BadInput for values out of range.
+
+    Attributes:
+        epochs: number of epochs in all, those of an earlier state included.
+        lr: the highest learning rate. It rises linearly over `warmup_epochs`, then falls to 0 along
+            a cosine.
+        optimizer: timm's name.
+        weight_decay: not applied to biases and norms (timm's rule).
+        warmup_epochs: may be a fraction.
+        clip_norm: largest norm of the gradients; None: not clipped.
+        layer_decay: factor of the rate from block to block towards the input; None: 1.
+        parts_scale: factor of the rate of what a method adds (`reduction.*`), which is fresh beside
+            a trained model.
+        average: decay per step of a moving average of the weights, which the model ends with
+            (warmed up as timm does); None: no average.
+        autocast: dtype of the forward; None: that of the weights.
+    """
+
+    epochs: int
+    lr: float
+    optimizer: str = "adamw"
+    weight_decay: float = 0.05
+    warmup_epochs: float = 0.0
+    clip_norm: float | None = 1.0
+    layer_decay: float | None = None
+    parts_scale: float = 1.0
+    average: float | None = None
+    autocast: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        warmup, epochs = self.warmup_epochs, self.epochs
+        decay, average = self.layer_decay, self.average
+        for name, valid, rule in (
+            ("epochs", epochs >= 1, "at least 1"),
+            ("lr", self.lr > 0, "above 0"),
+            ("warmup_epochs", 0 <= warmup < epochs, f"in [0, {epochs})"),
+            ("layer_decay", decay is None or 0 < decay <= 1, "in (0, 1]"),
+            ("parts_scale", self.parts_scale > 0, "above 0"),
+            ("average", average is None or 0 < average < 1, "in (0, 1)"),
+        ):
+            if not valid:
+                raise out_of_range(name, rule, getattr(self, name))
+
+
+def out_of_range(name: str, rule: str, got: Any) -> BadInput:
+    """The error for a number that breaks a rule: "at least 1", "in [0, 1)"."""
+    return BadInput(f"{name} must be {rule} (got {got})", Code.OUT_OF_RANGE, name=name, got=got)
+
+
+def make_optimizer(model: nn.Module, how: Optimization) -> Optimizer:
+    """timm's optimizer over the model's parameters, in groups by decay and rate."""
     groups = None
-    if parts_scale != 1:
-        groups = _groups_with_parts(weight_decay, layer_decay, parts_scale)
+    if how.parts_scale != 1:
+        groups = _groups_with_parts(how.weight_decay, how.layer_decay, how.parts_scale)
     return create_optimizer_v2(
         model,
-        opt=name,
-        lr=lr,
-        weight_decay=weight_decay,
-        layer_decay=layer_decay,
+        opt=how.optimizer,
+        lr=how.lr,
+        weight_decay=how.weight_decay,
+        layer_decay=how.layer_decay,
         param_group_fn=groups,
     )
 

@@ -31,6 +31,7 @@ from vitpareto.search.models.weight_store import WeightStore
 from vitpareto.search.training.batches import EpochBatches, TrainImages, choose_augmentation
 from vitpareto.search.training.loop import fit
 from vitpareto.search.training.losses import Distillation, supervised
+from vitpareto.search.training.optimizers import Optimization
 from vitpareto.search.training.settings import TrainingSettings, seeded, train_candidate
 
 #: The state of a training by epochs, and the last progress that the method saved.
@@ -155,12 +156,14 @@ class CachedTrainer:
             fit(
                 model,
                 lambda epoch: _FirstBatches(self.batches(index * epochs + epoch), per_epoch),
-                epochs=epochs,
-                lr=settings.lr,
+                Optimization(
+                    epochs,
+                    settings.lr,
+                    settings.optimizer,
+                    settings.weight_decay,
+                    autocast=torch.bfloat16 if device.type == "cuda" else None,
+                ),
                 objective=self.objective,
-                optimizer=settings.optimizer,
-                weight_decay=settings.weight_decay,
-                autocast=torch.bfloat16 if device.type == "cuda" else None,
             )
 
     def save_weights(self, state: Mapping[str, Tensor]) -> str:

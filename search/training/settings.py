@@ -25,6 +25,7 @@ from vitpareto.search.training.batches import TrainImages, choose_augmentation
 from vitpareto.search.training.checkpoints import TrainingCheckpoint
 from vitpareto.search.training.loop import Epoch, fit
 from vitpareto.search.training.losses import Distillation, check_teacher, supervised, two_heads
+from vitpareto.search.training.optimizers import Optimization
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class TrainingSettings:
         seed: of order, augmentation and all random draws in training.
         distill: "soft" or "hard", used if there is a teacher.
         warmup: fraction of the epochs over which the rate rises.
-        layer_decay, parts_scale, average: as in `loop.fit`.
+        layer_decay, parts_scale, average: as in `optimizers.Optimization`.
     """
 
     epochs: int = 5
@@ -77,6 +78,7 @@ class TrainingSettings:
         Distillation(self.distill)  # raises for an unknown kind
 
     def to_json(self) -> dict[str, Any]:
+        """As stored with what was trained."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -84,6 +86,24 @@ class TrainingSettings:
         """The settings of a record's JSON, which may hold other keys too."""
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in stored.items() if name in names})
+
+    def of_batches(self) -> dict[str, Any]:
+        """The fields of `TrainImages` that are settings."""
+        return {name: getattr(self, name) for name in ("batch", "seed", "mixup", "smoothing")}
+
+    def optimization(self, device: torch.device) -> Optimization:
+        """How the weights are updated on this device: on a GPU the forward runs in bfloat16."""
+        return Optimization(
+            self.epochs,
+            self.lr,
+            self.optimizer,
+            self.weight_decay,
+            warmup_epochs=self.warmup * self.epochs,
+            layer_decay=self.layer_decay,
+            parts_scale=self.parts_scale,
+            average=self.average,
+            autocast=torch.bfloat16 if device.type == "cuda" else None,
+        )
 
 
 @contextlib.contextmanager
@@ -111,8 +131,6 @@ def train_candidate(
 ) -> list[Epoch]:
     """Train `model` (dense or reduced, float32) in place on a decoded split; left in eval mode.
 
-    On a GPU the forward runs in bfloat16 by autocast.
-
     Args:
         data: the data set's name, as `open_data` takes it.
         head_indices: as `search.measure.accuracy` takes them.
@@ -127,41 +145,27 @@ def train_candidate(
     device = next(model.parameters()).device
     if teacher is not None:
         check_teacher(teacher, model)
-    augmentation = choose_augmentation(settings.augment, preprocess, data)
     images = TrainImages(
         split,
         preprocess,
         num_classes(model),
-        settings.batch,
-        seed=settings.seed,
-        augmentation=augmentation,
-        mixup=settings.mixup,
-        smoothing=settings.smoothing,
+        augmentation=choose_augmentation(settings.augment, preprocess, data),
         head_indices=head_indices,
         device=str(device),
+        **settings.of_batches(),
     )
-    objective = supervised(teacher, Distillation(settings.distill), settings.smoothing)
-    stored = state = None
+    stored = None
     if checkpoint is not None:
-        inputs = {**settings.to_json(), "augment": augmentation, "images": split.fingerprint}
+        inputs = {**settings.to_json(), "augment": images.augmentation, "images": split.fingerprint}
         inputs |= {"teacher": teacher is not None, **(about or {})}
         stored = TrainingCheckpoint(checkpoint, inputs)
-        state = stored.load(model)
     with seeded(settings.seed, str(device)), two_heads(model, teacher is not None):
         return fit(
             model,
             images,
-            epochs=settings.epochs,
-            lr=settings.lr,
-            objective=objective,
-            optimizer=settings.optimizer,
-            weight_decay=settings.weight_decay,
-            warmup_epochs=settings.warmup * settings.epochs,
-            layer_decay=settings.layer_decay,
-            parts_scale=settings.parts_scale,
-            average=settings.average,
-            autocast=torch.bfloat16 if device.type == "cuda" else None,
-            state=state,
+            settings.optimization(device),
+            objective=supervised(teacher, Distillation(settings.distill), settings.smoothing),
+            state=None if stored is None else stored.load(model),
             on_state=None if stored is None else stored.save,
             progress=progress,
         )

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods.engine.attention import Attended
-from vitpareto.methods.engine.method import Method, Preset
+from vitpareto.methods.engine.method import Method
+from vitpareto.methods.engine.method_declaration import Preset
 from vitpareto.methods.engine.method_registry import register
 from vitpareto.methods.engine.parameters import Float
 from vitpareto.methods.engine.preparation import (

@@ -10,7 +10,7 @@ from tests.refusals import refused
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, UnsupportedModel
 from vitpareto.methods.engine import method_registry
-from vitpareto.methods.engine.method import Preset
+from vitpareto.methods.engine.method_declaration import Preset
 from vitpareto.methods.engine.parameters import Float
 from vitpareto.methods.engine.staged import StagedMethod
 from vitpareto.search.compare.cost_table import CostRow, CostSettings, cost_rows

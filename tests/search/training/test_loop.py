@@ -18,6 +18,7 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.training.checkpoints import TrainingCheckpoint
 from vitpareto.search.training.loop import TrainingState, fit
 from vitpareto.search.training.losses import supervised
+from vitpareto.search.training.optimizers import Optimization
 
 METHODS = {
     "dense": {},
@@ -66,10 +67,10 @@ def trained(
         fit(
             model,
             batches,
+            Optimization(**{"epochs": 3, "lr": 1e-3, "parts_scale": 10.0, **settings}),
             objective=supervised(),
             state=None if store is None else store.load(model),
             on_state=keep,
-            **{"epochs": 3, "lr": 1e-3, "parts_scale": 10.0, **settings},
         )
     return model
 
@@ -175,9 +176,9 @@ def test_epochs_already_done_are_not_undone(state: Path) -> None:
     kept = TrainingCheckpoint(state, {"method": "dense"}).load(model)
     assert kept is not None and len(kept.history) == 2
     with refused("out-of-range", name="epochs", got=1):
-        fit(model, batches, epochs=1, lr=1e-3, state=kept)
+        fit(model, batches, Optimization(epochs=1, lr=1e-3), state=kept)
     with refused("mismatch", name="average"):
-        fit(model, batches, epochs=3, lr=1e-3, state=kept, average=0.9)
+        fit(model, batches, Optimization(epochs=3, lr=1e-3, average=0.9), state=kept)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +186,7 @@ def test_epochs_already_done_are_not_undone(state: Path) -> None:
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
     with refused("out-of-range", name=next(iter(settings))):
-        fit(nn.Linear(2, 2), batches, epochs=1, lr=1.0, **settings)
+        Optimization(epochs=1, lr=1.0, **settings)
 
 
 def test_the_average_is_the_models_weights_averaged() -> None:
@@ -203,7 +204,7 @@ def test_the_average_is_the_models_weights_averaged() -> None:
         torch.testing.assert_close(state.average["weight"], expected)
         checked.append(expected)
 
-    fit(net, lambda _: [batch], epochs=5, lr=0.1, average=0.6, on_state=keep)
+    fit(net, lambda _: [batch], Optimization(epochs=5, lr=0.1, average=0.6), on_state=keep)
     assert len(checked) == 5 and not torch.equal(checked[0], checked[1])
     torch.testing.assert_close(net.weight.detach(), expected)
 
@@ -215,10 +216,11 @@ def test_parts_train_at_a_rate_of_their_own() -> None:
         before = copy.deepcopy(model.state_dict())
         with torch.random.fork_rng([]):
             torch.manual_seed(1)
-            fit(
-                model, lambda e: batches(e)[:1], epochs=1, lr=1e-3, weight_decay=0.0,
-                parts_scale=8.0, clip_norm=None, layer_decay=decay,
+            how = Optimization(
+                epochs=1, lr=1e-3, weight_decay=0.0, parts_scale=8.0, clip_norm=None,
+                layer_decay=decay,
             )  # fmt: skip
+            fit(model, lambda e: batches(e)[:1], how)
         moved = {
             name: (value - before[name]).abs().max().item()
             for name, value in model.state_dict().items()
@@ -237,9 +239,8 @@ def test_bfloat16_autocast_trains(method) -> None:
         model = small(method)
         with torch.random.fork_rng([]):
             torch.manual_seed(1)
-            history = fit(
-                model, batches, epochs=1, lr=1e-4, autocast=autocast, objective=supervised()
-            )
+            how = Optimization(epochs=1, lr=1e-4, autocast=autocast)
+            history = fit(model, batches, how, objective=supervised())
         losses.append(history[0].loss)
         assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
     assert losses[0] != losses[1]
