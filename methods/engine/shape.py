@@ -108,9 +108,11 @@ class ModelShape:
 
     @property
     def patches(self) -> int:
+        """The number of patch tokens of the dense model."""
         return self.grid[0] * self.grid[1]
 
     def dense_counts(self) -> tuple[int, ...]:
+        """Patches left after each block of the dense model."""
         return (self.patches,) * self.depth
 
     def macs(self, counts: Sequence[int], site: str, entering: int | None = None) -> int:
@@ -137,6 +139,7 @@ class ModelShape:
 
 
 def block_shape(block: Block) -> BlockShape:
+    """The dimensions and costs of timm's block, or of a sliced one."""
     attn = cast(Attention, block.attn)
     heads, qk = attn.num_heads, attn.head_dim
     v = attn.v_dim if isinstance(attn, SlicedAttention) else qk

@@ -19,6 +19,7 @@ class Step:
 
     @property
     def declared(self) -> Method:
+        """The registered method. Raises BadInput if there is none of this name."""
         return get(self.method)
 
     def plain(self) -> dict[str, Any]:

@@ -143,9 +143,11 @@ class _Greedy:
         return importance / self._mean_importance - self._eta * saved / self._mean_saving, key
 
     def remove(self, target: float) -> None:
-        """Remove the group with the lowest score. If that ends further below the target than
-        `SLACK`, remove the best group that does not and saves cost, or else the one that ends
-        nearest below the target.
+        """Remove the group with the lowest score.
+
+        If that would leave the cost more than `SLACK` below the target, remove the group with the
+        lowest score among those that save cost and stay above that limit. If there is none, remove
+        the group that leaves the cost nearest below the target.
         """
         key, low = min(self._next, key=self._score), (1 - SLACK) * target
         ends = {k: self.cost - saved for k, (_, saved) in self._next.items()}

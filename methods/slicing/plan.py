@@ -93,8 +93,8 @@ def _block_macs(block: Block, n: int) -> Callable[[int, BlockWidths], int]:
 
 
 def least(widths: Widths, fixed: Collection[str] = ()) -> Widths:
-    """The narrowest widths that removing whole groups can reach: one group of everything, plus the
-    remainder. fixed: widths that do not change.
+    """The smallest widths that the removal of whole groups can reach: of each dimension one group,
+    plus what is left if the width is not a multiple of the group. fixed: widths that do not change.
     """
 
     def low(part: str, width: int) -> int:

@@ -57,6 +57,7 @@ class BlockKept:
 
     @property
     def widths(self) -> BlockWidths:
+        """The widths of the block with these units only."""
         return BlockWidths(len(self.heads), self.qk.shape[1], self.v.shape[1], len(self.mlp))
 
 
@@ -69,6 +70,7 @@ class Kept:
 
     @property
     def widths(self) -> Widths:
+        """The widths of the model with these units only."""
         return Widths(len(self.embedding), tuple(block.widths for block in self.blocks))
 
 

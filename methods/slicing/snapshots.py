@@ -128,8 +128,8 @@ def reachable(
 
 
 def planned_rounds(targets: Sequence[float], share: float) -> int:
-    """How many rounds a trajectory takes when each removes `share` of the dense cost, and none
-    passes a target.
+    """The number of rounds of a trajectory in which a round removes `share` of the dense cost, or
+    less if it meets a target.
     """
     stops = [1.0, *sorted(targets, reverse=True)]
     return sum(-(-round((a - b) * 1e6) // round(share * 1e6)) for a, b in itertools.pairwise(stops))

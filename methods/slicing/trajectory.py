@@ -53,6 +53,7 @@ class Round:
 
     @classmethod
     def from_progress(cls, saved: Progress) -> Round:
+        """The round of `progress`, without the snapshots."""
         record, widths = saved.record, Widths.from_plain(saved.record["widths"])
         return cls(record["index"], record["cost"], widths, saved.state, tuple(record["reached"]))
 

@@ -1,7 +1,8 @@
 """TRAM (Marchetti, Traini, Ursino and Virgili, "Efficient token pruning in Vision Transformers
 using an attention-based Multilayer Network", Expert Systems with Applications 279, 2025): a network
-with the patches as nodes and a layer per block. A patch scores by the attention that it gets from
-patches that get much attention, summed over the blocks so far.
+with the patches as nodes and a layer per block. The score of a patch is the attention that it
+receives from other patches, each weighted by the attention that it receives itself, summed over the
+blocks so far.
 """
 
 from __future__ import annotations

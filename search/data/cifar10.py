@@ -40,6 +40,8 @@ def _read(root: Path, train: bool) -> CIFAR10:
 
 @dataclass(frozen=True)
 class Cifar10Images(NumberedImages):
+    """Colour images of 32 x 32 pixels."""
+
     spec = "cifar10"
 
     def all_labels(self) -> np.ndarray:

@@ -24,7 +24,7 @@ from vitpareto.search.files.filesystems import download_folder, is_remote
 
 @dataclass(frozen=True)
 class Data:
-    """Images with labels, split for a study. Pickles with its list of files, without an image.
+    """Images with labels, divided into splits. It pickles with the list of files, without images.
 
     Attributes:
         spec: what was opened.

@@ -117,7 +117,7 @@ def paint(split: str, epoch: int, difficulty: float) -> tuple[NDArray[np.uint8],
     rng = np.random.default_rng([_SEED, list(SPLITS).index(split), epoch])
     pad = _DIGIT_WINDOW
     canvas = np.zeros((m, SIZE + 2 * pad, SIZE + 2 * pad, 3), dtype=np.float32)
-    # a digit is on a block of 2x2 patches, give or take a pixel
+    # a digit is on a block of 2x2 patches, shifted by up to a pixel
     offset = np.round(rng.uniform(-3.5, 3.5, (2, m)) * difficulty)
     corner = 3 + np.clip(offset, -3, 3).astype(np.int64)
     centre = PATCH * (corner + 1) + rng.uniform(-1, 1, (2, m))

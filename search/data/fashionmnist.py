@@ -86,7 +86,8 @@ def list_fashionmnist(
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
-    """An IDX file of bytes as uint8 with so many dimensions; gzipped if its name ends in .gz.
+    """The content of an IDX file of bytes: uint8 with the given number of dimensions. The file is
+    gzipped if its name ends in .gz.
 
     Raises UserError if the file cannot be read, is of another kind or is truncated.
     """

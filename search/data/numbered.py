@@ -18,7 +18,13 @@ from vitpareto.search.data.splits import ListedSplit, divide, stratified_order
 class NumberedImages:
     """Images of a dataset's training or test part, by number (`splits.ListedSplit`).
 
-    A subclass reads the part. `root` has the dataset's files; `order` are the numbers, in order.
+    Subclasses read the dataset's files.
+
+    Attributes:
+        spec: the dataset's name.
+        root: the folder of its files.
+        train: the training part, otherwise the test part.
+        order: int64 [M], the numbers of the images in the split's order.
     """
 
     spec: ClassVar[str]
@@ -28,6 +34,7 @@ class NumberedImages:
 
     @property
     def part(self) -> str:
+        """The name of the part, for messages and the stamp."""
         return "train" if self.train else "test"
 
     def __len__(self) -> int:

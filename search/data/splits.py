@@ -16,7 +16,8 @@ from vitpareto.search.errors import Code, UserError
 
 #: decisions are made on search and certified on held-out; methods may look at calibration
 EVALUATION = ("calibration", "search", "held-out")
-#: size of the calibration split, for datasets of at least so many images; a fifth of smaller ones
+#: images of the calibration split of a dataset with at least CALIBRATION_FROM images; a smaller
+#: dataset gives a fifth of its images
 CALIBRATION_IMAGES, CALIBRATION_FROM = 1024, 5000
 #: three splits of at least one image
 FEWEST_IMAGES = 5

@@ -80,6 +80,7 @@ class ObjectStore:
 
     @property
     def filesystem(self) -> fs.FileSystem:
+        """pyarrow's file system of the URL, opened at the first use."""
         return self._opened[0]
 
     def key(self, path: Path) -> str:

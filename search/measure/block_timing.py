@@ -127,6 +127,7 @@ class _Count:
     done: int = 0
 
     def add(self, entries: int) -> None:
+        """Count and report measured entries."""
         self.done += entries
         if self.progress is not None:
             self.progress(self.done, self.total)

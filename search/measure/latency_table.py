@@ -1,12 +1,13 @@
 """Block latency as a table: measured on one target over a grid of dimensions, and interpolated.
 
-A latency-aware NViT reads its latency differences from it (Yang et al., CVPR 2023, section 3.2).
-Latency is a function of (embedding, heads, q/k width, v width, MLP width, tokens). A block is the
-sum of its attention half and its MLP half, each measured with its norm and residual; stem, final
-norm and head are measured over the embedding. A table holds for its target only.
+NViT reads from it how much latency a removal saves (Yang et al., CVPR 2023, section 3.2). Latency
+is a function of (embedding, heads, q/k width, v width, MLP width, tokens). The latency of a block
+is the sum of its attention half and its MLP half, each measured with its norm and residual. Stem,
+final norm and head are measured together, over the embedding. A table holds for its target only.
 
-On many devices latency rises over tokens in steps. `steps` holds a block of the model's own widths
-at every number of tokens, so that a schedule can keep all tokens of a step (`snap`).
+On many devices latency rises in steps as the number of tokens grows. `steps` is the latency of a
+block with the model's own widths at each number of tokens; with it a schedule can keep as many
+tokens as the same latency allows (`snap`).
 
 `search.measure.block_timing` measures tables; this module stores, loads and reads them.
 """

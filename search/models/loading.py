@@ -29,9 +29,9 @@ def load_model(name: str, weights: Path | None = None) -> nn.Module:
     Args:
         name: `digits` (embedded), a timm name, `hf-hub:…` or `local-dir:…`.
         weights: a file in any layout of `search.models.checkpoint_layouts`; timm's pretrained
-            weights if None. Its head may have another number of classes than timm's. Of a token
-            method's checkpoint, the model is loaded and the method's parts are not
-            (`PretrainedWeights.weights_for` returns both). NViT's checkpoint makes a sliced model.
+            weights if None. The file's head may have another number of classes than timm's. Of a
+            token method's checkpoint only the model is loaded; `PretrainedWeights.weights_for`
+            returns the method's parts too. A checkpoint of NViT gives a sliced model.
 
     Raises:
         UserError: the name is unknown, the model cannot be pruned, or the weights are missing,

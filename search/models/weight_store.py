@@ -44,9 +44,11 @@ class WeightStore:
     folder: Path
 
     def path(self, digest: str) -> Path:
+        """The file of these weights, which may not exist."""
         return self.folder / f"{digest}{SUFFIX}"
 
     def has(self, digest: str) -> bool:
+        """Whether the weights exist; the file is fetched from object storage if it is not local."""
         return fetch_if_missing(self.path(digest))
 
     def save(self, state: Mapping[str, Tensor]) -> str:

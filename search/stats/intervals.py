@@ -68,14 +68,17 @@ def clopper_pearson(correct: int, images: int, error: float) -> tuple[float, flo
 def paired_difference(gained: int, lost: int, images: int, error: float) -> tuple[float, float]:
     """Return the exact interval for the difference of two accuracies on the same images, in points.
 
-    With p, q the probabilities of a gain and of a loss, S = gained - lost has mean n(p - q); the
-    rate of disagreements, p + q, is a nuisance parameter. It is at most u except for NUISANCE of
-    the error (Berger and Boos, JASA 89, 1994), and for a given difference the probability of so
-    extreme an S is largest at u: for p + q <= 1/2, n + S is a sum of 2n independent Bernoulli
-    variables, so that its mode is less than 1 from its mean (Darroch, Ann. Math. Stat. 35, 1964);
-    and by the derivative of a binomial's tail the probability of S <= t grows with p + q if, for
-    n - 1 images, P(S = t + 1) >= P(S = t): below the mode. If they may disagree on more than half
-    of all images, p and q are bounded separately.
+    Let p and q be the probabilities of a gain and of a loss on an image, and n the number of
+    images. S = gained - lost has mean n(p - q). The rate of disagreements p + q is a nuisance
+    parameter, with the upper bound u, which takes NUISANCE of the error (Berger and Boos, JASA 89,
+    1994). For a given difference p - q the probability of S <= t is largest at p + q = u, because:
+
+    - For p + q <= 1/2, n + S is a sum of 2n independent Bernoulli variables, so its mode is less
+      than 1 from its mean (Darroch, Ann. Math. Stat. 35, 1964).
+    - P(S <= t) increases with p + q if P(S = t + 1) >= P(S = t) for n - 1 images, that is for t
+      below the mode (by the derivative of a binomial distribution function).
+
+    If u exceeds 1/2, p and q are bounded separately.
 
     Args:
         gained: images that the first model alone has right.

@@ -69,6 +69,7 @@ class _Staircase:
         self.z: list[float] = []
 
     def covers(self, row: Floats) -> bool:
+        """Return whether a row of the layer is no worse than `row` in every coordinate."""
         at = bisect_right(self.y, row[-2]) - 1
         return at >= 0 and self.z[at] <= row[-1]
 
@@ -87,6 +88,7 @@ class _Rows:
         self.rows: list[Floats] = []
 
     def covers(self, row: Floats) -> bool:
+        """Return whether a row of the layer is no worse than `row` in every coordinate."""
         return bool(self.rows) and bool((np.stack(self.rows) <= row).all(axis=1).any())
 
     def add(self, row: Floats) -> None:

@@ -65,6 +65,7 @@ class Rule:
 
     @property
     def name(self) -> str:
+        """Return the key in `RULES`."""
         return f"{self.estimator}-{self.bound}"
 
 

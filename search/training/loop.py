@@ -82,7 +82,7 @@ class LossNotFinite(FloatingPointError):
         self.loss, self.epoch, self.step, self.lr = loss, epoch, step, lr
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.loss, self.epoch, self.step, self.how.lr)
+        return type(self), (self.loss, self.epoch, self.step, self.lr)
 
 
 def cross_entropy(smoothing: float = 0.0) -> Objective:
@@ -156,6 +156,7 @@ class _Loop:
     how: Optimization
 
     def run_epoch(self, epoch: int, batches: Batches) -> Epoch:
+        """One pass over the batches. Raises BadInput if there are none."""
         steps = len(batches)
         if steps == 0:
             raise BadInput(f"epoch {epoch} has no batches", Code.EMPTY, epoch=epoch)

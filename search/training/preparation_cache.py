@@ -8,8 +8,8 @@ STORE/.prepared/KEY/weights/       the trained weights, by digest
 STORE/.prepared/KEY/progress/      what an interrupted preparation resumes from; removed at the end
 STORE/.prepared/KEY/lock           locked by the process that trains
 
-A process that needs a preparation which another process trains waits for it. This module knows
-neither Ray nor studies.
+While a process trains a preparation, others that need it wait. This module knows neither Ray nor
+studies.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class PreparationUse:
 
 @dataclass(frozen=True)
 class CachedPreparation:
-    """A finished preparation in the cache. `fresh`: it was trained by this call."""
+    """A finished preparation in the cache: its folder, and its record for a study."""
 
     folder: Path
     record: PreparationRecord
@@ -147,6 +147,7 @@ class CachedPreparation:
 
     @property
     def fresh(self) -> bool:
+        """Whether it was trained by this call, not found."""
         return self.record.fresh
 
     @property
@@ -155,6 +156,7 @@ class CachedPreparation:
 
     @property
     def artifacts(self) -> WeightStore:
+        """The trained weights."""
         return WeightStore(self.folder / "weights")
 
 

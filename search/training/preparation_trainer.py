@@ -56,6 +56,7 @@ class TrainingImages:
     head_indices: tuple[int, ...] | None
 
     def augmentation(self, settings: TrainingSettings) -> str:
+        """The augmentation that "auto" means for these images."""
         return choose_augmentation(settings.augment, self.preprocess, self.data)
 
     def calibration_batches(self, batch: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,6 +72,8 @@ class TrainingImages:
 @dataclass(frozen=True)
 class CachedTrainer:
     """One preparation of one method on one model.
+
+    The public functions are documented in `methods.engine.preparation.PreparationTrainer`.
 
     Attributes:
         method: the method's name.
