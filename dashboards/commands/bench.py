@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vitpareto.search.commands.options import AsJson
+from vitpareto.search.commands.inputs import job_value
+from vitpareto.search.commands.options import AsJson, job_option
 from vitpareto.search.commands.terminal import numbers, print_tables, words
 
 
@@ -22,7 +23,7 @@ def bench_command(
     ] = "onnxruntime,torch.export",
     batches: Annotated[str, typer.Option(help="Batch sizes, separated by commas")] = "1,32",
     rounds: Annotated[int, typer.Option(help="Rounds of paired timing")] = 30,
-    device: Annotated[str, typer.Option(help="Device: cpu or cuda")] = "cpu",
+    device: Annotated[str | None, job_option("device", "cpu")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Time a bundle's programs in turn with the dense model's, exported the same way.
@@ -38,8 +39,8 @@ def bench_command(
 
     sizes = [int(n) for n in numbers(batches, "--batches")]
     found = bench_bundle(
-        bundle, runtimes=words(runtimes), batches=sizes, device=resolve_device(device),
-        rounds=rounds,
+        bundle, runtimes=words(runtimes), batches=sizes,
+        device=resolve_device(job_value("device", device or "cpu")), rounds=rounds,
     )  # fmt: skip
     if as_json:
         typer.echo(json_lines(bench_rows(found)), nl=False)

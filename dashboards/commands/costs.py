@@ -7,13 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from vitpareto.search.commands.inputs import cache_folder
-from vitpareto.search.commands.options import AsCsv, AsJson, Cache, Device
+from vitpareto.search.commands.inputs import cache_folder, job_values
+from vitpareto.search.commands.options import AsCsv, AsJson, with_job_options
 from vitpareto.search.commands.progress import ProgressDisplay
 from vitpareto.search.commands.terminal import log, numbers, print_tables, words
-
-DtypeName = Annotated[str, typer.Option(help="Dtype: float32, bfloat16 or float16")]
-BatchSize = Annotated[int, typer.Option(help="Images per forward pass")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,6 +18,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("reproduce")(reproduce_command)
 
 
+@with_job_options("batch", "device", "dtype")
 def table_command(
     models: Annotated[
         str, typer.Option(help="timm names or digits, separated by commas")
@@ -31,15 +29,13 @@ def table_command(
     rates: Annotated[
         str, typer.Option(help="Fractions of tokens kept at each prune layer")
     ] = "0.75,0.5",
-    batch: BatchSize = 64,
-    device: Device = None,
-    dtype: DtypeName = "float32",
     rounds: Annotated[
         int, typer.Option(help="Rounds of paired timing; 0 for closed forms only")
     ] = 30,
     check: Annotated[bool, typer.Option("--check", help="Count with fvcore too")] = False,
     as_csv: AsCsv = False,
     as_json: AsJson = False,
+    **options: Any,
 ) -> None:
     """Compare GMACs, parameters, images per second and memory of methods, without data or weights.
 
@@ -52,7 +48,9 @@ def table_command(
     from vitpareto.search.compare.cost_table import CostSettings, cost_rows
     from vitpareto.search.measure.device import resolve_device
 
-    bench = CostSettings(batch, resolve_device(device or "auto"), dtype, rounds, check, log)
+    given = job_values(options)
+    device = resolve_device(given["device"])
+    bench = CostSettings(given["batch"], device, given["dtype"], rounds, check, log)
     chosen = registry.names() if methods is None else words(methods)
     rows = list(cost_rows(words(models), chosen, numbers(rates, "--rates"), bench))
     if as_csv or as_json:
@@ -61,6 +59,7 @@ def table_command(
         print_tables(cost_tables(rows), cost_notes(rows))
 
 
+@with_job_options("device", "dtype", "batch", "cache")
 def reproduce_command(
     data: Annotated[
         str | None, typer.Option(help="Folder of ImageNet-1k's validation images")
@@ -72,12 +71,9 @@ def reproduce_command(
         Path | None,
         typer.Option(help="Folder with TIMM_TAG.safetensors or .pth [timm downloads]"),
     ] = None,
-    device: Device = None,
-    dtype: DtypeName = "float32",
-    batch: BatchSize = 64,
     as_csv: AsCsv = False,
     as_json: AsJson = False,
-    cache: Cache = None,
+    **options: Any,
 ) -> None:
     """Print published figures beside ours: GFLOPs, and top-1 of untrained methods where data and
     weights are given.
@@ -91,6 +87,7 @@ def reproduce_command(
     from vitpareto.search.compare.reproduction import EvaluationSetup, reproduce, select
     from vitpareto.search.measure.device import resolve_device
 
+    given = job_values(options)
     rows = select(published.rows(), words(models or ""))
     found = []
     with ProgressDisplay() as display:
@@ -99,8 +96,8 @@ def reproduce_command(
             log("top-1 is measured with --data FOLDER, ImageNet-1k's validation images")
         else:
             place = EvaluationSetup(
-                data, cache_folder(cache), weights_dir, resolve_device(device or "auto"), dtype,
-                batch, display.counter("decoding images"), display.count,
+                data, cache_folder(given["cache"]), weights_dir, resolve_device(given["device"]),
+                given["dtype"], given["batch"], display.counter("decoding images"), display.count,
             )  # fmt: skip
         for row in reproduce(rows, place):
             found.append(row)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,11 +13,13 @@ from vitpareto.search.commands.inputs import (
     cache_folder,
     check_recipe_or_trial,
     find_study,
+    job_values,
     read_recipe,
     read_weights,
 )
 from vitpareto.search.commands.progress import ProgressDisplay
 from vitpareto.search.commands.terminal import log
+from vitpareto.search.study.job_keys import KEYS
 
 if TYPE_CHECKING:
     from vitpareto.search.compare.show import TraceRequest
@@ -26,6 +29,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("show")(show_command)
 
 
+@o.with_job_options("model", "weights", "data", "seed")
 def show_command(
     files: Annotated[
         list[Path] | None, typer.Argument(help="More image files", metavar="FILE")
@@ -38,17 +42,14 @@ def show_command(
     study: o.Study = None,
     trial: o.Trial = None,
     trained: o.Trained = None,
-    model: o.Model = None,
-    weights: o.Weights = None,
-    data: o.Data = None,
     images: Annotated[
         int | None, typer.Option(help="Number of images of the data to draw [4]")
     ] = None,
-    seed: o.Seed = None,
     out: Annotated[Path, typer.Option(help="Picture to write: FILE.png")] = Path("show.png"),
     as_json: o.AsJson = False,
     store: o.Store = None,
     cache: o.Cache = None,
+    **options: Any,
 ) -> None:
     """Draw which patches of an image a recipe keeps, merges or drops at each stage.
 
@@ -59,20 +60,16 @@ def show_command(
     from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.dashboards.token_picture import check_path, draw_patches
     from vitpareto.dashboards.token_rows import patch_rows, summary
-    from vitpareto.search.compare.show import TraceRequest, trace_images
+    from vitpareto.search.compare.show import trace_images
 
     check_path(out)
     check_recipe_or_trial(recipe, study, trial)
     if recipe is not None:
-        own = Path(weights) if weights else None
-        asked = TraceRequest(
-            read_recipe(recipe), model or "digits", own, data, seed or 0,
-            trained=read_weights(trained),
-        )  # fmt: skip
+        asked = _of_recipe(recipe, trained, options)
     else:
-        given = {"--model": model, "--weights": weights, "--data": data, "--trained": trained,
-                 "--seed": seed}  # fmt: skip
-        asked = _of_trial(study, trial, store, [k for k, v in given.items() if v is not None])
+        decided = [KEYS[name].option for name in o.given(options)]
+        decided += [] if trained is None else ["--trained"]
+        asked = _of_trial(study, trial, store, decided)
     with ProgressDisplay() as display:
         seen = trace_images(
             asked, [*(image or []), *(files or [])], images=images, cache=cache_folder(cache),
@@ -86,6 +83,18 @@ def show_command(
         return
     for one in seen.images:
         typer.echo(summary(one))
+
+
+def _of_recipe(recipe: Path, trained: Path | None, options: Mapping[str, Any]) -> TraceRequest:
+    """A recipe's file. Raises UserError."""
+    from vitpareto.search.compare.show import TraceRequest
+
+    given = job_values(options)
+    weights = Path(given["weights"]) if given["weights"] else None
+    return TraceRequest(
+        read_recipe(recipe), given["model"], weights, options["data"], given["seed"],
+        trained=read_weights(trained),
+    )  # fmt: skip
 
 
 def _of_trial(

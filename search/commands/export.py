@@ -21,6 +21,39 @@ if TYPE_CHECKING:
     from vitpareto.search.study.folder import StudyFolder
     from vitpareto.search.study.results import TrialResult
 
+Out = Annotated[
+    str, typer.Option(help="Folder to write, or s3:// or gs:// address; must not exist")
+]
+MaxGmacs = Annotated[
+    float | None, typer.Option(help="Best top-1 with at most this many GMACs per image")
+]
+MaxLatency = Annotated[
+    float | None, typer.Option(help="Best top-1 with at most this latency in ms")
+]
+MinTop1 = Annotated[
+    float | None, typer.Option(help="Cheapest trial certified to reach this top-1 in percent")
+]
+Knee = Annotated[bool, typer.Option("--knee", help="The knee of the front")]
+Recovered = Annotated[
+    bool, typer.Option("--recovered", help="Choose from the recovered trials (see recover)")
+]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Add an int8 program, compared with the dense int8 model")
+]
+Aoti = Annotated[
+    bool, typer.Option("--aoti", help="Add an AOTInductor package (needs a C++ compiler)")
+]
+StaticBatch = Annotated[
+    int | None, typer.Option(help="Add ONNX with this fixed batch size, for trtexec")
+]
+Register = Annotated[
+    bool, typer.Option("--register", help="Register it in MLflow as vitpareto-NAME")
+]
+Alias = Annotated[
+    list[str] | None,
+    typer.Option(help="champion, knee or fastest; may be repeated [those that apply]"),
+]
+
 
 def add_to(app: typer.Typer) -> None:
     app.command("export")(export_command)
@@ -49,39 +82,18 @@ class Registration:
 
 def export_command(
     name: Annotated[str, typer.Argument(help="Name of the study")],
-    out: Annotated[
-        str, typer.Option(help="Folder to write, or s3:// or gs:// address; must not exist")
-    ],
-    max_gmacs: Annotated[
-        float | None, typer.Option(help="Best top-1 with at most this many GMACs per image")
-    ] = None,
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="Best top-1 with at most this latency in ms")
-    ] = None,
-    min_top1: Annotated[
-        float | None, typer.Option(help="Cheapest trial certified to reach this top-1 in percent")
-    ] = None,
-    knee: Annotated[bool, typer.Option("--knee", help="The knee of the front")] = False,
+    out: Out,
+    max_gmacs: MaxGmacs = None,
+    max_latency_ms: MaxLatency = None,
+    min_top1: MinTop1 = None,
+    knee: Knee = False,
     trial: Annotated[int | None, typer.Option(help="Number of the trial")] = None,
-    recovered: Annotated[
-        bool, typer.Option("--recovered", help="Choose from the recovered trials (see recover)")
-    ] = False,
-    int8: Annotated[
-        bool, typer.Option("--int8", help="Add an int8 program, compared with the dense int8 model")
-    ] = False,
-    aoti: Annotated[
-        bool, typer.Option("--aoti", help="Add an AOTInductor package (needs a C++ compiler)")
-    ] = False,
-    static_batch: Annotated[
-        int | None, typer.Option(help="Add ONNX with this fixed batch size, for trtexec")
-    ] = None,
-    into_registry: Annotated[
-        bool, typer.Option("--register", help="Register it in MLflow as vitpareto-NAME")
-    ] = False,
-    alias: Annotated[
-        list[str] | None,
-        typer.Option(help="champion, knee or fastest; may be repeated [those that apply]"),
-    ] = None,
+    recovered: Recovered = False,
+    int8: Int8 = False,
+    aoti: Aoti = False,
+    static_batch: StaticBatch = None,
+    into_registry: Register = False,
+    alias: Alias = None,
     tracking_uri: TrackingUri = None,
     store: Store = None,
     cache: Cache = None,

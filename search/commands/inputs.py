@@ -48,6 +48,11 @@ def job_value(name: str, value: Any, option: str = "") -> Any:
     return key.default if value is None else checked_value(name, value, option or key.option)
 
 
+def job_values(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`job_value` of each option."""
+    return {name: job_value(name, value) for name, value in options.items()}
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises UserError."""
     from vitpareto.methods import Code, Recipe

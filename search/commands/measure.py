@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vitpareto.search.study.results import TrialResult
 
 #: job keys that decide how a recipe is measured; a trial has its study's, options override them
-MEASURED = {name: key for name, key in KEYS.items() if key.measured}
+MEASURED = tuple(key.name for key in KEYS.values() if key.measured)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def add_to(app: typer.Typer) -> None:
     app.command("measure")(measure_command)
 
 
-@o.with_job_options(MEASURED.values())
+@o.with_job_options(*MEASURED)
 def measure_command(
     recipe: o.RecipeFile = None,
     study: o.Study = None,

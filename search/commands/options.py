@@ -6,13 +6,13 @@ Imports typer and the declarations of job keys: nothing heavy.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from vitpareto.search.study.job_keys import KEYS, Key
+from vitpareto.search.study.job_keys import KEYS
 from vitpareto.search.study.key_kinds import Entries
 
 Command = TypeVar("Command", bound=Callable[..., None])
@@ -28,16 +28,6 @@ def job_option(name: str, default: str = "") -> Any:
     return typer.Option(help=f"{key.help} [{default or key.shown_default}]")
 
 
-Model = Annotated[str | None, job_option("model")]
-Data = Annotated[str | None, job_option("data")]
-Weights = Annotated[str | None, job_option("weights")]
-Device = Annotated[str | None, job_option("device")]
-Dtype = Annotated[str | None, job_option("dtype")]
-Batch = Annotated[int | None, job_option("batch")]
-Images = Annotated[int | None, job_option("images")]
-Seed = Annotated[int | None, job_option("seed")]
-LatencyBatch = Annotated[int | None, job_option("latency_batch")]
-LatencyRuntime = Annotated[str | None, job_option("latency_runtime")]
 TrackingUri = Annotated[str | None, job_option("tracking_uri")]
 Store = Annotated[str | None, job_option("store")]
 Cache = Annotated[str | None, job_option("cache")]
@@ -61,8 +51,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV")]
 
 
-def with_job_options(keys: Iterable[Key]) -> Callable[[Command], Command]:
-    """Replace a command's `**options` by one option per job key; None where not given.
+def with_job_options(*names: str) -> Callable[[Command], Command]:
+    """Replace a command's `**options` by one option for each of these job keys; None where not
+    given.
 
     `space` and `fixed` are mappings: `--set` gives their entries.
     """
@@ -71,7 +62,7 @@ def with_job_options(keys: Iterable[Key]) -> Callable[[Command], Command]:
             key.name, inspect.Parameter.KEYWORD_ONLY, default=None,
             annotation=Annotated[key.kind.python | None, job_option(key.name)],
         )
-        for key in keys
+        for key in map(KEYS.__getitem__, names)
         if not isinstance(key.kind, Entries)
     ]  # fmt: skip
 

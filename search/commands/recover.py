@@ -9,7 +9,7 @@ import typer
 
 from vitpareto.search.commands.hooks import Clusters, Presenter
 from vitpareto.search.commands.inputs import find_study
-from vitpareto.search.commands.options import Address, Cache, Store
+from vitpareto.search.commands.options import Address, Cache, Store, job_option
 from vitpareto.search.commands.progress import ProgressDisplay
 from vitpareto.search.commands.terminal import log
 
@@ -27,13 +27,9 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
             list[int] | None,
             typer.Option(help="Number of a trial; may be repeated [the front's trials]"),
         ] = None,
-        lr: Annotated[float | None, typer.Option(help="Learning rate [the job's, or 1e-4]")] = None,
-        train_batch: Annotated[
-            int | None, typer.Option(help="Images per training step [128]")
-        ] = None,
-        workers: Annotated[
-            int | None, typer.Option(help="Trainings that run at the same time [as many as fit]")
-        ] = None,
+        lr: Annotated[float | None, job_option("lr", "the job's")] = None,
+        train_batch: Annotated[int | None, job_option("train_batch", "the job's")] = None,
+        workers: Annotated[int | None, job_option("workers", "the job's")] = None,
         store: Store = None,
         cache: Cache = None,
         address: Address = None,

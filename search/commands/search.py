@@ -36,7 +36,7 @@ def add_to(app: typer.Typer, clusters: Clusters, presenter: Presenter) -> None:
     runner = SearchRunner(clusters, presenter)
 
     @app.command("search")
-    @with_job_options(KEYS.values())
+    @with_job_options(*KEYS)
     def search_command(
         job: Annotated[
             Path | None, typer.Argument(help="Job file (YAML); options override it")

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from vitpareto import methods
 from vitpareto.methods.engine.bad_input import Code, nearest, suggestion
-from vitpareto.search.choices import SEARCHABLE_OBJECTIVES
 from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache
-from vitpareto.search.study.database_address import check_url
-from vitpareto.search.study.job_keys import DEFAULT_TRIALS, KEYS, Identity, JobKeys
+from vitpareto.search.study.job_keys import DEFAULT_TRIALS, KEYS, JobKeys
+from vitpareto.search.study.job_rules import check_rules
+from vitpareto.search.study.key_declarations import Identity
 from vitpareto.search.study.key_kinds import OneOf, Rejected
-from vitpareto.search.study.objectives import OBJECTIVES
 from vitpareto.search.training.preparation_cache import epochs_key
 
 
@@ -46,12 +43,12 @@ class SearchConfig(JobKeys):
                 )
         config = cls(**{k: checked_value(k, v) for k, v in given.items() if v is not None})
         # absolute: a study continues by its name, from any folder
-        paths = {
+        paths: dict[str, Any] = {
             key.name: _absolute(value, key.path_after) if value or key.path_after else None
             for key in KEYS.values()
             if key.path_after is not None and (value := getattr(config, key.name)) is not None
         }
-        return dataclasses.replace(
+        config = dataclasses.replace(
             config,
             **paths,
             tracking_uri=config.tracking_uri and _absolute(config.tracking_uri, "sqlite:///"),
@@ -59,107 +56,9 @@ class SearchConfig(JobKeys):
             store=config.store or os.environ.get("VITPARETO_STORE", "") or "studies",
             cache=config.cache or str(default_cache()),
             data=_absolute_data(config.data),
-        )._checked()
-
-    def _checked(self) -> SearchConfig:
-        _check_name(self.name)
-        self._check_methods()
-        self._check_objectives()
-        self._check_conflicts()
-        self._check_secrets()
-        if self.storage is not None:
-            check_url(self.storage)
-        return self
-
-    def _check_methods(self) -> None:
-        for name in self.methods:
-            key = epochs_key(name)
-            if key is not None and getattr(self, key) == 0:
-                raise UserError(
-                    f"job.{key} must be at least 1 for {name}, which needs training (got 0): give "
-                    f"for example {KEYS[key].option} 5",
-                    Code.MISSING,
-                    key=key,
-                    method=name,
-                )
-        _check_unique("methods", self.methods)
-
-    def _check_objectives(self) -> None:
-        for name in self.objectives:
-            if name not in SEARCHABLE_OBJECTIVES:
-                raise UserError(
-                    f"unknown objective {name!r}{nearest(name, SEARCHABLE_OBJECTIVES)}",
-                    Code.UNKNOWN_NAME,
-                    key="objectives",
-                    got=name,
-                )
-        _check_unique("objectives", self.objectives)
-        listed = ",".join(self.objectives) or "none"
-        if "top1" not in self.objectives:
-            raise UserError(
-                f"job.objectives must include top1 (got {listed})",
-                Code.MISSING,
-                key="objectives",
-                name="top1",
-            )
-        if all(OBJECTIVES[o].direction == "maximize" for o in self.objectives):
-            raise UserError(
-                f"job.objectives must include at least one cost, for example gmacs (got {listed})",
-                Code.MISSING,
-                key="objectives",
-                name="cost",
-            )
-        if self.race == "on" and "top5" in self.objectives:
-            raise UserError(
-                "job.race must be off with the objective top5 (got on): trials are stopped early "
-                "by top1 alone",
-                Code.CONFLICT,
-                keys=("race", "objectives"),
-            )
-
-    def _check_conflicts(self) -> None:
-        low, high = self.min_gmacs, self.max_gmacs
-        if low is not None and high is not None and low > high:
-            raise UserError(
-                f"job.min_gmacs must not be above job.max_gmacs (got {low:g} and {high:g})",
-                Code.CONFLICT,
-                keys=("min_gmacs", "max_gmacs"),
-            )
-        if self.snap == "steps" and self.profile is None:
-            raise UserError(
-                "job.snap steps requires job.profile, a latency table of vitpareto profile",
-                Code.MISSING,
-                key="profile",
-            )
-        gpus = self.gpus_per_trial
-        if gpus is not None and gpus > 1 and not gpus.is_integer():
-            raise UserError(
-                "job.gpus_per_trial must be a fraction of one GPU or a whole number of GPUs "
-                f"(got {gpus:g})",
-                Code.OUT_OF_RANGE,
-                key="gpus_per_trial",
-                got=gpus,
-            )
-
-    def _check_secrets(self) -> None:
-        """job.yaml stays in the store and is shown in MLflow and in logs."""
-        if self.tracking_uri and re.search(r"//[^/@]*:[^/@]+@", self.tracking_uri):
-            raise UserError(
-                "job.tracking_uri must not contain a password, because job.yaml stores it: set "
-                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the whole address as "
-                "MLFLOW_TRACKING_URI, in the environment",
-                Code.SECRET,
-                key="tracking_uri",
-            )
-        for key, address in (("store", self.store), ("data", self.data)):
-            if re.search(r"//[^/@]*@|[?&][^=]*(key|secret|token)=", address):
-                raise UserError(
-                    f"job.{key} must not contain credentials, because job.yaml stores it: set "
-                    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-                    "GOOGLE_APPLICATION_CREDENTIALS, in the environment, or give nodes a role",
-                    Code.SECRET,
-                    key=key,
-                )
+        )
+        check_rules(config)
+        return config
 
     def identity(self, *, trained: bool) -> dict[str, Any]:
         """The keys that a study's numbers depend on, as study.json holds them, without what it
@@ -258,30 +157,6 @@ def trials_in_all(trials: int | None, time: str | None, patience: int | None) ->
     if trials is None and time is None and patience is None:
         return DEFAULT_TRIALS
     return trials
-
-
-def _check_name(name: str) -> None:
-    plain = name == Path(name).name and name.isprintable()
-    if not name or not plain or name.startswith(".") or len(name.encode()) > 200:
-        rule = "a folder name without separators, of at most 200 bytes"
-        raise UserError(
-            f"job.name must be {rule} (got {name!r})",
-            Code.OUT_OF_RANGE,
-            key="name",
-            got=name,
-            accepted=rule,
-        )
-
-
-def _check_unique(key: str, names: tuple[str, ...]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"job.{key} must be unique (got {name!r} {names.count(name)} times)",
-                Code.DUPLICATE,
-                key=key,
-                got=name,
-            )
 
 
 def _absolute(address: str, scheme: str) -> str:

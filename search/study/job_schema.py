@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.search.study.job_keys import KEYS, Key
+from vitpareto.search.study.job_keys import KEYS
+from vitpareto.search.study.key_declarations import Key
 from vitpareto.search.study.key_kinds import Entries, Integer, Number
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
