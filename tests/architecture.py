@@ -52,8 +52,28 @@ ALLOWED: dict[str, str] = {
 #: rooms that any room outside methods may import
 METHODS = ("methods", "methods.engine", "methods.slicing")
 
-#: each heavy dependency and the rooms that may import it
+#: every package of others and the rooms that import it; no room imports one without being named
 OWNERS: dict[str, tuple[str, ...]] = {
+    "torch": (
+        "methods.engine", "methods.slicing", "methods.token", "methods.structure",
+        "methods.controls", "search", "search.data", "search.models", "search.runtimes",
+        "search.measure", "search.training", "search.study", "search.export", "search.compare",
+        "search.trials",
+    ),
+    "timm": (
+        "methods.engine", "methods.slicing", "methods.structure", "search.data", "search.models",
+        "search.measure", "search.training", "search.export", "search.compare", "search.trials",
+    ),
+    "torchvision": ("search.data",),
+    "PIL": ("search.data", "search.export", "search.compare"),
+    "safetensors": ("search.models", "search.training", "search.export"),
+    "numpy": (
+        "search.stats", "search.data", "search.measure", "search.training", "search.study",
+        "search.export", "search.tracking", "search.compare", "search.trials", "dashboards",
+    ),
+    "yaml": ("methods.engine", "search.study", "search.tracking", "clusters"),
+    "typer": ("search.commands", "clusters", "dashboards.commands", "vitpareto"),
+    "rich": ("search.commands", "clusters", "dashboards"),
     "ray": ("search.trials", "clusters"),
     "optuna": ("search.study",),
     "mlflow": ("search.tracking",),
@@ -71,16 +91,28 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "sklearn": ("search.data",),
     "matplotlib": ("dashboards",),
     "plotly": ("dashboards",),
+}  # fmt: skip
+
+#: imports of the package's own modules inside a function, outside the commands, and their reasons;
+#: a command imports what it runs when it runs, so that the others start fast
+LATE: dict[str, str] = {
+    "search/export/bundle.py": "int8 needs onnxruntime's quantizer, which most exports do not use",
+    "search/trials/latency_target.py": "measuring in one process needs no Ray",
+    "vitpareto/cli.py": "help starts without torch",
 }
 
 
 @dataclass(frozen=True)
 class Import:
-    """One import statement: of `target` (a dotted module) in `path`, at a line."""
+    """One import statement: of `target` (a dotted module) in `path`, at a line.
+
+    late: inside a function.
+    """
 
     path: Path
     line: int
     target: str
+    late: bool = False
 
     def __str__(self) -> str:
         return f"{self.path.relative_to(ROOT)}:{self.line} imports {self.target}"
@@ -115,17 +147,21 @@ def imports_of(path: Path) -> tuple[Import, ...]:
 
 def _imports(path: Path) -> Iterator[Import]:
     known = {module_of(p) for p in sources()}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
+    for node in ast.walk(tree):
+        late = id(node) in inside
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(path, node.lineno, alias.name)
+                yield Import(path, node.lineno, alias.name, late)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: relative import"
             module = str(node.module)
             for alias in node.names:
                 full = f"{module}.{alias.name}"
                 inner = full.removeprefix(f"{PACKAGE}.")
-                yield Import(path, node.lineno, full if inner in known else module)
+                yield Import(path, node.lineno, full if inner in known else module, late)
 
 
 def arrows() -> dict[tuple[str, str], list[Import]]:
@@ -140,6 +176,17 @@ def arrows() -> dict[tuple[str, str], list[Import]]:
             there = room_of(inner if inner.split(".")[0] in FOLDERS else one.target)
             if there != here:
                 found[here, there].append(one)
+    return dict(found)
+
+
+def packages() -> dict[tuple[str, str], list[Import]]:
+    """(package of others, room that imports it) -> the imports."""
+    found: dict[tuple[str, str], list[Import]] = defaultdict(list)
+    for path in sources():
+        for one in imports_of(path):
+            top = one.target.partition(".")[0]
+            if top != PACKAGE and top not in sys.stdlib_module_names:
+                found[top, room_of(module_of(path))].append(one)
     return dict(found)
 
 

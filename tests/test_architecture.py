@@ -10,11 +10,10 @@ import graphlib
 from collections import defaultdict
 from pathlib import Path
 
-import pytest
-
 from tests.architecture import (
     ALLOWED,
     FOLDERS,
+    LATE,
     OWNERS,
     PACKAGE,
     ROOT,
@@ -22,6 +21,7 @@ from tests.architecture import (
     arrows,
     imports_of,
     module_of,
+    packages,
     room_of,
     sources,
 )
@@ -71,16 +71,35 @@ def test_no_circle_among_modules() -> None:
     assert list(graphlib.TopologicalSorter(below).static_order())
 
 
-@pytest.mark.parametrize("package", OWNERS)
-def test_a_heavy_package_is_imported_by_its_owners_alone(package: str) -> None:
+def test_imports_inside_functions_are_those_of_commands_and_of_the_list() -> None:
+    """They count as arrows too; the list says why each is inside a function."""
+    late: dict[str, list[str]] = defaultdict(list)
+    for path in sources():
+        for one in imports_of(path):
+            if one.late and one.target.split(".")[0] == PACKAGE and "commands" not in str(path):
+                late[path.relative_to(ROOT).as_posix()].append(str(one))
+    assert late.keys() == LATE.keys(), late
+
+
+def test_a_package_is_imported_by_its_owners_alone() -> None:
     wrong = [
         str(one)
-        for path in sources()
-        for one in imports_of(path)
-        if one.target.split(".")[0] == package and room_of(module_of(path)) not in OWNERS[package]
+        for (package, room), found in packages().items()
+        if room not in OWNERS.get(package, ())
+        for one in found
     ]
     # the MLflow server's file starts a process and needs no import: see dashboards/mlflow_server.py
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_owner_imports_its_package() -> None:
+    listed = {(package, room) for package, rooms in OWNERS.items() for room in rooms}
+    assert not listed - packages().keys()
+
+
+def test_methods_import_torch_timm_and_a_reader_of_yaml_alone() -> None:
+    used = {package for package, room in packages() if room.startswith("methods")}
+    assert used == {"torch", "timm", "yaml"}
 
 
 def test_nothing_is_imported_under_another_name() -> None:

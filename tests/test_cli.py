@@ -39,13 +39,12 @@ def test_version(command: Run) -> None:
 
 
 def test_an_error_is_one_message(command: Run, tmp_path: Path) -> None:
-    error = command("front", "nosuch", "--store", tmp_path).is_refused()
-    assert "'nosuch'" in str(error)
+    command("front", "nosuch", "--store", tmp_path).is_refused(Code.NOT_FOUND, study="nosuch")
 
 
 def test_debug_shows_the_traceback(command: Run, tmp_path: Path) -> None:
     result = command("front", "nosuch", "--store", tmp_path, "--debug")
-    assert result.code == cli.FAILED and "Traceback" in result.err and "'nosuch'" in result.err
+    assert result.code == cli.FAILED and "Traceback" in result.err
 
 
 def test_a_bad_command_line_exits_with_2(command: Run) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest
 from vitpareto.methods.engine.method import Method
 
 _REGISTRY: dict[str, Method] = {}
@@ -37,5 +37,6 @@ def get(name: str) -> Method:
             Code.UNKNOWN_NAME,
             name=name,
             accepted=list(names()),
+            closest=closest(name, _REGISTRY),
         )
     return _REGISTRY[name]

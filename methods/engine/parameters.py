@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, nearest, suggestion
+from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest, suggestion
 
 
 class Required:
@@ -60,8 +60,8 @@ class Parameter:
         """
         raise NotImplementedError
 
-    def error(self, code: Code, value: Any, where: str, hint: str = "") -> BadInput:
-        """The error for a value that is not accepted."""
+    def error(self, code: Code, value: Any, where: str, hint: str = "", **details: Any) -> BadInput:
+        """The error for a value that is not accepted; `details` are further ones of it."""
         return BadInput(
             f"{where}.{self.name} must be {self.accepts} (got {value!r}){hint}",
             code,
@@ -69,6 +69,7 @@ class Parameter:
             where=where,
             got=value,
             accepted=self.accepts,
+            **details,
         )
 
 
@@ -170,8 +171,10 @@ class Choice(Parameter):
             if type(choice) is type(value) and choice == value:
                 return choice
         strings = [c for c in self.choices if isinstance(c, str)]
-        hint = suggestion(value, strings) if isinstance(value, str) else ""
-        raise self.error(Code.OUT_OF_RANGE, value, where, hint)
+        if isinstance(value, str):
+            hint, match = suggestion(value, strings), closest(value, strings)
+            raise self.error(Code.OUT_OF_RANGE, value, where, hint, closest=match)
+        raise self.error(Code.OUT_OF_RANGE, value, where)
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,7 @@ def check_values(
                 name=name,
                 where=where,
                 accepted=names,
+                closest=closest(name, names),
             )
     out: dict[str, Any] = {}
     skip = set(optional)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest
 from vitpareto.methods.engine.method_registry import get
 from vitpareto.methods.engine.step import Step
 
@@ -37,6 +37,7 @@ def parse_recipe(data: Any) -> dict[str, Any]:
                 name=key,
                 where="recipe",
                 accepted=list(KEYS),
+                closest=closest(key, KEYS),
             )
         if value is not None:
             fields[key] = _digest(value) if key == "weights" else _step(key, value)

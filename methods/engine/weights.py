@@ -25,8 +25,12 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Load every parameter and buffer of `model`. Raises BadInput with the first wrong keys."""
     own = model.state_dict()
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
-    wrong = [k for k in own if k in weights and weights[k].shape != own[k].shape]
-    shapes = [f"{k} {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong]
+    wrong = {
+        key: (tuple(weights[key].shape), tuple(value.shape))
+        for key, value in own.items()
+        if key in weights and weights[key].shape != value.shape
+    }
+    shapes = [f"{key} {given}, not {expected}" for key, (given, expected) in wrong.items()]
     problems = [
         f"{what}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}"
         for what, keys in (("missing", missing), ("unknown", unknown), ("wrong shape", shapes))
@@ -38,7 +42,7 @@ def load_strictly(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             Code.MISMATCH,
             missing=missing[:4],
             unknown=unknown[:4],
-            wrong_shape=wrong[:4],
+            shapes=dict(list(wrong.items())[:4]),
         )
     try:
         model.load_state_dict(dict(weights))

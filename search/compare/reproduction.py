@@ -16,7 +16,7 @@ from torch import nn
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, Code, Recipe, recipe_of
-from vitpareto.methods.engine.bad_input import nearest
+from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.compare.published import PublishedRow, recompute
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
@@ -90,6 +90,7 @@ def select(rows: Sequence[PublishedRow], models: Sequence[str] = ()) -> tuple[Pu
                 f"no figure is published for model {name!r}{nearest(name, known)}",
                 Code.UNKNOWN_NAME,
                 name=name,
+                closest=closest(name, known),
             )
     return tuple(row for row in rows if not models or row.model in models)
 

@@ -86,4 +86,5 @@ def _download(root: Path) -> None:
             f"where ROOT/{CIFAR10.base_folder} is the unpacked archive",
             Code.UNAVAILABLE,
             path=str(root),
+            reason=str(error),
         ) from error

@@ -59,6 +59,7 @@ class Data:
                 Code.UNKNOWN_NAME,
                 name=name,
                 accepted=tuple(self._listed),
+                closest=closest(name, self._listed),
             )
         listed = self._listed[name]
         request = DecodeRequest(

@@ -80,6 +80,7 @@ def list_fashionmnist(
             path=str(given),
             missing=missing[folder],
             target=str(target),
+            url=URL,
         )
     train, test = (_part(folder, train).labels for train in (True, False))
     return CLASSES, train_and_test(partial(FashionImages, folder), train, test, seed)

@@ -59,4 +59,5 @@ def _find(root: Path | None, cache: Path) -> Path:
         "with its train/ and val/",
         Code.NOT_FOUND,
         path=str(given),
+        url=URL,
     )

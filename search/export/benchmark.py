@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vitpareto.methods import BadInput, Code, Recipe
-from vitpareto.methods.engine.bad_input import nearest
+from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export import preprocessing
 from vitpareto.search.export.bundle_result import BundleResult
@@ -101,6 +101,7 @@ def _check(runtimes: Sequence[str], batches: Sequence[int], device: str) -> None
                 key="runtime",
                 got=runtime,
                 accepted=RUNTIMES,
+                closest=closest(runtime, RUNTIMES),
             )
         if runtime == "onnxruntime":
             check_runtime(runtime, device, "float32")

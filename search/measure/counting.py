@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitpareto.methods import BadInput, Code, Recipe, model_shape
-from vitpareto.methods.engine.bad_input import nearest
+from vitpareto.methods.engine.bad_input import closest, nearest
 
 
 @dataclass(frozen=True)
@@ -135,5 +135,6 @@ def counter(name: str) -> Counter:
             Code.UNKNOWN_NAME,
             name=name,
             accepted=tuple(COUNTERS),
+            closest=closest(name, COUNTERS),
         )
     return COUNTERS[name]

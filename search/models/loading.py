@@ -99,12 +99,14 @@ def _create(name: str, pretrained: bool, classes: int | None) -> nn.Module:
         return timm.create_model(name, pretrained=pretrained, **options)
     except Exception as error:
         if pretrained:
-            reason = f"the pretrained weights of {name!r} are not available ({first_line(error)})"
+            cause = first_line(error)
+            reason = f"the pretrained weights of {name!r} are not available ({cause})"
             raise UserError(
                 f"{reason}; give them with --weights FILE",
                 Code.UNAVAILABLE,
                 name=name,
                 reason=reason,
+                cause=cause,
             ) from error
         raise _cannot_build(name, error) from error
 

@@ -111,6 +111,6 @@ def _load(
 def _mismatch(path: Path, error: BadInput, recipe: Recipe | None = None) -> UserError:
     """The error with the file's name, and the same code and details."""
     target = "" if recipe is None else f" for {recipe}"
-    return UserError(
-        f"weights file {path}{target}: {error}", error.code, **{**error.details, "path": str(path)}
-    )
+    named = {} if recipe is None else {"recipe": str(recipe)}
+    details = {**error.details, **named, "path": str(path)}
+    return UserError(f"weights file {path}{target}: {error}", error.code, **details)

@@ -102,6 +102,7 @@ def _load(path: Path) -> Any:
             "not read; save the model's state dict, preferably as safetensors",
             Code.UNSUPPORTED,
             path=str(path),
+            got=match[1] if match else None,
         ) from error
     except Exception as error:
         kind = "safetensors" if path.suffix == ".safetensors" else "a weights-only checkpoint"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods import Code
-from vitpareto.methods.engine.bad_input import nearest
+from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
@@ -31,6 +31,7 @@ def check_runtime(runtime: str, device: str, dtype: str) -> None:
         raise UserError(
             f"runtime {runtime!r} does not exist{nearest(runtime, RUNTIMES)}",
             Code.UNKNOWN_NAME, key="runtime", got=runtime, accepted=tuple(RUNTIMES),
+            closest=closest(runtime, RUNTIMES),
         )  # fmt: skip
     if runtime == "cudagraph" and not device.startswith("cuda"):
         raise UserError(

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import yaml
 
-from vitpareto.search.errors import Code, UserError, nearest
+from vitpareto.search.errors import Code, UserError, closest, nearest
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.files.object_store import ObjectStore, store_folder
 from vitpareto.search.files.write_through import fetch_if_missing, object_store_of
@@ -85,6 +85,7 @@ class StudyFolder:
             raise UserError(
                 f"study {name!r} does not exist in {store}{nearest(name, known)}",
                 Code.NOT_FOUND, study=name, store=str(store), known=list(known),
+                closest=closest(name, known),
             )  # fmt: skip
         study.identity.read()
         return study

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.methods.engine.bad_input import Code, nearest, suggestion
+from vitpareto.methods.engine.bad_input import Code, closest, nearest, suggestion
 from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache
@@ -37,9 +37,10 @@ class SearchConfig(JobKeys):
         for name in given:
             if name not in KEYS:
                 raise UserError(
-                    f"a job has no key {name!r}{nearest(str(name), KEYS)}",
+                    f"a job has no key {name!r}{nearest(name, KEYS)}",
                     Code.UNKNOWN_NAME,
                     key=name,
+                    closest=closest(name, KEYS),
                 )
         config = cls(**{k: checked_value(k, v) for k, v in given.items() if v is not None})
         # absolute: a study continues by its name, from any folder
@@ -139,15 +140,15 @@ def checked_value(name: str, value: Any, option: str = "") -> Any:
     try:
         return kind.check(value)
     except Rejected as rejected:
-        hint = ""
-        if isinstance(kind, OneOf) and isinstance(value, str):
-            hint = suggestion(value, kind.choices)
+        choices = kind.choices if isinstance(kind, OneOf) and isinstance(value, str) else ()
         raise UserError(
-            f"{option or f'job.{name}'} must be {kind.rule} (got {value!r}){hint}",
+            f"{option or f'job.{name}'} must be {kind.rule} (got {value!r})"
+            f"{suggestion(value, choices)}",
             Code(rejected.code),
             key=name,
             got=value,
             accepted=kind.rule,
+            closest=closest(value, choices),
             **({"option": option} if option else {}),
         ) from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vitpareto.methods.engine.bad_input import Code, nearest
+from vitpareto.methods.engine.bad_input import Code, closest, nearest
 from vitpareto.search.choices import SEARCHABLE_OBJECTIVES
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.database_address import check_url
@@ -47,6 +47,7 @@ def _check_objectives(job: JobKeys) -> None:
                 Code.UNKNOWN_NAME,
                 key="objectives",
                 got=name,
+                closest=closest(name, SEARCHABLE_OBJECTIVES),
             )
     _check_unique("objectives", job.objectives)
     listed = ",".join(job.objectives) or "none"

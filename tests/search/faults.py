@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,39 +166,3 @@ def unequal(folder: StudyFolder, uri: str | None = None) -> list[str]:
             if abs(metrics.get(k, float("nan")) - v) > 1e-9 * abs(v) or k not in metrics
         ]
     return said
-
-
-def kill_drivers(
-    store: Path, cache: Path, trials: int, moments: Iterable[float], options: tuple[Any, ...] = ()
-) -> Broken:
-    """One study whose driver is killed so many seconds after every start, then left to end.
-
-    A killed driver's results are looked at before the next one begins.
-    """
-    seen: dict[str, bytes] = {}
-    kills, log = 0, store / "log"
-    changed: set[str] = set()
-    for moment in moments:
-        begun = driver(store, cache, log, "--trials", trials, *options)
-        end = time.monotonic() + moment
-        while time.monotonic() < end and begun.poll() is None:
-            time.sleep(0.01)
-        if begun.poll() is not None:
-            assert begun.returncode == 0, log.read_text()[-3000:]
-            break
-        kill(begun)
-        kills += 1
-        now = results(store)
-        changed |= {n for n in seen if now.get(n) != seen[n]}
-        seen = now
-    last = driver(store, cache, log, "--trials", trials, *options)
-    code = last.wait(timeout=1500)
-    assert code == 0, log.read_text()[-3000:]
-    found = look(store, "driver", kills, seen)
-    found.changed = sorted({*found.changed, *changed})
-    return found
-
-
-def moments(seed: int, count: int, low: float, high: float) -> list[float]:
-    draw = random.Random(seed)
-    return [draw.uniform(low, high) for _ in range(count)]

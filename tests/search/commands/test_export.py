@@ -31,10 +31,11 @@ def test_a_trial_is_exported_and_verified(command: Run, study_store: Path, tmp_p
     result = command("verify", bundle)
     assert result.code == 0 and "verified: 20 images" in result.out
 
-    assert str(bundle) in str(command(*export, "--min-top1", 1).is_refused())
+    command(*export, "--min-top1", 1).is_refused(Code.EXISTS, path=str(bundle))
     labels = json.loads((bundle / "labels.json").read_text())
     (bundle / "labels.json").write_text(json.dumps(labels[::-1]))
-    assert "labels.json" in str(command("verify", bundle).is_refused())
+    error = command("verify", bundle).is_refused(Code.MISMATCH)
+    assert set(error.details["expected"]) == {"labels.json"}
 
 
 def test_a_budget_below_every_trial_is_refused(
@@ -42,7 +43,7 @@ def test_a_budget_below_every_trial_is_refused(
 ) -> None:
     bundle = tmp_path / "bundle"
     export = ("export", STUDY, "--store", study_store, "--out", bundle)
-    command(*export, "--max-gmacs", 1e-6).is_refused()
+    command(*export, "--max-gmacs", 1e-6).is_refused(Code.EMPTY, budget={"gmacs": 1e-6})
     assert not bundle.exists()
 
 

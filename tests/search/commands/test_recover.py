@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.command_line import STUDY, TRIALS, Run
+from vitpareto.methods.engine.bad_input import Code
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("capacity")]
 
@@ -33,7 +34,8 @@ def test_recover_adds_a_second_front(command: Run, own_store: Path, cache: Path)
     assert f"{TRIALS + 1} unchanged" in command("sync", STUDY, "--store", own_store).out
     result = command("recover", STUDY, "--epochs", 1, "--trial", trial, *where)
     assert result.code == 0 and "0 trials to recover" in result.err
-    assert "epochs" in str(command("recover", STUDY, "--epochs", 2, *where).is_refused())
+    refused = command("recover", STUDY, "--epochs", 2, *where).is_refused(Code.MISMATCH)
+    assert set(refused.details["differences"]) == {"epochs"}
     _measured_with_its_weights(command, own_store, cache)
 
 
@@ -43,7 +45,7 @@ def _measured_with_its_weights(command: Run, store: Path, cache: Path) -> None:
     recipe = store / "r.yaml"
     recipe.write_text(f"weights: {weights.stem}\n")
     measure = ("measure", "--recipe", recipe, "--images", 20, "--cache", cache)
-    assert weights.stem in str(command(*measure).is_refused())
+    command(*measure).is_refused(Code.MISSING, expected=weights.stem)
     assert command(*measure, "--trained", weights).code == 0
     recipe.write_text("weights: 0123456789abcdef\n")
-    assert weights.stem in str(command(*measure, "--trained", weights).is_refused())
+    command(*measure, "--trained", weights).is_refused(Code.MISMATCH, got=weights.stem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,9 @@ def test_other_methods_parts_are_ignored_and_a_mismatch_is_refused(
     found = read_pretrained(path)
     assert found.weights_for(TNT, digits) is None
     two = Recipe.of("dynamicvit", prune_layers=[3, 6], keep_rates=[0.7, 0.49])
-    with pytest.raises(UserError, match="reduction.predictors.2.in_conv.0.bias") as caught:
+    with refused(Code.MISMATCH, UserError, path=str(path), recipe=str(two)) as caught:
         found.weights_for(two, digits)
-    assert caught.value.details["path"] == str(path)
-    assert "dynamicvit prune_layers=[3,6]" in str(caught.value), "the recipe"
+    assert caught.value.details["unknown"][0] == "reduction.predictors.2.in_conv.0.bias"
 
 
 def test_evits_checkpoint_has_timms_layout(tmp_path: Path, images: Tensor) -> None:
@@ -204,8 +204,7 @@ def refused_keys(tmp_path: Path, state: dict[str, Tensor], code: Code) -> tuple[
     with refused(code, UserError, path=str(tmp_path / "w.pth")) as caught:
         read_pretrained(tmp_path / "w.pth")
     keys: tuple[str, ...] = caught.value.details["keys"]
-    assert all(key in str(caught.value) for key in keys[:3])
-    assert len(str(caught.value)) < 500
+    assert len(str(caught.value)) < 500, "not all of the keys"
     return keys
 
 
@@ -215,10 +214,8 @@ def test_an_unknown_layout_is_refused_with_its_first_keys(
     names = {"blocks.": "encoder.layer.", "pos_embed": "embeddings.position_embeddings"}
     keys = refused_keys(tmp_path, renamed(digits, names), Code.UNSUPPORTED)
     assert keys[0] == "embeddings.position_embeddings" and keys[1].startswith("encoder.layer.0")
-    with refused(Code.UNSUPPORTED, accepted=("tnt", "dynamicvit", "nvit", "timm")) as caught:
+    with refused(Code.UNSUPPORTED, accepted=("tnt", "dynamicvit", "nvit", "timm")):
         read_pretrained(tmp_path / "w.pth")
-    for known in ("TNT's", "alpha_heads.0.weight", "DynamicViT's", "NViT's", "EViT's"):
-        assert known in str(caught.value)
     heads = renamed(built(digits, TNT), {"reduction.heads.": "alpha_head."})
     assert len(refused_keys(tmp_path, heads, Code.UNSUPPORTED)) == 24
     one = {**digits.state_dict(), "mask_token": torch.ones(1)}
@@ -242,10 +239,10 @@ def test_missing_keys_of_a_known_layout_are_listed(tmp_path: Path, digits: nn.Mo
 def test_settings_are_read_and_other_objects_are_refused(tmp_path: Path, digits: nn.Module) -> None:
     """Every script that came from DeiT's keeps its argparse.Namespace in the file."""
     path = training_file(tmp_path / "w.pth", dict(digits.state_dict()))
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
     assert read_pretrained(path).model.keys() == digits.state_dict().keys()
     training_file(path, dict(digits.state_dict()), loss=nn.CrossEntropyLoss())
-    with refused(Code.UNSUPPORTED, UserError, path=str(path)) as caught:
+    loss = "torch.nn.modules.loss.CrossEntropyLoss"
+    with refused(Code.UNSUPPORTED, UserError, path=str(path), got=loss):
         read_pretrained(path)
-    assert "torch.nn.modules.loss.CrossEntropyLoss" in str(caught.value)

@@ -72,15 +72,14 @@ def test_the_embedded_model_with_a_weights_file(
 @pytest.mark.parametrize(
     ("name", "near"),
     [
-        ("deit_smal_patch16_224", "did you mean 'deit_small"),
-        ("digit", "did you mean 'digits'?"),
-        ("zzzzzz", "timm.list_models()"),
+        ("deit_smal_patch16_224", "deit_small_patch16_224"),
+        ("digit", "digits"),
+        ("zzzzzz", None),
     ],
 )
-def test_unknown_names(name: str, near: str) -> None:
-    with refused(Code.UNKNOWN_NAME, UserError, name=name) as caught:
+def test_unknown_names(name: str, near: str | None) -> None:
+    with refused(Code.UNKNOWN_NAME, UserError, name=name, closest=near) as caught:
         load_model(name)
-    assert near in str(caught.value)
     assert len(str(caught.value)) < 300, "not all of timm's names"
 
 
@@ -97,8 +96,10 @@ def test_unsupported_models_are_refused_before_their_weights_are_downloaded(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", without_weights)
-    kind = {"resnet50": "ResNet", "swin_tiny_patch4_window7_224": "SwinTransformer"}
-    with pytest.raises(UnsupportedModel, match=kind.get(name, "Eva")):
+    kind = {"resnet50": "ResNet", "swin_tiny_patch4_window7_224": "SwinTransformer"}.get(
+        name, "Eva"
+    )
+    with refused(Code.UNSUPPORTED, UnsupportedModel, model=kind, part="class"):
         load_model(name)
 
 
@@ -114,9 +115,8 @@ def test_unavailable_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(timm, "create_model", offline)
     with refused(Code.UNAVAILABLE, UserError, name=NAME) as caught:
         load_model(NAME)
-    assert "(ConnectionError: no route)" in str(caught.value), "the error's first line"
-    assert "--weights FILE" in str(caught.value)
-    assert "--weights" not in caught.value.details["reason"]
+    assert caught.value.details["cause"] == "ConnectionError: no route", "the error's first line"
+    assert "\n" not in str(caught.value)
 
 
 # --- weight files
@@ -145,25 +145,24 @@ def test_a_truncated_weights_file(tmp_path: Path, weights: Path) -> None:
 
 
 def test_weights_of_another_architecture(weights: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError) as caught:
+    with refused(Code.MISMATCH, UserError, path=str(weights), missing=[], unknown=[]) as caught:
         load_model("deit_small_patch16_224", weights)
-    assert caught.value.details["path"] == str(weights)
-    message = str(caught.value)
-    assert all(part in message for part in ("cls_token", "(1, 1, 192)", "(1, 1, 384)"))
-    assert len(message) < 400
+    assert caught.value.details["shapes"]["cls_token"] == ((1, 1, 192), (1, 1, 384))
+    assert len(str(caught.value)) < 400
     other = tmp_path / "x.safetensors"
     safetensors.torch.save_file({"blocks.0.ls1.gamma": torch.ones(1)}, other)
-    with pytest.raises(UserError, match="blocks.0.ls1.gamma") as caught:
+    unknown = ["blocks.0.ls1.gamma"]
+    with refused(Code.MISMATCH, UserError, path=str(other), unknown=unknown, shapes={}):
         load_model("digits", other)
-    assert caught.value.details["path"] == str(other)
 
 
 def test_a_head_that_is_not_a_matrix(tmp_path: Path, weights: Path) -> None:
     state = safetensors.torch.load_file(weights) | {"head.weight": torch.tensor(1.0)}
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(UserError, match="head.weight") as caught:
-        load_model(NAME, tmp_path / "w.safetensors")
-    assert caught.value.details["path"] == str(tmp_path / "w.safetensors")
+    path = tmp_path / "w.safetensors"
+    with refused(Code.MISMATCH, UserError, path=str(path), missing=[], unknown=[]) as caught:
+        load_model(NAME, path)
+    assert list(caught.value.details["shapes"]) == ["head.weight"]
 
 
 @pytest.mark.parametrize("key", [None, "state_dict", "model", "state_dict_ema", "model_ema"])
@@ -224,7 +223,7 @@ def test_a_users_pickle_does_not_run(tmp_path: Path, how: str, suffix: str) -> N
     with pytest.raises(UserError) as caught:
         load_model("digits", path)
     assert caught.value.code in (Code.UNREADABLE, Code.UNSUPPORTED)
-    assert caught.value.details == {"path": str(path)}
+    assert caught.value.details["path"] == str(path)
     assert not trap.exists()
     pickle.loads(pickle.dumps(stored))
     assert trap.exists(), "a plain unpickling would have run it"
@@ -240,7 +239,7 @@ def test_a_model_without_a_head_has_no_classes() -> None:
 
 
 def test_a_model_with_other_blocks_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="block 0"):
+    with refused(Code.UNSUPPORTED, UnsupportedModel, part="block 0"):
         load_model("vit_small_patch16_18x2_224")
 
 

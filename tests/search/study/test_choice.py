@@ -68,7 +68,6 @@ def test_nothing_under_budget_holds_the_budget_and_the_nearest(budget, nearest, 
     with refused(Code.EMPTY, NothingUnderBudget, uncertified=0, **details) as caught:
         choose(CANDIDATES, **{arguments[name]: bound for name, bound in budget.items()})
     assert isinstance(caught.value, LookupError)
-    assert all(f"trial {number} (" in str(caught.value) for number in nearest)
 
 
 def test_choose_checks_its_input():

@@ -81,7 +81,7 @@ def test_study_with_other_settings_is_refused(
     before = study.identity.path.read_bytes()
     with refused(Code.MISMATCH, study="deit-s", differences=differences) as caught:
         study.identity.settle(settings)
-    assert "--name" in str(caught.value) and len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 300
     assert study.identity.path.read_bytes() == before
 
 
@@ -112,9 +112,8 @@ def test_study_is_found_by_name_and_the_nearest_is_named(study: StudyFolder) -> 
     assert found == study and found.name == "deit-s"
     assert pickle.loads(pickle.dumps(found)) == study
     assert studies_in(study.folder.parent) == ("deit-s",)
-    with refused(Code.NOT_FOUND, study="deit_s", known=["deit-s"]) as caught:
+    with refused(Code.NOT_FOUND, study="deit_s", known=["deit-s"], closest="deit-s"):
         StudyFolder.find(study.folder.parent, "deit_s")
-    assert "'deit-s'" in str(caught.value), "the message names the nearest study"
     with refused(Code.NOT_FOUND, study="x", known=[]):
         StudyFolder.find(study.folder.parent / "nowhere", "x")
 
@@ -140,7 +139,8 @@ def test_store_that_cannot_be_written_is_refused(tmp_path: Path, where: str) -> 
     assert not folder.exists
     with refused(Code.UNWRITABLE) as caught:
         folder.create()
-    assert str(tmp_path if where != "/proc/studies" else "/proc/studies") in str(caught.value)
+    store = tmp_path if where != "/proc/studies" else Path("/proc/studies")
+    assert Path(caught.value.details["path"]).is_relative_to(store)
 
 
 # --- one driver

@@ -9,9 +9,8 @@ from vitpareto.search.study.objectives import OBJECTIVES, objectives_named
 
 def test_objectives_are_looked_up_by_name():
     assert objectives_named(["gmacs"]) == (OBJECTIVES["gmacs"],)
-    with refused(Code.UNKNOWN_NAME, name="gmac") as caught:
+    with refused(Code.UNKNOWN_NAME, name="gmac", closest="gmacs"):
         objectives_named(("top1", "gmac"))
-    assert "'gmacs'" in str(caught.value), "the message names the nearest objective"
     with refused(Code.DUPLICATE, name="top1"):
         objectives_named(("top1", "top1"))
 

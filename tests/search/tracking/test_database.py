@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.logs import logged
 from tests.refusals import refused
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.tracking.client import open_client
@@ -73,7 +74,8 @@ def test_an_older_database_is_migrated_and_backed_up(
     before = (tmp_path / "mlflow.db").read_bytes()
     ensure_database(tmp_path)
     backup = tmp_path / f"mlflow.db.{revision}.bak"
-    assert backup.name in caplog.text
+    (warning,) = logged(caplog, "database")
+    assert warning.args == ("mlflow.db", backup.name)
     assert schema_revision(backup) == revision and len(backup.read_bytes()) == len(before)
     assert schema_revision(tmp_path / "mlflow.db") == schema_revisions()[0]
     assert [p.name for p in tmp_path.glob(".mlflow.db.*")] == []
@@ -81,7 +83,7 @@ def test_an_older_database_is_migrated_and_backed_up(
     assert found is not None and found.experiment_id == "7"
     caplog.clear()
     ensure_database(tmp_path)
-    assert caplog.text == ""
+    assert logged(caplog, "database") == []
 
 
 def test_a_newer_database_is_refused_and_not_changed(store: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.search.faults import until
 from vitpareto.methods.engine.preparation import SharedWeights
 from vitpareto.methods.engine.weights import weights_digest
 from vitpareto.search.models.weight_store import WeightStore
@@ -23,10 +24,13 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 
 
 class Work:
-    """A preparation in steps that are stored; interrupted before the step `killed_at`."""
+    """A preparation in steps that are stored; interrupted before the step `killed_at`.
 
-    def __init__(self, steps: int = 3, killed_at: int | None = None, seconds: float = 0.0):
-        self.steps, self.killed_at, self.seconds = steps, killed_at, seconds
+    awaits: a file without which no step ends.
+    """
+
+    def __init__(self, steps: int = 3, killed_at: int | None = None, awaits: Path | None = None):
+        self.steps, self.killed_at, self.awaits = steps, killed_at, awaits
         self.done: list[int] = []
 
     def __call__(self, progress: Path, artifacts: WeightStore) -> SharedWeights:
@@ -36,7 +40,8 @@ class Work:
                 continue
             if step == self.killed_at:
                 raise KeyboardInterrupt
-            time.sleep(self.seconds)
+            if self.awaits is not None:
+                until(self.awaits.exists, "the other process waits", 200)
             kept.touch()
             self.done.append(step)
         return SharedWeights(artifacts.save(weights(0)), 0.5)
@@ -76,14 +81,29 @@ def test_an_interrupted_preparation_continues(tmp_path: Path) -> None:
     assert not (made.folder / "progress").exists()
 
 
+class Waiting(logging.Handler):
+    """Creates a file once a lock is held by another process."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.file.touch()
+
+
 def _prepare_in_process(store: Path, out: Path) -> None:
-    work = Work(seconds=0.2)
+    waiting = out.parent / "waiting"
+    locks = logging.getLogger("vitpareto.search.files.locks")
+    locks.setLevel(logging.INFO)
+    locks.addHandler(Waiting(waiting))
+    work = Work(awaits=waiting)
     made = prepare_once(store, "tnt", WHAT, work)
     out.write_text(json.dumps([made.fresh, made.outcome.weights, work.done]))
 
 
 def test_one_of_two_processes_prepares_and_the_other_waits(tmp_path: Path) -> None:
-    """Both start at once: one trains, the other waits for it and finds the outcome."""
+    """One prepares until the other waits for it; the other then finds the outcome."""
     spawn = multiprocessing.get_context("spawn")
     outs = [tmp_path / f"{i}.json" for i in range(2)]
     processes = [

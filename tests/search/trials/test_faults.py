@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,10 @@ import torch
 from optuna.trial import TrialState
 from ray.cluster_utils import Cluster
 
+from tests import refusals
+from tests.logs import logged
 from tests.search.faults import NAME, driver, gone, kill, look, results, steady, until, workers
-from vitpareto.methods import Recipe
+from vitpareto.methods import Code, Recipe
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import OutOfMemory, largest_fitting_batch
 from vitpareto.search.study.folder import StudyFolder
@@ -56,10 +57,12 @@ def test_a_study_continues_after_its_driver_is_killed(tmp_path: Path, cache: Pat
         until(lambda: any(d.poll() is not None for d in both), "one of two drivers ends")
         refused = next(i for i, d in enumerate(both) if d.poll() is not None)
         assert both[refused].returncode == 2
-        assert "another process" in logs[refused].read_text()
         first, log = both[1 - refused], logs[1 - refused]
         until(lambda: len(results(tmp_path)) >= 4 or first.poll() is not None, "four trials")
         assert first.poll() is None, log.read_text()
+        lock = StudyFolder(tmp_path / NAME).lock
+        with refusals.refused(Code.BUSY, UserError, study=NAME), lock.hold():
+            pass
     finally:
         family = [p for one in both for p in kill(one)]
     seen = results(tmp_path)
@@ -67,7 +70,7 @@ def test_a_study_continues_after_its_driver_is_killed(tmp_path: Path, cache: Pat
     assert second.wait(timeout=900) == 0, log.read_text()
     found = look(tmp_path, "driver", 1, seen)
     assert found.whole, found
-    assert found.trials == TRIALS and f"{TRIALS} trials measured" in log.read_text()
+    assert found.trials == TRIALS, log.read_text()
     until(lambda: gone(family), "the dead driver's Ray goes with it")
 
 
@@ -236,10 +239,14 @@ def test_the_batch_is_halved_when_memory_does_not_suffice() -> None:
     assert largest_fitting_batch(100, attempt) == (12, "fits") and asked == [100, 50, 25, 12]
     with pytest.raises(OutOfMemory):
         largest_fitting_batch(4, lambda batch: torch.empty(2**60, dtype=torch.uint8))
-    with pytest.raises(RuntimeError, match="something else"):
-        largest_fitting_batch(
-            4, lambda batch: (_ for _ in ()).throw(RuntimeError("something else"))
-        )
+    other = RuntimeError("something else")
+
+    def fails(batch: int) -> str:
+        raise other
+
+    with pytest.raises(RuntimeError) as caught:
+        largest_fitting_batch(4, fails)
+    assert caught.value is other
 
 
 LIMITED = """
@@ -444,7 +451,9 @@ def test_an_unusable_database_is_refused(tmp_path: Path, url: str) -> None:
     assert folder.identity.is_empty, "nothing was begun"
 
 
-def test_the_optuna_journal_survives_a_full_disk(small_disk: Path) -> None:
+def test_the_optuna_journal_survives_a_full_disk(
+    small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = StudyFolder(small_disk / "s")
     folder.create()
     study = optuna.create_study(storage=open_storage(folder), study_name="s")
@@ -453,11 +462,17 @@ def test_the_optuna_journal_survives_a_full_disk(small_disk: Path) -> None:
     with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as full:
         while True:
             full.write(bytes(512))
-    room = threading.Timer(2.5, ballast.unlink)
+    paused = threading.Event()
+
+    def make_room() -> None:
+        until(lambda: logged(caplog, "atomic"), "a write waits for space")
+        paused.set()
+        ballast.unlink()
+
+    room = threading.Thread(target=make_room)
     room.start()
-    begin = time.monotonic()
     for value in range(40):  # more than what is left of the last page
         study.add_trial(optuna.trial.create_trial(value=value, user_attrs={"long": "x" * 500}))
-    assert time.monotonic() - begin > 1, "there was room all along"
+    assert paused.is_set(), "there was room all along"
     room.join()
     assert len(frozen_trials(folder)) == 41
