@@ -14,6 +14,25 @@ from vitpareto import methods
 
 ROOT = Path(__file__).parent.parent
 NAMES = frozenset(methods.names())
+#: (file, name): literals outside a method's own file, with the reason
+ELSEWHERE = {
+    ("search/choices.py", "random"): "Optuna's random sampler",
+    ("search/study/samplers.py", "random"): "Optuna's random sampler",
+    ("search/training/checkpoints.py", "random"): "the state of the random generators",
+    ("search/export/preprocessing.py", "resize"): "the step of the preprocessing",
+    ("search/export/readme.py", "resize"): "the step of the preprocessing",
+    ("search/export/bundle_result.py", "dense"): "a key of result.json: the dense model's figures",
+    ("search/export/int8.py", "dense"): "a key: the dense model's figures",
+    ("search/training/teachers.py", "dense"): "the dense model as teacher",
+    ("dashboards/explorer_page.py", "dense"): "a key of the page's data: the dense model's colour",
+    ("dashboards/front_artists.py", "dense"): "an element's id: the dense model's star",
+    ("dashboards/token_rows.py", "dense"): "a key: the dense model's prediction",
+    ("methods/engine/recipe.py", "dense"): "the empty recipe in one word",
+    ("search/compare/matched_settings.py", "topk"): "the yardstick of published comparisons",
+    ("search/models/checkpoint_layouts.py", "tnt"): "a published layout of checkpoints",
+    ("search/models/checkpoint_layouts.py", "dynamicvit"): "a published layout of checkpoints",
+    ("search/models/checkpoint_layouts.py", "nvit"): "a published layout of checkpoints",
+}
 #: words that are a method's name and mean something else: (file, word)
 OTHER_MEANING = {("search/study/samplers.py", "random")}  # Optuna's random sampler
 
@@ -61,6 +80,19 @@ def test_no_method_is_told_apart_by_its_name(package: str) -> None:
             if (where, name) not in OTHER_MEANING:
                 found.append(f"{where}:{line}: {name!r}")
     assert not found, "\n".join(found)
+
+
+def test_a_method_is_named_in_its_own_file_alone() -> None:
+    """No list, table or default elsewhere, which a new method would have to be added to."""
+    own = ("methods/token/", "methods/structure/", "methods/controls/")
+    found = set()
+    for package in ("methods", "search", "clusters", "dashboards", "vitpareto"):
+        for path in (ROOT / package).rglob("*.py"):
+            where = path.relative_to(ROOT).as_posix()
+            if not where.startswith(own):
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+                found |= {(where, name) for node in ast.walk(tree) for name in literals(node)}
+    assert found == ELSEWHERE.keys()
 
 
 @pytest.mark.parametrize(

@@ -115,11 +115,10 @@ def check_reachable(cost: Cost, widths: Widths, target: float, fixed: Collection
         groups = ", ".join(f"{size} {part}" for part, size in GROUPS.items())
         uncut = f"; {', '.join(sorted(fixed))} cannot be cut in this model" if fixed else ""
         raise BadInput(
-            f"nvit.target must be at least {floor / whole:.4g}, the cost at the minimum "
+            f"the target must be at least {floor / whole:.4g}, the cost at the minimum "
             f"widths (got {target / whole:.4g}; groups: {groups}{uncut})",
             Code.OUT_OF_RANGE,
             name="target",
-            where="nvit",
             got=target / whole,
             accepted=floor / whole,
             fixed=sorted(fixed),

@@ -179,7 +179,7 @@ class JobKeys:
     )  # fmt: skip
     prepare_epochs: int = key(
         Integer(high=100_000), 0,
-        "Epochs of training that is done once per study (TNT, NViT); 0 excludes these methods",
+        "Epochs of training that is done once per study; 0 excludes the methods that need it",
         identity=Identity.IF_TRAINED,
     )  # fmt: skip
     lr: float = key(
@@ -194,7 +194,7 @@ class JobKeys:
     profile: str | None = key(
         Text(),
         None,
-        "Latency table of `vitpareto profile`, for NViT's targets and for snap",
+        "Latency table of `vitpareto profile`, for methods that read one and for snap",
         identity=Identity.BY_CONTENT,
         path_after="",
     )

@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, Step
+from vitpareto.methods.engine.method_registry import NONE
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
 from vitpareto.search.errors import Code, UserError, closest, nearest
 
 if TYPE_CHECKING:  # commands that do not search start without Optuna
     import optuna
 
-#: The structure "none", and the key of `space` and `fixed` that narrows the structures.
-NONE, STRUCTURE = "none", "structure"
+#: The key of `space` and `fixed` that narrows the structures.
+STRUCTURE = "structure"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from vitpareto.methods.engine.preparation import (
     WidthsCost,
 )
 from vitpareto.methods.engine.reduction import Reduction
-from vitpareto.methods.engine.shape import ModelShape
+from vitpareto.methods.engine.shape import ModelShape, model_shape
 from vitpareto.methods.engine.staged import StagedMethod, StagedReduction, staged_presets
 from vitpareto.methods.engine.tokens import Tokens, gather, keep, top_k
 from vitpareto.methods.slicing.importance import magnitudes, top
@@ -52,6 +52,43 @@ class Last(StagedMethod):
 
     def reduction(self, params: dict[str, Any], shape: ModelShape) -> Reduction:
         return LastReduction(self.counts(params, shape))
+
+
+@register
+class Calibrated(StagedMethod):
+    """A token method without training whose counts come from calibration images."""
+
+    name = "made-up-calibrated"
+    summary = "keep the last patches, fewer of them for brighter calibration images"
+    training = "calibration"
+    presets = staged_presets("nobody")
+
+    def counts(self, params: dict[str, Any], shape: ModelShape) -> tuple[int, ...] | None:  # type: ignore[override]
+        return params.get("counts")
+
+    def bounds(
+        self, params: dict[str, Any], shape: ModelShape
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        most = super().counts({**params, "counts": None}, shape)
+        known = params.get("counts")
+        return known or (1,) * shape.depth, known or most
+
+    def signature(self, params: dict[str, Any], shape: ModelShape) -> dict[str, Any]:
+        return dict(params)
+
+    def needs_calibration(self, params: dict[str, Any]) -> bool:
+        return params.get("counts") is None
+
+    def calibrate(
+        self, model: nn.Module, params: dict[str, Any], images: Iterable[Tensor]
+    ) -> dict[str, Any]:
+        bright = torch.stack([batch.mean() for batch in images]).mean().sigmoid()
+        most = super().counts(params, model_shape(model))
+        fewer = tuple(max(1, int(n * (1 - 0.1 * float(bright)))) for n in most)
+        return {"counts": fewer}
+
+    def reduction(self, params: dict[str, Any], shape: ModelShape) -> Reduction:
+        return LastReduction(params["counts"])
 
 
 class GateReduction(Reduction):
@@ -134,6 +171,15 @@ class Thin(Method):
         if weights is not None or next(model.parameters()).is_meta:
             return sliced_model(model, widths)
         return slice_model(model, top(magnitudes(model), widths))
+
+
+@register
+class TrainedThin(Thin):
+    """A structural method that is trained in every trial."""
+
+    name = "made-up-trained-thin"
+    summary = "keep a fraction of the hidden units, and train the others in the trial"
+    training = "required"
 
 
 @dataclass(frozen=True)

@@ -378,7 +378,7 @@ def test_targets_are_checked_before_anything_runs():
     for wrong in (0, -0.1, 2):
         with refused(Code.OUT_OF_RANGE, name="share", got=wrong):
             list(trajectory(dense("class"), [0.5], never, never, never, share=wrong))
-    with refused(Code.OUT_OF_RANGE, name="target", where="nvit") as caught:
+    with refused(Code.OUT_OF_RANGE, name="target") as caught:
         list(trajectory(dense("class"), [0.5, 0.1], never, never, never))
     assert 0.19 < caught.value.details["accepted"] < 0.2
     with refused(Code.OUT_OF_RANGE, name="target", fixed=["heads", "mlp", "v"]):
@@ -457,7 +457,7 @@ def test_magnitudes_are_sums_of_squares():
     [(Code.MISSING, {}), (Code.CONFLICT, {"target": 0.5, "widths": OWN.to_plain()})],
 )
 def test_a_target_or_widths(code, params):
-    with refused(code, name="target", where="nvit"):
+    with refused(code, name="target"):
         methods.prune(dense("class"), "nvit", **params)
 
 

@@ -142,7 +142,7 @@ def test_nvits_model_can_be_pruned_and_saved(
     assert torch.equal(logits(kept, wide_images), logits(model, wide_images))
     assert widths_of(kept.state_dict()) == WIDTHS
     path = str(tmp_path / "nvit.pth")
-    with refused(Code.MISMATCH, UserError, path=path, blocks=12, expected=14):
+    with refused(Code.MISMATCH, UserError, path=path, got=12, expected=14):
         load_model("vit_wee_patch16_reg1_gap_256", tmp_path / "nvit.pth")
 
 
@@ -177,7 +177,7 @@ def a_stem_of_timm(state: dict[str, Tensor], dim: dict[str, Any], key: str) -> N
         (drop, "blocks.4.attn.proj.proj.weight", Code.MISSING,
          {"keys": ("blocks.4.attn.proj.proj.weight",)}),
         (drop, "patch_embed.proj.weight", Code.MISSING, {"keys": ("patch_embed.proj.weight",)}),
-        (drop, "blocks.4.mlp.fc1.bias", Code.MISSING, {"missing": ["blocks.4.mlp.fc1.bias"]}),
+        (drop, "blocks.4.mlp.fc1.bias", Code.MISMATCH, {"missing": ["blocks.4.mlp.fc1.bias"]}),
         (three_dimensional, "blocks.4.attn.qkv.Q.weight", Code.MISMATCH, {"unsliced": True}),
         (weigh_a_token, "blocks.4.attn.qkv.token_mask", Code.UNSUPPORTED,
          {"key": "blocks.4.attn.qkv.token_mask"}),

@@ -18,7 +18,8 @@ from vitpareto.search.code_identity import copy_code
 
 SOURCE = Path(__file__).parents[2] / "plugins" / "made_up_methods.py"
 NAMES = (
-    "made-up-last", "made-up-gate", "made-up-shared-gate", "made-up-thin", "made-up-tuned-thin",
+    "made-up-last", "made-up-calibrated", "made-up-gate", "made-up-shared-gate", "made-up-thin",
+    "made-up-trained-thin", "made-up-tuned-thin",
 )  # fmt: skip
 
 #: What runs in the copy; JOB is the job, and the last line of the output is JSON.
@@ -114,11 +115,12 @@ def test_made_up_methods_are_prepared_trained_and_measured(package: Path, tmp_pa
     found = run_in(package, ONE_TRIAL_EACH, tmp_path)
     assert {name: state for name, (state, *_) in found.items()} == dict.fromkeys(NAMES, "finished")
     trained = {name for name, (_, weights, *_) in found.items() if weights}
-    assert trained == {"made-up-gate", "made-up-shared-gate", "made-up-tuned-thin"}
+    in_trial, shared = NAMES[2::3], NAMES[3::3]
+    assert trained == {*in_trial, *shared}
     assert all(stored for _, weights, stored, *_ in found.values() if weights)
     # in the trial, and before it
-    assert "training" in found["made-up-gate"][3]
-    for name in ("made-up-shared-gate", "made-up-tuned-thin"):
+    assert all("training" in found[name][3] for name in in_trial)
+    for name in shared:
         assert "training" not in found[name][3]
         assert [use["method"] for use in found[name][4]] == [name]
 
