@@ -44,7 +44,7 @@ from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.tune import run_tune
 
 from ray import tune  # isort: skip
-from sleeping import Place, Sleep, SleepingTrial  # isort: skip  # it imports ray
+from sleeping import ResultFolder, Sleep, SleepingTrial  # isort: skip  # it imports ray
 
 OBJECTIVE_NAMES = ("top1", "gmacs")
 SEARCHED = ("rajni", "topk", "tome", "evit", "ppt", "tram", "random", "resize")
@@ -139,7 +139,7 @@ def study_of(workers: int, trials: int, sleep: float, sampler: str, race: bool) 
             for name in ("suggest", "on_trial_complete", "goes_on"):
                 setattr(searcher, name, clocked.clock(name, getattr(searcher, name)))
             looked = rungs(images)[:-1] if race else ()
-            task = Sleep(Place(folder.folder), "epoch", images, sleep, looked)
+            task = Sleep(ResultFolder(folder.folder), "epoch", images, sleep, looked)
             resources = TrialResources(workers, 1, 0.0)
             before = time.process_time()
             run_tune(searcher, tune.with_parameters(SleepingTrial, task=task), resources)

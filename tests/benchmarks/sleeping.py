@@ -25,7 +25,7 @@ from vitpareto.search.study.results import TrialResult, pack_bits
 
 
 @dataclass(frozen=True)
-class Place:
+class ResultFolder:
     """A study's folder; a result is kept there as `StudyFolder.write` does."""
 
     folder: Path
@@ -44,7 +44,7 @@ class Sleep:
     same part of it for every part of the images; rungs: as `search.trials.task.TrialTask.rungs`.
     """
 
-    study: Place
+    study: ResultFolder
     epoch: str
     images: int
     seconds: float

@@ -84,6 +84,6 @@ def test_logs_of_a_failed_job_exit_with_1(command: Run) -> None:
     assert result.code == 1 and "no such data" in result.err
 
 
-def test_stop_tells_a_job_that_has_ended(command: Run) -> None:
+def test_stop_reports_a_job_that_has_ended(command: Run) -> None:
     assert "succeeded" in command("stop", "s-1").out
     assert "continues it" in command("stop", "s-3").out

@@ -101,7 +101,7 @@ def test_a_rate_so_low_that_topk_drops_its_last_stages() -> None:
     assert tome.tokens is not None and tome.tokens.params["r"] == 8  # the end of its space
 
 
-def test_a_method_without_a_published_setting_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_without_a_published_setting_has_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(methods.get("tome")), "presets", ())
     with refused("unsupported", method="tome"):
         setting_at("tome", 0.5, *SMALL)
@@ -178,7 +178,7 @@ def test_closed_forms_alone_run_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     assert rows[2].published == ()
 
 
-def test_a_published_figure_of_another_model_says_how_it_differs() -> None:
+def test_a_published_figure_of_another_model_names_the_difference() -> None:
     """TRAM's PatchMerger has no class token; the row's own model has one, and costs more."""
     names = ["patchmerger", "topk"]
     _, merger, topk = cost_rows(["vit_small_patch16_224"], names, [0.75], CLOSED)
@@ -205,7 +205,7 @@ def test_a_published_figure_of_another_model_says_how_it_differs() -> None:
         (["vit_small_patch16_224.nosuch"], ["topk"], [0.5], CLOSED, None),
     ],
 )
-def test_bad_input_is_told_before_anything_is_measured(
+def test_bad_input_is_refused_before_anything_is_measured(
     models: list[str], names: list[str], rates: list[float], bench: CostSettings, code: str | None
 ) -> None:
     with pytest.raises(BadInput) as caught:

@@ -47,7 +47,7 @@ def test_every_row_is_one_that_can_be_used() -> None:
             assert row.timm_tag in timm.list_pretrained(f"{row.model}.*"), row
 
 
-def test_what_the_issue_asks_to_reproduce_is_there() -> None:
+def test_the_published_figures_to_reproduce_are_listed() -> None:
     untrained = {(r.method, r.model): r for r in rows() if not r.trained and r.method != "dense"}
     small, base = (untrained["tome", f"vit_{size}_patch16_224"] for size in ("small", "base"))
     assert (small.dense_top1, small.top1) == (81.41, 79.30)
@@ -129,7 +129,7 @@ def test_scores_are_the_elements_of_the_attention_maps() -> None:
     assert found.products == found.scores * 2 * 16
 
 
-def test_each_convention_counts_what_it_says() -> None:
+def test_each_counting_convention_gives_its_count() -> None:
     units = {name: tuple(c.count(w) for w in (
         Work(1, 0, 0, 0, 0), Work(0, 1, 0, 0, 0), Work(0, 0, 1, 0, 0), Work(0, 0, 0, 1, 0),
         Work(0, 0, 0, 0, 1),
@@ -182,7 +182,7 @@ def test_a_setting_finds_its_published_figure() -> None:
     assert matching("vit_base_patch16_224", resized) == ()
 
 
-def test_a_row_that_should_be_reproducible_and_is_no_recipe_is_told() -> None:
+def test_a_row_without_a_valid_recipe_is_reported() -> None:
     row = replace(rows()[0], method="topk", setting={"keep_rates": 0.5})
     with pytest.raises(BadInput):
         published.recompute(row)

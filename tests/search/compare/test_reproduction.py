@@ -147,7 +147,7 @@ def test_without_data_no_published_row_has_a_number() -> None:
     assert sum(one.gflops is not None for one in found) == 25, "costs need neither"
 
 
-def test_without_weights_a_row_says_which(place: EvaluationSetup, tmp_path: Path) -> None:
+def test_a_row_without_weights_names_them(place: EvaluationSetup, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
     (one,) = reproduce([DENSE], replace(place, weights=tmp_path / "w"))
     assert one.accuracy is None
@@ -182,7 +182,7 @@ def test_weights_that_cannot_be_downloaded(
     assert one.why.endswith("are not available (ConnectionError: no route to host)")
 
 
-def test_a_model_that_gives_no_numbers_is_told_and_the_next_row_runs(
+def test_a_model_with_non_finite_logits_is_reported_and_the_next_row_runs(
     place: EvaluationSetup, tmp_path: Path
 ) -> None:
     state = {
@@ -207,7 +207,7 @@ def test_trained_rows_are_never_measured(place: EvaluationSetup) -> None:
         ({"weights": Path("/nowhere/w")}, "not-found"),
     ],
 )
-def test_bad_input_is_told_before_weights_are_loaded(
+def test_bad_input_is_refused_before_weights_are_loaded(
     place: EvaluationSetup, change: dict, code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if change.get("data") == "OTHER":

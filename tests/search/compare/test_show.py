@@ -59,7 +59,7 @@ def test_files_are_shown_as_the_model_sees_them(cache: Path, files: list[Path]) 
         assert a.pruned == b.pruned and a.truth is None
 
 
-def test_calibration_is_the_datas_or_said_to_be_the_images_shown(
+def test_calibration_uses_the_datas_images_or_a_note_names_others(
     cache: Path, files: list[Path], tmp_path: Path
 ) -> None:
     whole = trace_images(TraceRequest(RAJNI), files, cache=cache)

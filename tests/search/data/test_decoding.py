@@ -140,7 +140,7 @@ def test_worker_processes_decode_the_same_bytes(folder: Path, tmp_path: Path) ->
     assert there.fingerprint == here.fingerprint
 
 
-LATECOMER = """
+SECOND_READER = """
 import hashlib, json, logging, sys
 from pathlib import Path
 from vitpareto.search.data.datasets import open_data
@@ -169,26 +169,26 @@ print(json.dumps([data.fingerprint, split.fingerprint, split.labels.tolist(),
 
 def test_a_second_process_waits_for_the_first_and_agrees(folder: Path, cache: Path) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", LATECOMER, folder, cache, json.dumps(SMALL.describe())],
+        [sys.executable, "-c", SECOND_READER, folder, cache, json.dumps(SMALL.describe())],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-    ) as latecomer:  # fmt: skip
-        assert latecomer.stdout is not None and latecomer.stdin is not None
-        assert latecomer.stdout.readline() == "ready\n"
+    ) as second_reader:  # fmt: skip
+        assert second_reader.stdout is not None and second_reader.stdin is not None
+        assert second_reader.stdout.readline() == "ready\n"
         reported: list[int] = []
 
         def half_way(done: int, total: int) -> None:
-            assert latecomer.stdin is not None
+            assert second_reader.stdin is not None
             reported.append(done)
             if done < total:
-                latecomer.stdin.write("\n")
-                latecomer.stdin.flush()
-                assert latecomer.stdout is not None
-                assert latecomer.stdout.readline() == "waiting\n", "for the lock"
+                second_reader.stdin.write("\n")
+                second_reader.stdin.flush()
+                assert second_reader.stdout is not None
+                assert second_reader.stdout.readline() == "waiting\n", "for the lock"
 
         ours = open_data(str(folder), SMALL, cache=cache, progress=half_way)
         split = ours.split("held-out")
-        theirs = json.loads(latecomer.communicate(timeout=60)[0])
+        theirs = json.loads(second_reader.communicate(timeout=60)[0])
     digest = hashlib.sha256(split.images.tobytes()).hexdigest()
     assert reported == [64, 72]
     assert theirs == [ours.fingerprint, split.fingerprint, split.labels.tolist(), digest, []]

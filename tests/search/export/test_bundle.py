@@ -143,7 +143,7 @@ def test_each_method_exports_and_verifies(study: Study, name: str) -> None:
     assert said.rebuilt_as_measured == f"{IMAGES} of {IMAGES}"
 
 
-def test_what_result_json_says(study: Study) -> None:
+def test_the_contents_of_result_json(study: Study) -> None:
     bundle, result = study.bundle("topk"), study.results["topk"]
     said = check_files(bundle)
     stored = json.loads((bundle / "result.json").read_text())

@@ -85,7 +85,9 @@ def bundle(
 
 
 @pytest.mark.slow
-def test_a_version_says_what_it_is(study: StudyFolder, chosen: TrialResult, bundle: Path) -> None:
+def test_the_description_of_a_version(
+    study: StudyFolder, chosen: TrialResult, bundle: Path
+) -> None:
     first = register(study, chosen, bundle)
     second = register(study, chosen, bundle, aliases=["champion"])
     assert first.name == "vitpareto-s" and (first.version, second.version) == ("1", "2")
@@ -104,7 +106,7 @@ def test_a_version_says_what_it_is(study: StudyFolder, chosen: TrialResult, bund
 
 
 @pytest.mark.slow
-def test_an_alias_that_is_none_or_another_trials_is_refused(
+def test_an_unknown_alias_and_one_of_another_trial_are_refused(
     study: StudyFolder, chosen: TrialResult, bundle: Path
 ) -> None:
     with refused("unknown-name", UserError):
@@ -290,8 +292,8 @@ def test_a_package_that_is_another_model_is_not_verified(bundle: Path, tmp_path:
 
 @pytest.mark.slow
 def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> None:
-    heard = []
-    found = bench_bundle(bundle, batches=(1, 3), rounds=6, on_result=heard.append)
+    reported = []
+    found = bench_bundle(bundle, batches=(1, 3), rounds=6, on_result=reported.append)
     assert [(t.runtime, t.batch) for t in found] == [
         ("onnxruntime", 1), ("onnxruntime", 3), ("torch.export", 1), ("torch.export", 3),
     ]  # fmt: skip
@@ -302,11 +304,11 @@ def test_a_bundle_is_timed_beside_the_dense_models_programs(bundle: Path) -> Non
         assert timed.latency.target.batch == timed.batch and timed.latency.rounds == 6
         assert timed.efficiency == timed.latency.speedup / timed.macs_ratio
         assert timed.latency.speedup_low <= timed.latency.speedup <= timed.latency.speedup_high
-    assert heard == found
+    assert reported == found
 
 
 @pytest.mark.slow
-def test_a_runtime_that_is_none_and_a_batch_of_nothing_are_refused(bundle: Path) -> None:
+def test_an_unknown_runtime_and_an_empty_batch_are_refused(bundle: Path) -> None:
     with refused("unknown-name", UserError, got="onnxruntme"):
         bench_bundle(bundle, runtimes=["onnxruntme"])
     with refused("out-of-range", UserError, key="batches", got=[0]):
@@ -364,13 +366,13 @@ def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
     assert prepared.identity["max_latency_ms"] == 1e-3
     assert TrialResources.of(config, "cpu", 2, 0).workers == 1, "timed alone on its device"
     task = study_task(prepared, threads=1)
-    place = Worker.open(task)
+    worker = Worker.open(task)
     recipe = Recipe.of("topk", keep_rate=0.5, prune_layers=(3,))
-    above = measure_recipe(place, 1, recipe)
+    above = measure_recipe(worker, 1, recipe)
     assert (above.state, above.reason, above.images) == ("failed", OUTSIDE_BUDGETS, 0)
     assert limit_violation(above, task) == above.values["latency_ms"] / 1e-3 - 1 > 0
-    dense = measure_recipe(place, 0, Recipe())
+    dense = measure_recipe(worker, 0, Recipe())
     assert dense.state == "finished" and dense.images == 20 and dense.latency is not None
     assert dense.latency.target.runtime == "onnxruntime" and dense.latency.target.batch == 4
-    wide = replace(place, task=replace(task, latency=replace(task.latency, limit_ms=1e6)))
+    wide = replace(worker, task=replace(task, latency=replace(task.latency, limit_ms=1e6)))
     assert measure_recipe(wide, 1, recipe).state == "finished"

@@ -124,7 +124,7 @@ def test_a_slice_without_images_is_an_error(search: Split) -> None:
         judged(vit(7), search, start=-1, stop=5)
 
 
-def test_progress_hears_of_every_image_once(search: Split) -> None:
+def test_progress_counts_every_image_once(search: Split) -> None:
     heard: list[int] = []
     judged(vit(7), search, start=3, progress=heard.append)
     assert heard == [8, 8, 8, 1]

@@ -95,7 +95,7 @@ def test_the_hand_count_is_the_dense_models() -> None:
     assert by_hand([64] * 12, [False] * 12) == macs(vit())
 
 
-def test_an_adaptive_recipe_needs_images_and_says_so() -> None:
+def test_an_adaptive_recipe_without_images_is_refused() -> None:
     model = methods.prune(vit(), "rajni", **ADAPTIVE)
     with refused("missing", name="images"):
         macs(model)

@@ -69,7 +69,7 @@ def test_candidate_and_dense_take_turns_after_a_warm_up() -> None:
     assert found.rounds == 4
 
 
-def test_a_latency_says_what_it_is() -> None:
+def test_the_description_of_a_latency() -> None:
     found = measure_latency(pruned("tome"), vit(), images(2), rounds=8, warmup=1)
     assert 0 < found.p50_ms <= found.p95_ms and found.dense_p50_ms > 0
     assert 0 < found.speedup_low <= found.speedup <= found.speedup_high

@@ -301,7 +301,7 @@ def test_numbers_with_an_exponent_and_a_bare_off_are_read_as_such(tmp_path: Path
         ("model: !!python/object/apply:os.system ['true']\n", Code.UNREADABLE),
     ],
 )
-def test_a_file_that_is_no_job_is_refused(tmp_path: Path, text: str, code: Code) -> None:
+def test_an_invalid_job_file_is_refused(tmp_path: Path, text: str, code: Code) -> None:
     path = job_file(tmp_path, text)
     with refused(code, UserError, path=str(path)):
         read_job(path, [], {})

@@ -130,7 +130,7 @@ def test_results_do_not_wait_for_a_server_that_never_answers(
 
 
 @pytest.mark.usefixtures("patient")
-def test_an_address_that_is_no_server_is_reported(study: GrowingStudy, notices: Notices) -> None:
+def test_an_invalid_server_address_is_reported(study: GrowingStudy, notices: Notices) -> None:
     with Tracker(study.folder, "gopher://x", notify=notices.add) as tracker:
         study.add_result(tracker.on_result)
         assert not finish(tracker, study)

@@ -65,7 +65,7 @@ def job(data: Path, cache: Path, tmp_path: Path) -> FinetuneJob:
     return FinetuneJob("digits", str(data), tmp_path / "out", settings, cache)
 
 
-def heard(job: FinetuneJob) -> tuple[FinetuneResult, list[str]]:
+def run_logged(job: FinetuneJob) -> tuple[FinetuneResult, list[str]]:
     said: list[str] = []
     return finetune(job, say=said.append, progress=lambda epoch: said.append(str(epoch))), said
 
@@ -75,7 +75,7 @@ def record(job: FinetuneJob) -> dict:
 
 
 def test_a_model_is_trained_kept_and_not_trained_again(job: FinetuneJob) -> None:
-    trained, said = heard(job)
+    trained, said = run_logged(job)
     assert [s.split(":")[0] for s in said] == ["before", "epoch 0", "epoch 1"]
     assert sorted(p.name for p in job.out.iterdir()) == ["model.safetensors", "training.json"]
     weights = job.out / "model.safetensors"
@@ -99,7 +99,7 @@ def test_a_model_is_trained_kept_and_not_trained_again(job: FinetuneJob) -> None
     )
 
     stamp = weights.stat().st_mtime_ns
-    again, said = heard(job)
+    again, said = run_logged(job)
     assert again == trained and said == [f"{job.out} already holds this training, finished"]
     assert weights.stat().st_mtime_ns == stamp
     other = replace(job, settings=replace(job.settings, lr=0.5, epochs=3))
@@ -130,7 +130,7 @@ def test_an_interrupted_training_is_continued(
     # other settings do not go on from it, nor lose it
     with refused("mismatch", UserError, path=str(job.out / "state.pt"), keys=["smoothing"]):
         finetune(replace(job, settings=replace(job.settings, smoothing=0.1)))
-    trained, said = heard(job)
+    trained, said = run_logged(job)
     assert said[1] == f"continuing from {job.out / 'state.pt'}"
     assert [s.split(":")[0] for s in said[2:]] == ["epoch 1"]
     assert trained == replace(whole, out=job.out)
@@ -148,7 +148,7 @@ RECIPES = {
 def test_a_recipe_is_trained_and_rebuilt_from_its_files(job: FinetuneJob, method: str) -> None:
     recipe = Recipe.of(method, **RECIPES[method])
     job = replace(job, recipe=recipe, settings=replace(job.settings, epochs=1))
-    trained, _ = heard(job)
+    trained, _ = run_logged(job)
     weights = safetensors.torch.load_file(job.out / "model.safetensors")
     kept = Recipe.from_yaml((job.out / "recipe.yaml").read_text())
     assert kept == trained.recipe and kept.weights == trained.weights == weights_digest(weights)
@@ -177,7 +177,7 @@ def test_revit_is_trained_from_scratch(job: FinetuneJob) -> None:
     recipe = Recipe.of("revit", embedding=32)
     settings = replace(job.settings, epochs=1, lr=1e-3)
     job = replace(job, recipe=recipe, from_scratch=True, settings=settings)
-    trained, said = heard(job)
+    trained, said = run_logged(job)
     assert said[0].endswith("(fresh)") and record(job)["teacher"] is None
     model = load_model("digits", job.out / "model.safetensors")
     assert model_shape(model).dim == 32
@@ -191,7 +191,7 @@ def test_revit_is_trained_from_scratch(job: FinetuneJob) -> None:
 
 def test_another_number_of_classes_gets_a_new_head(job: FinetuneJob, three: Path) -> None:
     job = replace(job, data=str(three), settings=replace(job.settings, epochs=1))
-    trained, said = heard(job)
+    trained, said = run_logged(job)
     assert trained.fresh and said[0] == "new head with 3 classes (the model had 10)"
     assert load_model("digits", job.out / "model.safetensors").head.out_features == 3
     # no teacher: the model's head is untrained
@@ -264,7 +264,7 @@ def test_an_unknown_distillation_is_refused() -> None:
         TrainingSettings(distill="sfot")
 
 
-def test_a_loss_that_is_not_finite_says_where_and_what_to_try(job: FinetuneJob) -> None:
+def test_a_loss_that_is_not_finite_is_refused_with_its_step(job: FinetuneJob) -> None:
     with refused("out-of-range", UserError, name="lr", got=1e30):
         finetune(replace(job, settings=replace(job.settings, lr=1e30)))
     assert list(job.out.iterdir()) == []

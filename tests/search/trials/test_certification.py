@@ -71,7 +71,7 @@ def trial(
 
 
 @dataclass(frozen=True)
-class World:
+class SimulatedStudy:
     """Recipes with known accuracies, whose errors fall on the same hard images.
 
     Recipe r, of cost r + 1, is right on an image if a_r + sqrt(.6) z + sqrt(.4) e > 0. z is shared
@@ -111,7 +111,7 @@ def at_least(misses: int, studies: int) -> float:
     return float(beta.ppf(BOUND_ERROR, misses, studies - misses + 1)) if misses else 0.0
 
 
-def certified_study(world: World) -> tuple[list[TrialResult], list[TrialResult]]:
+def certified_study(world: SimulatedStudy) -> tuple[list[TrialResult], list[TrialResult]]:
     """Return the results on search images, and the front with certificates."""
     search, held_out = world.study()
     members = members_of(search, OBJECTIVES)
@@ -127,7 +127,7 @@ def test_certified_intervals_hold_simultaneously() -> None:
     Each of the search's intervals holds for a recipe that was named before; of those that won they
     are too high, even shared among the members like the certified ones.
     """
-    world = World(np.random.default_rng(0))
+    world = SimulatedStudy(np.random.default_rng(0))
     studies, missed, naive, shared, winners = 2000, 0, 0, 0, 0
     for _ in range(studies):
         search, held_out = world.study()
@@ -158,7 +158,7 @@ def test_certified_intervals_hold_simultaneously() -> None:
 
 def test_certified_accuracies_and_differences_hold_simultaneously() -> None:
     """The intervals of accuracies, and of differences from the dense model."""
-    world = World(np.random.default_rng(1), 20, 150, 250)
+    world = SimulatedStudy(np.random.default_rng(1), 20, 150, 250)
     studies, accuracies, differences, missed_targets = 1500, 0, 0, 0
     for _ in range(studies):
         _, certified = certified_study(world)
@@ -344,7 +344,7 @@ def test_certified_trials_are_both_fronts_and_the_dense_model() -> None:
 
 
 @dataclass
-class Real:
+class CertifiedSearch:
     """A finished search, and its certification."""
 
     prepared: CheckedJob
@@ -371,7 +371,7 @@ class Real:
 @pytest.fixture(scope="module")
 def real(
     tmp_path_factory: pytest.TempPathFactory, cache: Path, capacity: ClusterCapacity
-) -> Iterator[Real]:
+) -> Iterator[CertifiedSearch]:
     config = SearchConfig.of({
         "name": "s", "trials": 8, "images": 60, "store": str(tmp_path_factory.mktemp("store")),
         "cache": str(cache), "workers": 2, "device": "cpu", "latency": "off", "certify": "off",
@@ -382,10 +382,12 @@ def real(
     prepared.folder.write_job(
         JobRequest({**config.plain(), "certify": "front"})
     )  # as if it had been broken off
-    yield Real(prepared, TrialResources.of(config, "cpu", capacity.cpus, capacity.gpus), [])
+    yield CertifiedSearch(
+        prepared, TrialResources.of(config, "cpu", capacity.cpus, capacity.gpus), []
+    )
 
 
-def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> None:
+def test_certification_equals_a_plain_loop_over_held_out_images(real: CertifiedSearch) -> None:
     """The second implementation is a loop over the model from timm, the recipe and the images."""
     assert real.certify() == {}
     members = members_of(real.folder.trials.all(), OBJECTIVES)
@@ -414,7 +416,7 @@ def test_certification_equals_a_plain_loop_over_held_out_images(real: Real) -> N
     assert worst is not None and worst.name in embedded_images.CLASSES
 
 
-def test_certified_trial_is_not_measured_again(real: Real) -> None:
+def test_certified_trial_is_not_measured_again(real: CertifiedSearch) -> None:
     real.certify()
     before, count = real.files(), len(real.messages)
     assert real.certify() == {}
@@ -433,7 +435,7 @@ def test_certified_trial_is_not_measured_again(real: Real) -> None:
     assert len(real.folder.certification().read()["rounds"]) == 1, "the same round of the error"
 
 
-def test_later_member_gets_a_new_round(real: Real) -> None:
+def test_later_member_gets_a_new_round(real: CertifiedSearch) -> None:
     real.certify()
     before = {r.trial: r.certified for r in measured(real.folder)}
     results = real.folder.trials.all()
@@ -458,7 +460,7 @@ def test_later_member_gets_a_new_round(real: Real) -> None:
     )
 
 
-def test_other_held_out_images_are_refused(real: Real) -> None:
+def test_other_held_out_images_are_refused(real: CertifiedSearch) -> None:
     real.certify()
     plain = real.folder.certification().read()
     before = real.files()
@@ -471,7 +473,7 @@ def test_other_held_out_images_are_refused(real: Real) -> None:
 
 
 def test_failing_member_does_not_stop_the_others(
-    real: Real,
+    real: CertifiedSearch,
 ) -> None:
     real.certify()
     number = front_of(real.folder.trials.all(), AXES)[0].trial
@@ -493,7 +495,7 @@ def test_failing_member_does_not_stop_the_others(
     assert real.certify() == {} and path.is_file(), "tried again by the next call"
 
 
-def test_recovered_front_is_certified(real: Real) -> None:
+def test_recovered_front_is_certified(real: CertifiedSearch) -> None:
     results = real.folder.trials.all()
     one = next(r for r in front_of(results, AXES) if not r.is_reference)
     model = load_model("digits")
