@@ -56,13 +56,13 @@ METHODS = ("methods", "methods.engine", "methods.slicing")
 OWNERS: dict[str, tuple[str, ...]] = {
     "torch": (
         "methods.engine", "methods.slicing", "methods.token", "methods.structure",
-        "methods.controls", "search", "search.data", "search.models", "search.runtimes",
+        "methods.controls", "search.data", "search.models", "search.runtimes",
         "search.measure", "search.training", "search.study", "search.export", "search.compare",
         "search.trials",
     ),
     "timm": (
         "methods.engine", "methods.slicing", "methods.structure", "search.data", "search.models",
-        "search.measure", "search.training", "search.export", "search.compare", "search.trials",
+        "search.measure", "search.training", "search.export", "search.compare",
     ),
     "torchvision": ("search.data",),
     "PIL": ("search.data", "search.export", "search.compare"),
