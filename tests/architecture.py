@@ -96,6 +96,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
 #: imports of the package's own modules inside a function, outside the commands, and their reasons;
 #: a command imports what it runs when it runs, so that the others start fast
 LATE: dict[str, str] = {
+    "methods/engine/recipe.py": "a recipe made in Python needs no reader of YAML",
     "search/export/bundle.py": "int8 needs onnxruntime's quantizer, which most exports do not use",
     "search/trials/latency_target.py": "measuring in one process needs no Ray",
     "vitpareto/cli.py": "help starts without torch",
