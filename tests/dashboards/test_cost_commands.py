@@ -39,7 +39,7 @@ def test_table_refuses_bad_options(command: Run) -> None:
     command(*table, "--rates", "0.5,2").is_refused(Code.OUT_OF_RANGE, name="rate", got=2)
     command(*table, "--models", "digit").is_refused(Code.UNKNOWN_NAME, closest="digits")
     command(*table, "--methods", "tomee").is_refused(Code.UNKNOWN_NAME, closest="tome")
-    command(*table, "--batch", "0").is_refused(Code.OUT_OF_RANGE, name="batch", got=0)
+    command(*table, "--batch", "0").is_refused(Code.OUT_OF_RANGE, option="--batch", got=0)
 
 
 def test_reproduce_without_data_compares_costs(command: Run) -> None:
