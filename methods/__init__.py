@@ -1,8 +1,8 @@
 """Published pruning methods for timm's Vision Transformers.
 
-May import torch and timm only, and reads and writes no files. PyYAML, which timm's own packages
-need too, is imported when a recipe is read from YAML or written as YAML. The public names are those
-of `__all__`:
+May import torch and timm only, and reads and writes no files. PyYAML, which
+installing timm installs too, is imported when a recipe is read from YAML or written as YAML. The
+public names are those of `__all__`:
 
     pruned = methods.prune(model, "tome", r=13)
     logits, trace = pruned(images, trace=True)

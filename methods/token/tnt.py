@@ -168,7 +168,7 @@ class TNT(Method):
             "layers 2, 3, 4, 80%",
             {"keep_rate": 0.8, "first": 1 / 6, "stages": 3, "spacing": 1 / 12,
              "similar": 40 / PUBLISHED_PATCHES},
-            "TNT's README, several layers",
+            "TNT's README, three layers",
         ),
     )  # fmt: skip
     identity = {"prune_layers": (), "keep_rates": ()}

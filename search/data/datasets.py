@@ -111,7 +111,7 @@ def open_data(
         spec: "digits" (embedded), "cifar10[:ROOT]", "fashionmnist[:DIR]", "imagenette[:DIR]"; an
             image folder DIR/CLASS/*.jpg, also s3://… and gs://…; or a folder that holds such
             folders: val/ with train/ beside it, or calibration/, search/ and held-out/.
-        preprocess: how images are prepared for the model.
+        preprocess: how images are resized, cropped and normalised for the model.
         cache: folder for decoded and downloaded images.
         seed: of splits and order; digits has fixed ones.
         images: number of images of the search split to use, from its start; all if None.

@@ -50,7 +50,7 @@ class DecodeRequest:
         name: the split's name.
         source: its images.
         stamp: identifies the images, their labels and their order.
-        preprocess: how they are prepared.
+        preprocess: how they are resized and cropped.
         workers: number of decoding processes (`decode_chunks`).
         progress: called after each chunk.
     """

@@ -15,7 +15,7 @@ from vitpareto.search.errors import BadInput, Code, UserError
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How images are prepared for a model.
+    """How images are resized, cropped and normalised for a model.
 
     Attributes:
         input_size: (3, H, W) in pixels.

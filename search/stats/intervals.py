@@ -1,4 +1,4 @@
-"""Confidence intervals and exact tests for counts, and how several of them share one error.
+"""Confidence intervals and exact tests for counts, and the division of an error among them.
 
 The images are independent draws from a population, and the intervals are for the accuracy on the
 population, not on these images; `search.stats.confidence_sequences` is for a finite set. Accuracies
@@ -32,7 +32,7 @@ Z95 = 1.959964
 LEVEL = float(2 * ndtr(Z95) - 1)
 #: Part of a paired interval's error that bounds the rate of disagreements.
 NUISANCE = 0.1
-#: Mass of a binomial distribution that a sum leaves out; it is added to the tail.
+#: Probability that a sum over a binomial distribution leaves out; it is added to the sum.
 LEFT_OUT = 1e-9
 #: Precision of an interval's end, as a fraction; ends are rounded outwards.
 PRECISION = 1e-6

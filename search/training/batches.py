@@ -54,7 +54,7 @@ def choose_augmentation(name: str, preprocess: Preprocess, data: str) -> str:
 
 
 @dataclass(frozen=True)
-class TrainImages:
+class AugmentedBatches:
     """The batches of every epoch, for `search.training.loop.fit`: call it with the epoch.
 
     The last batch of an epoch is left out if it is smaller than the others.
@@ -113,9 +113,9 @@ class TrainImages:
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """One epoch of `TrainImages`: normalised images [B, 3, H, W] and their targets."""
+    """One epoch of `AugmentedBatches`: normalised images [B, 3, H, W] and their targets."""
 
-    of: TrainImages
+    of: AugmentedBatches
     epoch: int
 
     def __len__(self) -> int:

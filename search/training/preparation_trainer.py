@@ -28,7 +28,7 @@ from vitpareto.search.files.write_through import refresh
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models.loading import fingerprint, num_classes
 from vitpareto.search.models.weight_store import WeightStore
-from vitpareto.search.training.batches import EpochBatches, TrainImages, choose_augmentation
+from vitpareto.search.training.batches import AugmentedBatches, EpochBatches, choose_augmentation
 from vitpareto.search.training.loop import fit
 from vitpareto.search.training.losses import Distillation, supervised
 from vitpareto.search.training.optimizers import Optimization
@@ -104,10 +104,10 @@ class CachedTrainer:
         return self.settings.epochs
 
     @functools.cached_property
-    def batches(self) -> TrainImages:
+    def batches(self) -> AugmentedBatches:
         """The training images of every epoch, for `update`."""
         images, settings = self.images, self.settings
-        return TrainImages(
+        return AugmentedBatches(
             images.split,
             images.preprocess,
             num_classes(self.model),

@@ -21,7 +21,7 @@ from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.models.loading import num_classes
-from vitpareto.search.training.batches import TrainImages, choose_augmentation
+from vitpareto.search.training.batches import AugmentedBatches, choose_augmentation
 from vitpareto.search.training.checkpoints import TrainingCheckpoint
 from vitpareto.search.training.loop import Epoch, fit
 from vitpareto.search.training.losses import Distillation, check_teacher, supervised, two_heads
@@ -88,7 +88,7 @@ class TrainingSettings:
         return cls(**{name: value for name, value in stored.items() if name in names})
 
     def of_batches(self) -> dict[str, Any]:
-        """The fields of `TrainImages` that are settings."""
+        """The fields of `AugmentedBatches` that are settings."""
         return {name: getattr(self, name) for name in ("batch", "seed", "mixup", "smoothing")}
 
     def optimization(self, device: torch.device) -> Optimization:
@@ -145,7 +145,7 @@ def train_candidate(
     device = next(model.parameters()).device
     if teacher is not None:
         check_teacher(teacher, model)
-    images = TrainImages(
+    images = AugmentedBatches(
         split,
         preprocess,
         num_classes(model),

@@ -19,7 +19,7 @@ from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.training.batches import (
     AUGMENTATIONS,
-    TrainImages,
+    AugmentedBatches,
     augment,
     choose_augmentation,
 )
@@ -157,8 +157,8 @@ def digits(cache: Path) -> Data:
     return open_data("digits", PREPROCESS, cache=cache)
 
 
-def of(digits: Data, **settings: object) -> TrainImages:
-    return TrainImages(
+def of(digits: Data, **settings: object) -> AugmentedBatches:
+    return AugmentedBatches(
         digits.split("calibration"),
         PREPROCESS,
         10,
@@ -167,13 +167,13 @@ def of(digits: Data, **settings: object) -> TrainImages:
     )
 
 
-def all_of(batches: TrainImages, epoch: int) -> list[tuple[Tensor, Tensor]]:
+def all_of(batches: AugmentedBatches, epoch: int) -> list[tuple[Tensor, Tensor]]:
     return list(batches(epoch))
 
 
 def test_every_image_is_seen_once_an_epoch_in_another_order(digits: Data) -> None:
     split = digits.split("calibration")
-    batches = TrainImages(split, PREPROCESS, 10, 50)
+    batches = AugmentedBatches(split, PREPROCESS, 10, 50)
     whole = PREPROCESS.normalise(split.batch(0, 200)[0])
     known = {image.numpy().tobytes(): i for i, image in enumerate(whole.split(1))}
     orders = []
@@ -189,7 +189,7 @@ def test_every_image_is_seen_once_an_epoch_in_another_order(digits: Data) -> Non
     assert orders[0] != orders[1]
     # the last, smaller one is left out, unless it is all there is
     assert [len(x) for x, _ in of(digits)(0)] == [64, 64, 64] and len(of(digits)(0)) == 3
-    assert [len(x) for x, _ in TrainImages(split, PREPROCESS, 10, 999)(0)] == [200]
+    assert [len(x) for x, _ in AugmentedBatches(split, PREPROCESS, 10, 999)(0)] == [200]
 
 
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
@@ -295,4 +295,4 @@ def test_auto_augments_by_the_images() -> None:
 ])  # fmt: skip
 def test_impossible_batches_are_refused(digits: Data, settings, details) -> None:
     with refused("out-of-range", UserError, **details):
-        TrainImages(digits.split("calibration"), PREPROCESS, 10, **{"batch": 8, **settings})
+        AugmentedBatches(digits.split("calibration"), PREPROCESS, 10, **{"batch": 8, **settings})
