@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from vitpareto import cli
 from vitpareto.methods.engine.bad_input import BadInput, Code
@@ -91,16 +93,35 @@ class MadeStudy:
     result: Result
 
 
+def shared_folder(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of this run of the tests, the same for all workers of pytest-xdist."""
+    base = factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 @pytest.fixture(scope="session")
 def made_study(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> MadeStudy:
-    """The study `s`, made once; tests do not change it."""
-    store = tmp_path_factory.mktemp("studies")
-    job = tmp_path_factory.mktemp("job") / "job.yaml"
+    """The study `s`; tests do not change it. The first worker that needs it makes it, and the
+    others take copies.
+    """
+    root = shared_folder(tmp_path_factory) / "made-study"
+    root.mkdir(exist_ok=True)
+    store, printed = root / "studies", root / "printed.json"
+    with FileLock(root / "lock"):
+        if not printed.exists():
+            shutil.rmtree(store, ignore_errors=True)
+            result = _search(store, root / "job.yaml", cache)
+            assert result.code == 0, result.err
+            printed.write_text(json.dumps([result.code, result.out, result.err]))
+        copy = Path(shutil.copytree(store, tmp_path_factory.mktemp("made") / "studies"))
+    return MadeStudy(copy, Result(*json.loads(printed.read_text()), error=None))
+
+
+def _search(store: Path, job: Path, cache: Path) -> Result:
+    """One worker: every further one imports torch first, which takes longer than the trials."""
     job.write_text("trials: 100\nimages: 40\nmethods: [topk, tome]\nlatency: off\n")
-    result = run_command("search", job, "--set", f"trials={TRIALS}", "--name", STUDY,
-                         "--workers", 2, "--store", store, "--cache", cache)  # fmt: skip
-    assert result.code == 0, result.err
-    return MadeStudy(store, result)
+    return run_command("search", job, "--set", f"trials={TRIALS}", "--name", STUDY,
+                       "--workers", 1, "--store", store, "--cache", cache)  # fmt: skip
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import nbclient
 import nbformat
@@ -23,12 +24,21 @@ import pytest
 import yaml
 
 from tests.clusters.running import running
+from vitpareto.methods import Recipe
 from vitpareto.methods.engine.bad_input import Code
+from vitpareto.search.study.job import SearchConfig
+from vitpareto.search.trials.job_check import check_job
+from vitpareto.search.trials.measurement import measure_recipe
+from vitpareto.search.trials.study_task import study_task
+from vitpareto.search.trials.worker import Worker
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("vitpareto", "methods", "search", "clusters", "dashboards")
 COMMAND = Path(sys.executable).with_name("vitpareto")
-JOB = {"trials": 4, "methods": ["topk"], "images": 100, "latency": "off", "tracking_uri": "none"}
+#: recipe and top-1 of a trial
+Found = tuple[dict[str, Any], float]
+JOB = {"trials": 4, "methods": ["topk"], "images": 100, "race": "off", "latency": "off",
+       "tracking_uri": "none"}  # fmt: skip
 
 #: appended to the other checkout: every image counts as right
 WRONG = """
@@ -55,29 +65,43 @@ class Place:
         """The installed command, run from here; what it wrote to standard output."""
         done = subprocess.run(
             [COMMAND, *map(str, arguments)], cwd=self.folder, capture_output=True, text=True,
-            timeout=280, check=False, env={**os.environ, **variables},
+            timeout=800, check=False, env={**os.environ, **variables},
         )  # fmt: skip
         assert done.returncode == code, done.stderr[-4000:]
         return done.stdout if code == 0 else done.stderr
 
-    def search(self) -> list[float]:
-        """Top-1 of every trial of a search from here, and of its held-out images."""
+    def search(self) -> list[Found]:
+        """The trials of a search from here; its front is certified too."""
         job = self.folder / "job.yaml"
         job.write_text(yaml.safe_dump(JOB))
         self.run("search", job, "--name", "s", "--store", "studies", "--cache", self.cache)
-        return top1_of(self.run("trials", "s", "--json", "--store", "studies"))
+        return self.trials("studies")
+
+    def trials(self, store: object) -> list[Found]:
+        """The trials of the study `s` of a store."""
+        lines = self.run("trials", "s", "--json", "--store", store).splitlines()
+        rows = map(json.loads, lines)
+        return [(row["recipe"], row["top1"]) for row in rows]
 
 
-def top1_of(lines: str) -> list[float]:
-    return [json.loads(line)["top1"] for line in lines.splitlines()]
+Assert = Callable[[list[Found]], None]
 
 
-@pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[float]:
-    """The accuracies of a search from an empty folder."""
-    found = Place(tmp_path_factory.mktemp("empty"), cache).search()
-    assert len(found) == JOB["trials"] and max(found) < 100
-    return found
+@pytest.fixture
+def assert_right(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Assert:
+    """Asserts that trials have the accuracies that this process measures for their recipes."""
+
+    def check(found: list[Found]) -> None:
+        place = {"store": str(tmp_path_factory.mktemp("here")), "cache": str(cache)}
+        worker = Worker.open(study_task(check_job(SearchConfig.of({**JOB, **place})), threads=1))
+        expected = [
+            measure_recipe(worker, number, Recipe.from_dict(recipe)).values["top1"]
+            for number, (recipe, _) in enumerate(found)
+        ]
+        assert len(found) == JOB["trials"] and max(expected) < 100
+        assert [top1 for _, top1 in found] == expected
+
+    return check
 
 
 @pytest.fixture
@@ -104,16 +128,14 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def test_a_search_from_a_folder_of_foreign_modules(foreign: Place, right: Sequence[float]) -> None:
-    assert foreign.search() == right
+def test_a_search_from_a_folder_of_foreign_modules(foreign: Place, assert_right: Assert) -> None:
+    assert_right(foreign.search())
 
 
 @pytest.mark.slow
-def test_a_search_from_another_checkout(
-    tmp_path: Path, cache: Path, right: Sequence[float]
-) -> None:
+def test_a_search_from_another_checkout(tmp_path: Path, cache: Path, assert_right: Assert) -> None:
     place = Place(checkout(tmp_path / "other"), cache)
-    assert place.search() == right
+    assert_right(place.search())
 
 
 @pytest.mark.slow
@@ -125,10 +147,10 @@ def test_the_other_checkout_would_be_noticed(tmp_path: Path, cache: Path) -> Non
         [sys.executable, "-m", "vitpareto", "search", "--name", "s", "--store", "studies",
          "--cache", cache, "--trials", "2", "--methods", "topk", "--latency", "off",
          "--certify", "off", "--tracking-uri", "none"],
-        cwd=other, capture_output=True, text=True, timeout=280, check=False,
+        cwd=other, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert set(top1_of(found.run("trials", "s", "--json", "--store", "studies"))) == {100.0}
+    assert {top1 for _, top1 in found.trials("studies")} == {100.0}
 
 
 @pytest.mark.slow
@@ -157,7 +179,7 @@ def test_workers_with_other_code_are_refused(tmp_path: Path, cache: Path) -> Non
     done = subprocess.run(
         # -P: this process itself imports the installed code
         [sys.executable, "-P", "-c", textwrap.dedent(code)], cwd=other,
-        capture_output=True, text=True, timeout=280, check=False,
+        capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.splitlines()[-1] == f"{Code.MISMATCH} ['127.0.0.1']"
@@ -176,12 +198,13 @@ job = check_job(SearchConfig.of(JOB))
 with local_cluster() as capacity:
     outcome = run_study(job, cpus=capacity.cpus, gpus=capacity.gpus)
 results = sorted(outcome.folder.trials.all(), key=lambda r: r.trial)
-print([r.values["top1"] for r in results])
+import json
+print(json.dumps([[r.recipe, r.values["top1"]] for r in results]))
 """
 
 
 @pytest.mark.slow
-def test_a_notebook_cell_among_foreign_modules(foreign: Place, right: Sequence[float]) -> None:
+def test_a_notebook_cell_among_foreign_modules(foreign: Place, assert_right: Assert) -> None:
     # a kernel has its folder first on its own path: a foreign module must at least import
     (foreign.folder / "statistics.py").write_text("def mean(values):\n    return 0\n")
     job = {**JOB, "name": "n", "store": "studies", "cache": str(foreign.cache)}
@@ -189,15 +212,15 @@ def test_a_notebook_cell_among_foreign_modules(foreign: Place, right: Sequence[f
         cells=[nbformat.v4.new_code_cell(CELL.replace("JOB", repr(job)))]
     )
     done = nbclient.NotebookClient(
-        book, timeout=280, kernel_name="python3", resources={"metadata": {"path": foreign.folder}}
+        book, timeout=800, kernel_name="python3", resources={"metadata": {"path": foreign.folder}}
     ).execute()
     text = "".join(o.get("text", "") for o in done.cells[0].outputs if o.get("name") == "stdout")
-    assert json.loads(text.splitlines()[-1]) == right
+    assert_right([tuple(found) for found in json.loads(text.splitlines()[-1])])
 
 
 @pytest.mark.slow
 def test_submit_and_cluster_local_among_foreign_modules(
-    foreign: Place, right: Sequence[float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    foreign: Place, assert_right: Assert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     log = tmp_path / "cluster"
     log.mkdir()
@@ -209,4 +232,4 @@ def test_submit_and_cluster_local_among_foreign_modules(
             "submit", "job.yaml", "--address", cluster.dashboard, "--store", store,
             "--name", "s", "--follow", **cluster.environment,
         )  # fmt: skip
-    assert top1_of(foreign.run("trials", "s", "--json", "--store", store)) == right
+    assert_right(foreign.trials(store))

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import Run
+
 RECORDED = Path(__file__).parent / "fixtures" / "version_0_1.tar.xz"
 COMMAND = Path(sys.executable).with_name("vitpareto")
 #: of the recorded study
@@ -40,8 +42,9 @@ def recorded(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: object) -> str:
+    """The installed command in a process of its own, as in a shell; what it printed."""
     done = subprocess.run(
-        [COMMAND, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=280,
+        [COMMAND, *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=800,
         check=False, env={**os.environ, "VITPARETO_CACHE": str(folder / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -53,13 +56,14 @@ def rows(text: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("table", ["front", "trials"])
-def test_its_tables_are_the_same(recorded: Path, table: str) -> None:
+def test_its_tables_are_the_same(command: Run, recorded: Path, table: str) -> None:
     """Every key, in order, and every value that version 0.1 printed (intervals to rounding: they
     come from another routine).
     """
-    printed = run(recorded, table, "before", "--store", "studies", "--json")
+    result = command(table, "before", "--store", recorded / "studies", "--json")
+    assert result.code == 0, result.err
     expected = rows((recorded / f"{table}.jsonl").read_text())
-    found = rows(printed)
+    found = result.rows
     assert [list(row) for row in found] == [list(row) for row in expected]
     for row, other in zip(found, expected, strict=True):
         for key, value in other.items():
@@ -67,8 +71,9 @@ def test_its_tables_are_the_same(recorded: Path, table: str) -> None:
             assert row[key] == (value if exact else pytest.approx(value, rel=1e-12)), key
 
 
-def test_its_bundle_verifies(recorded: Path) -> None:
-    run(recorded, "verify", "bundle")
+def test_its_bundle_verifies(command: Run, recorded: Path) -> None:
+    result = command("verify", recorded / "bundle")
+    assert result.code == 0, result.err
 
 
 @pytest.mark.slow

@@ -119,8 +119,8 @@ def test_every_method_is_exported() -> None:
     assert sorted(RECIPES) == sorted(untrained)
 
 
-#: of the fast lane: dense, dropping, merging and adaptive counts
-FAST = ("dense", "topk", "tome", "rajni")
+#: of the fast lane: dropping, merging and adaptive counts
+FAST = ("topk", "tome", "rajni")
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_not_a_bundle(tmp_path: Path) -> None:
 def test_wrong_program_is_not_verified(study: Study, tmp_path: Path) -> None:
     """Another method's ONNX program in the bundle: every batch size says how many are wrong."""
     bundle = _edited(study, tmp_path)
-    shutil.copy(study.bundle("centre") / "model.onnx", bundle / "model.onnx")
+    shutil.copy(study.bundle("rajni") / "model.onnx", bundle / "model.onnx")
     found = check_programs(bundle, check_files(study.bundle("topk")))
     assert not found.verified and "NOT VERIFIED" in found.table()
     wrong = {c.runtime: c.wrong for c in found.comparisons}

@@ -19,6 +19,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from tests.refusals import refused
 from vitpareto import methods
@@ -65,9 +66,9 @@ def study(
     config = SearchConfig.of({
         "name": "s", "trials": 8, "images": 100, "methods": "topk,random", "latency": "off",
         "certify": "off", "store": str(tmp_path_factory.mktemp("store")), "cache": str(cache),
-        "device": "cpu", "fixed": {"structure": "none"},
+        "workers": 1, "device": "cpu", "fixed": {"structure": "none"},
     })  # fmt: skip
-    folder = run_study(check_job(config), cpus=capacity.cpus, gpus=0).folder
+    folder = run_study(check_job(config), cpus=1, gpus=0).folder
     return folder
 
 
@@ -317,9 +318,23 @@ def test_an_unknown_runtime_and_an_empty_batch_are_refused(bundle: Path) -> None
         bench_bundle(bundle.parent)
 
 
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The embedded model with three of its twelve blocks, which compile four times as long."""
+    build = embedded_model.build
+
+    def three_blocks(pretrained: bool = True) -> VisionTransformer:
+        model = build(pretrained)
+        model.blocks = model.blocks[:3]
+        return model
+
+    monkeypatch.setattr(embedded_model, "build", three_blocks)
+
+
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_every_runtime_gives_the_models_logits(runtime: str) -> None:
-    model = methods.prune(embedded_model.build(), "topk", keep_rate=0.6, prune_layers=(3, 6))
+    model = methods.prune(embedded_model.build(), "topk", keep_rate=0.6, prune_layers=(1, 2))
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     if runtime == "cudagraph" and not torch.cuda.is_available():
         with refused("unsupported", UserError, got="cudagraph", device="cpu"):
@@ -352,6 +367,7 @@ def test_a_runtime_that_cannot_run_here_is_refused_before_the_search(
     assert not list(tmp_path.glob("*/trials/*"))
 
 
+@pytest.mark.usefixtures("shallow")
 def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
     tmp_path: Path, cache: Path
 ) -> None:
@@ -367,7 +383,7 @@ def test_a_trial_above_the_limit_of_latency_is_outside_and_not_measured(
     assert TrialResources.of(config, "cpu", 2, 0).workers == 1, "timed alone on its device"
     task = study_task(prepared, threads=1)
     worker = Worker.open(task)
-    recipe = Recipe.of("topk", keep_rate=0.5, prune_layers=(3,))
+    recipe = Recipe.of("topk", keep_rate=0.5, prune_layers=(2,))
     above = measure_recipe(worker, 1, recipe)
     assert (above.state, above.reason, above.images) == ("failed", OUTSIDE_BUDGETS, 0)
     assert limit_violation(above, task) == above.values["latency_ms"] / 1e-3 - 1 > 0

@@ -32,9 +32,9 @@ from vitpareto.search.trials.run_study import run_study
 from vitpareto.search.trials.searcher import FrontSearcher
 from vitpareto.search.trials.tune import run_tune
 
-TRIALS = 30
+TRIALS = 20
 #: trials that one worker may do while the other starts
-ALONE = 10
+ALONE = 8
 
 
 def worker_that_starts_slowly() -> type[tune.Trainable]:
@@ -56,7 +56,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
             return True
 
         def step(self) -> dict[str, Any]:
-            time.sleep(0.6)
+            time.sleep(0.4)
             self.done += 1
             deadline = time.monotonic() + 60
             while self.done == ALONE and time.monotonic() < deadline:
@@ -112,11 +112,11 @@ def test_a_worker_with_other_code_ends_the_search(
     """The refusal of a worker is the search's; the same study continues once the code is equal."""
     config = SearchConfig.of(
         {"name": "s", "trials": 3, "methods": "topk", "images": 40, "store": str(tmp_path),
-         "cache": str(cache), "latency": "off", "certify": "off"}
+         "cache": str(cache), "workers": 1, "latency": "off", "certify": "off"}
     )  # fmt: skip
     with monkeypatch.context() as patched:
         patched.setattr(study_task, "CODE", "another")
         with refused(Code.MISMATCH, expected="another"):
-            run_study(check_job(config), cpus=capacity.cpus, gpus=0)
-    outcome = run_study(check_job(config), cpus=capacity.cpus, gpus=0)
+            run_study(check_job(config), cpus=1, gpus=0)
+    outcome = run_study(check_job(config), cpus=1, gpus=0)
     assert [r.state for r in outcome.folder.trials.all()] == ["finished"] * 3
