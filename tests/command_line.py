@@ -87,9 +87,12 @@ def command() -> Run:
 
 @dataclass(frozen=True)
 class MadeStudy:
-    """A store with one study, and what the search that made it printed."""
+    """A store with one study, and what the search that made it printed. untouched: a copy of the
+    store that no command reads while a test copies it.
+    """
 
     store: Path
+    untouched: Path
     result: Result
 
 
@@ -101,20 +104,19 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made_study(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> MadeStudy:
-    """The study `s`; tests do not change it. The first worker that needs it makes it, and the
-    others take copies.
-    """
+    """The study `s`; tests do not change it. The first worker that needs it makes it for all."""
     root = shared_folder(tmp_path_factory) / "made-study"
     root.mkdir(exist_ok=True)
-    store, printed = root / "studies", root / "printed.json"
+    store, untouched, printed = root / "studies", root / "untouched", root / "printed.json"
     with FileLock(root / "lock"):
         if not printed.exists():
-            shutil.rmtree(store, ignore_errors=True)
+            for left in (store, untouched):  # by a worker that failed
+                shutil.rmtree(left, ignore_errors=True)
             result = _search(store, root / "job.yaml", cache)
             assert result.code == 0, result.err
+            shutil.copytree(store, untouched)
             printed.write_text(json.dumps([result.code, result.out, result.err]))
-        copy = Path(shutil.copytree(store, tmp_path_factory.mktemp("made") / "studies"))
-    return MadeStudy(copy, Result(*json.loads(printed.read_text()), error=None))
+    return MadeStudy(store, untouched, Result(*json.loads(printed.read_text()), error=None))
 
 
 def _search(store: Path, job: Path, cache: Path) -> Result:
@@ -131,6 +133,6 @@ def study_store(made_study: MadeStudy) -> Path:
 
 
 @pytest.fixture
-def own_store(study_store: Path, tmp_path: Path) -> Path:
+def own_store(made_study: MadeStudy, tmp_path: Path) -> Path:
     """A copy of `study_store`, for tests that change it."""
-    return Path(shutil.copytree(study_store, tmp_path / "studies"))
+    return Path(shutil.copytree(made_study.untouched, tmp_path / "studies"))

@@ -203,7 +203,7 @@ def test_latency_as_an_objective_uses_one_worker(
 ) -> None:
     config = job(tmp_path, cache, objectives="top1,latency_ms", trials=3, methods="topk")
     assert TrialResources.of(config, "cpu", 8, 0) == TrialResources(workers=1, cpus=8, gpus=0.0)
-    folder, _ = search(replace(config, latency="off"), capacity)
+    folder, _ = search(replace(config, latency="off", workers=1), capacity)
     for result in folder.trials.all():
         assert result.values["latency_ms"] > 0
         assert result.latency is not None and result.latency.target.runtime == "eager"
