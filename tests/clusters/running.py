@@ -116,7 +116,7 @@ def _running(
             family = psutil.Process(process.pid).children(recursive=True)
             process.send_signal(signal.SIGTERM)
             try:
-                assert process.wait(timeout=60) == 0, log.read_text()
+                assert process.wait(timeout=240) == 0, log.read_text()
                 _, alive = psutil.wait_procs(family, timeout=30)
                 assert not alive, f"left behind: {alive}"
             finally:

@@ -211,7 +211,7 @@ def test_linters_accept_the_slurm_script_and_the_dockerfile() -> None:
         [tool("shellcheck"), "--severity=style", CLUSTERS / "slurm.sh"],
         [tool("hadolint"), CLUSTERS / "Dockerfile"],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
     text = (CLUSTERS / "Dockerfile").read_text()
     version = re.search(r"^FROM python:(\d+\.\d+)\.\d+-slim", text, re.MULTILINE)

@@ -143,6 +143,6 @@ def test_ui_serves_the_study_until_it_is_terminated(study_store: Path) -> None:
                 assert b"<title>MLflow" in answer.read()
         finally:
             served.terminate()
-            assert served.wait(60) == 143
+            assert served.wait(240) == 143
     with pytest.raises(OSError):
         urllib.request.urlopen(page, timeout=5)

@@ -188,7 +188,7 @@ def test_a_second_process_waits_for_the_first_and_agrees(folder: Path, cache: Pa
 
         ours = open_data(str(folder), SMALL, cache=cache, progress=half_way)
         split = ours.split("held-out")
-        theirs = json.loads(second_reader.communicate(timeout=60)[0])
+        theirs = json.loads(second_reader.communicate(timeout=240)[0])
     digest = hashlib.sha256(split.images.tobytes()).hexdigest()
     assert reported == [64, 72]
     assert theirs == [ours.fingerprint, split.fingerprint, split.labels.tolist(), digest, []]

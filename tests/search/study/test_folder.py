@@ -163,7 +163,7 @@ def test_lock_admits_one_driver_and_is_freed_when_it_dies(study: StudyFolder) ->
     command = [sys.executable, "-c", HOLD, str(study.folder / "lock")]
     with study.lock.hold():
         assert study.lock.is_held
-        second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        second = subprocess.run(command, capture_output=True, text=True, timeout=240)
         assert (second.returncode, second.stderr) == (1, "refused\n")
     assert not study.lock.is_held
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -58,7 +58,7 @@ def test_a_single_process_shares_nothing() -> None:
     assert average_gradients(model, 1.5, 0.3) == 1.5 and torch.equal(before, model.weight.grad)  # type: ignore[arg-type]
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_two_processes_train_like_one(prepared: CheckedJob, capacity: Any, tmp_path: Path) -> None:
     """A trial's own training, checkpoint included; the difference is rounding, which training
     multiplies: far below what one more step changes.
@@ -88,7 +88,7 @@ def test_two_processes_train_like_one(prepared: CheckedJob, capacity: Any, tmp_p
     assert all(torch.equal(v, made[1][k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_processes_prepare_like_one(
     prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
@@ -103,7 +103,7 @@ def test_two_processes_prepare_like_one(
     assert outcome[1] == outcome[2]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_processes_prepare_heads_like_one(
     prepared: CheckedJob, capacity: Any, tmp_path: Path
 ) -> None:
@@ -118,7 +118,7 @@ def test_two_processes_prepare_heads_like_one(
     assert losses[2] == pytest.approx(losses[1], rel=0.01)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(900)
 def test_an_error_in_a_process_is_raised_in_the_caller(capacity: Any, tmp_path: Path) -> None:
     def fails() -> None:
         raise FloatingPointError("the training loss became nan at epoch 0, step 3")

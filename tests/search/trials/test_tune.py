@@ -58,7 +58,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
         def step(self) -> dict[str, Any]:
             time.sleep(0.4)
             self.done += 1
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 200
             while self.done == ALONE and time.monotonic() < deadline:
                 if len([*self.started.iterdir()]) > 1:
                     break
@@ -81,7 +81,7 @@ def worker_that_starts_slowly() -> type[tune.Trainable]:
     return Slow
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_workers_that_start_slowly_all_get_trials(tmp_path: Path, capacity: Any) -> None:
     """Ray alone gives a free worker to the trial that waits for its own, and ends the one that is
     being started: of two workers one would do all trials.
