@@ -2,7 +2,7 @@
 
 - `trial_choice`: which trial of a study is exported
 - `rebuilt_trial`: the measured model of a trial, rebuilt with its images
-- `bundle`, `bundle_result`, `preprocessing`, `readme`: the folder and its files
+- `bundle`, `bundle_result`, `program_results`, `preprocessing`, `readme`: the folder and its files
 - `reference_outputs`, `isolated_process`, `verification`: proof that the exported programs are the
   measured model
 - `int8`, `specialised`: additional programs; `torch_internals` holds what torch does not document

@@ -28,11 +28,10 @@ from vitpareto.search.export.bundle_result import (
     BundleResult,
     ExportSettings,
     FileRecord,
-    Int8Result,
-    SpecialisedProgram,
     seal_of,
 )
 from vitpareto.search.export.preprocessing import normalised, preprocess_json
+from vitpareto.search.export.program_results import Int8Result, SpecialisedProgram
 from vitpareto.search.export.readme import more_programs, readme
 from vitpareto.search.export.rebuilt_trial import NotVerified, RebuiltTrial
 from vitpareto.search.export.reference_outputs import ReferenceOutputs

@@ -30,13 +30,14 @@ from torch import Tensor
 
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
-from vitpareto.search.export.bundle_result import Int8Result
+from vitpareto.search.export.program_results import Int8Result
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.measure.latency import Latency
 from vitpareto.search.measure.timing import measure_latency
 from vitpareto.search.runtimes.backends import Run, onnx_session
 from vitpareto.search.stats.intervals import paired_difference
-from vitpareto.search.study.certificates import ERROR, flips
+from vitpareto.search.study.certificates import flips
+from vitpareto.search.study.certification_record import ERROR
 
 FILE = "model.int8.onnx"
 #: number of calibration images, and images per call

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vitpareto.search.export.bundle_result import Int8Result, SpecialisedProgram
+from vitpareto.search.export.program_results import Int8Result, SpecialisedProgram
 
 _SIZE = {
     "shorter": "w, h = (S, int(S * h / w)) if w <= h else (int(S * w / h), S)",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitpareto.methods import Code
 from vitpareto.search.errors import UserError
-from vitpareto.search.export.bundle_result import SpecialisedProgram
+from vitpareto.search.export.program_results import SpecialisedProgram
 from vitpareto.search.export.reference_outputs import ReferenceOutputs, compare
 from vitpareto.search.export.torch_internals import LOAD_PACKAGE, compile_package
 from vitpareto.search.runtimes.backends import onnx_session

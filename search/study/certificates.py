@@ -8,66 +8,24 @@ changed later, because the search may have been continued because of its results
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 
 from vitpareto.search.stats.intervals import (
     clopper_pearson,
-    errors_by_round,
     holm,
     mcnemar,
     paired_difference,
 )
+from vitpareto.search.study.certification_record import ERROR, CertificationRecord
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.results import Certified, TrialResult, WorstClass, unpack_bits
 
-#: Probability that any interval misses: of the accuracies, and of the differences from dense.
-ERROR = 0.05
 #: Number of changes of order that a note lists.
 NAMED = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Record:
-    """Which images and trials are certified.
-
-    Attributes:
-        fingerprint: of the decoded held-out split.
-        classes: its class names.
-        labels: int [M], the images' labels.
-        rounds: trial numbers by round.
-    """
-
-    fingerprint: str
-    classes: tuple[str, ...]
-    labels: np.ndarray
-    rounds: tuple[tuple[int, ...], ...] = ()
-
-    @classmethod
-    def of(cls, plain: dict[str, Any]) -> Record:
-        labels = np.frombuffer(base64.b64decode(plain["labels"]), dtype="<u2").astype(np.int64)
-        rounds = tuple(tuple(trials) for trials in plain["rounds"])
-        return cls(plain["fingerprint"], tuple(plain["classes"]), labels, rounds)
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        labels = base64.b64encode(self.labels.astype("<u2").tobytes()).decode("ascii")
-        return {
-            "fingerprint": self.fingerprint,
-            "classes": list(self.classes),
-            "labels": labels,
-            "rounds": [list(trials) for trials in self.rounds],
-        }
-
-    def errors(self) -> dict[int, float]:
-        """Return the error of each trial's interval."""
-        each = errors_by_round([len(trials) for trials in self.rounds], ERROR)
-        return {t: error for trials, error in zip(self.rounds, each, strict=True) for t in trials}
 
 
 def measured(folder: StudyFolder, recovered: bool = False) -> list[TrialResult]:
@@ -78,12 +36,12 @@ def measured(folder: StudyFolder, recovered: bool = False) -> list[TrialResult]:
         return results
     # recovered trials are compared with the dense model before recovery
     dense = next((r for r in folder.certification().results() if r.is_reference), None)
-    return attach(results, Record.of(record), folder.certification(recovered).results(), dense)
+    return attach(results, record, folder.certification(recovered).results(), dense)
 
 
 def attach(
     results: Sequence[TrialResult],
-    record: Record,
+    record: CertificationRecord,
     certified: Sequence[TrialResult],
     dense: TrialResult | None,
 ) -> list[TrialResult]:
@@ -107,7 +65,7 @@ def attach(
 
 
 def _certificate(
-    result: TrialResult, dense: TrialResult | None, error: float, record: Record
+    result: TrialResult, dense: TrialResult | None, error: float, record: CertificationRecord
 ) -> Certified:
     """Return the certificate of a trial; both results are on held-out images."""
     right, images = unpack_bits(result.bits, result.images), result.images

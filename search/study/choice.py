@@ -81,18 +81,7 @@ def choose(
         UserError: no budget, a non-finite one, or a finished trial without top1 or gmacs.
         NothingUnderBudget: no trial is within the budget.
     """
-    requested = {"gmacs": max_gmacs, "latency_ms": max_latency_ms, "top1": min_top1}
-    bounds = {name: float(bound) for name, bound in requested.items() if bound is not None}
-    if not bounds:
-        raise UserError(
-            "one of max_gmacs, max_latency_ms and min_top1 must be given (got none)", Code.MISSING
-        )
-    for name, bound in bounds.items():
-        if not math.isfinite(bound):
-            raise UserError(
-                f"the budget for {name} must be finite (got {bound})",
-                Code.OUT_OF_RANGE, name=name, got=bound,
-            )  # fmt: skip
+    bounds = _checked_bounds(gmacs=max_gmacs, latency_ms=max_latency_ms, top1=min_top1)
     finished = [r for r in results if r.state == "finished"]
     for result in finished:
         values_of(result.values, (OBJECTIVES["top1"], OBJECTIVES["gmacs"]), f"trial {result.trial}")
@@ -106,6 +95,22 @@ def choose(
     if min_top1 is not None:
         return min(within, key=lambda r: (r.values[cost], -r.values["top1"], r.trial))
     return min(within, key=lambda r: (-r.values["top1"], r.values[cost], r.trial))
+
+
+def _checked_bounds(**requested: float | None) -> dict[str, float]:
+    """Return the budgets that are given, by objective. Raises UserError."""
+    bounds = {name: float(bound) for name, bound in requested.items() if bound is not None}
+    if not bounds:
+        raise UserError(
+            "one of max_gmacs, max_latency_ms and min_top1 must be given (got none)", Code.MISSING
+        )
+    for name, bound in bounds.items():
+        if not math.isfinite(bound):
+            raise UserError(
+                f"the budget for {name} must be finite (got {bound})",
+                Code.OUT_OF_RANGE, name=name, got=bound,
+            )  # fmt: skip
+    return bounds
 
 
 def _nothing(

@@ -142,6 +142,15 @@ def front_rows(
     ]
 
 
+def _reversed_with(trial: int, changes: Sequence[OrderChange]) -> list[tuple[int, bool]]:
+    """The trials whose order with this one changed, and whether it did beyond noise."""
+    return [
+        (c.second if c.first == trial else c.first, c.beyond_noise)
+        for c in changes
+        if trial in (c.first, c.second)
+    ]
+
+
 def _front_row(
     result: TrialResult,
     dense: TrialResult | None,
@@ -155,11 +164,7 @@ def _front_row(
     values, certified = result.values, result.certified
     worst = None if certified is None else certified.worst
     lost, gained, split = flipped(result, dense) or (None, None, None)
-    reversed_with = [
-        (c.second if c.first == result.trial else c.first, c.beyond_noise)
-        for c in changes
-        if result.trial in (c.first, c.second)
-    ]
+    reversed_with = _reversed_with(result.trial, changes)
     return FrontRow(
         trial=result.trial,
         method=result.method,

@@ -11,6 +11,7 @@ from typing import Any
 from vitpareto.search.errors import Code, UserError
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.measure.latency import Latency
+from vitpareto.search.study.certification_record import CertificationRecord
 from vitpareto.search.study.identity import described, differing
 from vitpareto.search.study.results import TrialResult
 from vitpareto.search.study.trial_files import PATTERN, read_results, write_result
@@ -64,13 +65,14 @@ class CertificationFiles:
 
     folder: Path
 
-    def read(self) -> dict[str, Any] | None:
-        """Return the record (see `certificates.Record`); None if nothing is certified."""
-        return _read(self.folder / "certification.json")
+    def read(self) -> CertificationRecord | None:
+        """Return the record; None if nothing is certified."""
+        stored = _read(self.folder / "certification.json")
+        return None if stored is None else CertificationRecord.from_json(stored)
 
-    def write(self, record: Mapping[str, Any]) -> None:
+    def write(self, record: CertificationRecord) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "certification.json", json.dumps(record))
+        write_atomic(self.folder / "certification.json", json.dumps(record.to_json()))
 
     def results(self) -> list[TrialResult]:
         """Return the results on held-out images, under the trials' numbers."""

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 from vitpareto import methods
 from vitpareto.search.stats.intervals import paired_difference
-from vitpareto.search.study.certificates import ERROR, flips
+from vitpareto.search.study.certificates import flips
+from vitpareto.search.study.certification_record import ERROR
 from vitpareto.search.study.front import front_of, knee_of, reference_of
 from vitpareto.search.study.objectives import ACCURACIES, OBJECTIVES, Objective, objectives_named
 from vitpareto.search.study.results import TrialResult, unpack_bits

@@ -9,9 +9,10 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vitpareto.search.study.folder import StudyFolder
+from vitpareto.search.study.front_table import FrontRow
 from vitpareto.search.tracking.page import StudyPage
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ TABLE = "front.json"
 class ArtifactSet:
     """Artifacts of a run. `digest` is a hash of all of them, so that equal ones are not uploaded.
 
-    `files` are local files by artifact name, `table` the rows of the front as plain values.
+    `files` are local files by artifact name, `table` the rows of the front.
     """
 
     files: Mapping[str, Path]
-    table: Sequence[Mapping[str, Any]]
+    table: Sequence[FrontRow]
     digest: str
 
     @classmethod
@@ -39,11 +40,11 @@ class ArtifactSet:
         job = folder.folder / "job.yaml"
         if job.is_file():
             files.setdefault("job.yaml", job)
-        table = [row.to_json() for row in page.table]
-        digest = hashlib.sha256(json.dumps(table, default=str).encode())
+        table = json.dumps([row.to_json() for row in page.table], default=str)
+        digest = hashlib.sha256(table.encode())
         for name, path in sorted(files.items()):
             digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-        return cls(files, table, digest.hexdigest())
+        return cls(files, page.table, digest.hexdigest())
 
     @property
     def names(self) -> set[str]:
@@ -77,12 +78,12 @@ def _upload_file(client: MlflowClient, run_id: str, name: str, path: Path) -> No
 
 
 def _upload_table(
-    client: MlflowClient, run_id: str, table: Sequence[Mapping[str, Any]], *, replace: bool
+    client: MlflowClient, run_id: str, table: Sequence[FrontRow], *, replace: bool
 ) -> None:
     import pandas as pd
 
     # log_table selects columns of dtype object, and pandas warns about other dtypes
-    frame = pd.DataFrame([dict(row) for row in table], dtype=object)
+    frame = pd.DataFrame([row.to_json() for row in table], dtype=object)
     if replace:  # log_table would append to the existing table
         text = frame.to_json(orient="split", index=False, date_format="iso")
         client.log_text(run_id, text, TABLE)

@@ -150,11 +150,7 @@ def register(
             runs.read()
         name = model_name(folder.name)
         made = _create_version(runs, folder, result.trial, bundle, tags)
-        stored = runs.client.get_registered_model(name).aliases
-        given = tuple(aliases) or (
-            *(() if "champion" in stored else ("champion",)),
-            *aliases_of(folder, result, recovered),
-        )
+        given = tuple(aliases) or _default_aliases(runs, folder, result, recovered)
         for alias in given:
             runs.client.set_registered_model_alias(name, alias, made)
     except UserError:
@@ -166,6 +162,15 @@ def register(
             server=shown_uri(server),
         ) from error
     return RegisteredVersion(name, made, given, shown_uri(server))
+
+
+def _default_aliases(
+    runs: StudyRuns, folder: StudyFolder, result: TrialResult, recovered: bool
+) -> tuple[str, ...]:
+    """`champion` if no version has it, and what the trial is on the front."""
+    stored = runs.client.get_registered_model(model_name(folder.name)).aliases
+    champion = () if "champion" in stored else ("champion",)
+    return (*champion, *aliases_of(folder, result, recovered))
 
 
 def _create_version(

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from vitpareto.search.data.datasets import Data
 from vitpareto.search.data.decoded import Split
-from vitpareto.search.study.certificates import Record
+from vitpareto.search.study.certification_record import CertificationRecord
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of, reference_of
 from vitpareto.search.study.objectives import objectives_named
@@ -121,17 +121,15 @@ def _record_members(
     """Add new members to the record of what is certified, before any of them is measured: the error
     that each interval may have depends on it. False if the record is of other images.
     """
-    plain = folder.certification(recovered).read()
-    if plain is None:
-        record = Record(held_out.fingerprint, tuple(classes), held_out.labels)
-    else:
-        record = Record.of(plain)
+    record = folder.certification(recovered).read()
+    if record is None:
+        record = CertificationRecord(held_out.fingerprint, tuple(classes), held_out.labels)
     if record.fingerprint != held_out.fingerprint:
         return False
     known = {trial for trials in record.rounds for trial in trials}
     if new := tuple(r.trial for r in members if r.trial not in known):
         record = replace(record, rounds=(*record.rounds, new))
-        folder.certification(recovered).write(record.plain())
+        folder.certification(recovered).write(record)
     return True
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 
 from vitpareto.methods import Recipe
 from vitpareto.methods.engine.bad_input import Code
@@ -48,7 +48,7 @@ class LatencyActor:
 class RemoteTimer:
     """A `LatencyTimer` that asks a LatencyActor. actor: its handle, which Ray can pickle."""
 
-    actor: Any
+    actor: ActorHandle
 
     def measure(self, recipe: Recipe) -> Latency:
         latency: Latency = ray.get(self.actor.measure.remote(recipe))
@@ -73,7 +73,7 @@ def latency_actor(
         execution=replace(task.execution, device="cuda" if slot.gpus else "cpu", threads=None),
         latency=replace(task.latency, timer=None),
     )
-    actor: Any = (
+    actor: ActorHandle = (
         ray.remote(LatencyActor)
         .options(num_cpus=slot.cpus, num_gpus=slot.gpus, resources={slot.resource: slot.amount})
         .remote(task)
@@ -86,7 +86,7 @@ def latency_actor(
         ray.kill(actor)
 
 
-def _wait_for_slot(actor: Any, target: str) -> str:
+def _wait_for_slot(actor: ActorHandle, target: str) -> str:
     """The actor's device, once it has started."""
     try:
         device: str = ray.get(actor.device.remote(), timeout=SLOT_S)

@@ -29,8 +29,8 @@ from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.benchmark import bench_bundle, dense_model
 from vitpareto.search.export.bundle import ExtraPrograms, export
-from vitpareto.search.export.bundle_result import Int8Result
 from vitpareto.search.export.preprocessing import normalised
+from vitpareto.search.export.program_results import Int8Result
 from vitpareto.search.export.reference_outputs import ReferenceOutputs
 from vitpareto.search.export.specialised import write_static
 from vitpareto.search.export.verification import check_files, verify

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.stats import beta, norm
 
 from vitpareto.search.stats.intervals import paired_difference
-from vitpareto.search.study.certificates import ERROR, Record, attach
+from vitpareto.search.study.certificates import attach
+from vitpareto.search.study.certification_record import ERROR, CertificationRecord
 from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult, pack_bits
 from vitpareto.search.study.verdict import controls_of, is_control, verdict
@@ -44,7 +45,7 @@ def bits(right: int, images: int = 400) -> np.ndarray:
 
 def certified(results: list[TrialResult], held: dict[int, np.ndarray]) -> list[TrialResult]:
     images = len(next(iter(held.values())))
-    record = Record("f", ("a",), np.zeros(images, dtype=np.int64), (tuple(held),))
+    record = CertificationRecord("f", ("a",), np.zeros(images, dtype=np.int64), (tuple(held),))
     held_out = [replace(r, bits=pack_bits(held[r.trial]), images=images) for r in results
              if r.trial in held]  # fmt: skip
     return attach(results, record, held_out, held_out[0])

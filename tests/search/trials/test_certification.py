@@ -20,9 +20,7 @@ from vitpareto.search.models.loading import load_model
 from vitpareto.search.stats.intervals import clopper_pearson, paired_difference, wilson_interval
 from vitpareto.search.study import certificates
 from vitpareto.search.study.certificates import (
-    ERROR,
     NAMED,
-    Record,
     attach,
     measured,
     order_changes,
@@ -30,6 +28,7 @@ from vitpareto.search.study.certificates import (
     why_not,
     worst_class,
 )
+from vitpareto.search.study.certification_record import ERROR, CertificationRecord
 from vitpareto.search.study.choice import choose
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of
@@ -115,7 +114,7 @@ def certified_study(world: SimulatedStudy) -> tuple[list[TrialResult], list[Tria
     search, held_out = world.study()
     members = members_of(search, OBJECTIVES)
     labels = np.arange(world.held_out) % 5
-    record = Record("f", tuple("abcde"), labels, (tuple(r.trial for r in members),))
+    record = CertificationRecord("f", tuple("abcde"), labels, (tuple(r.trial for r in members),))
     certified = [held_out[r.trial] for r in members]
     return search, [r for r in attach(search, record, certified, held_out[-1]) if r.certified]
 
@@ -190,7 +189,7 @@ def test_certified_rounds_hold_under_optional_continuation() -> None:
             rounds.append(list(draw.binomial(images, truth, size=4)))
         continued += len(rounds) > 1
         numbers = iter(range(100))
-        record = Record(
+        record = CertificationRecord(
             "f", (), np.array([]), tuple(tuple(next(numbers) for _ in r) for r in rounds)
         )
         errors = record.errors()
@@ -213,7 +212,9 @@ def bits(images: int, wrong: object) -> np.ndarray:
 def certified(results: list[TrialResult], held: list[np.ndarray]) -> list[TrialResult]:
     """Return the results with certificates from correctness on held-out images; dense is first."""
     labels = np.repeat(np.arange(4), len(held[0]) // 4)
-    record = Record("f", ("ant", "bee", "cat", "dog"), labels, (tuple(r.trial for r in results),))
+    record = CertificationRecord(
+        "f", ("ant", "bee", "cat", "dog"), labels, (tuple(r.trial for r in results),)
+    )
     pairs = zip(results, held, strict=True)
     held_out = [trial(r.trial, right, r.values["gmacs"], r.method) for r, right in pairs]
     return attach(results, record, held_out, held_out[0])
@@ -239,7 +240,7 @@ def test_certificate_records_its_counts() -> None:
 def test_certificate_of_another_recipe_is_not_attached() -> None:
     base = bits(40, [0])
     results = [trial(0, base, 4.0, "dense"), trial(1, base, 2.0)]
-    record = Record("f", ("a",), np.zeros(40, dtype=np.int64), ((0, 1),))
+    record = CertificationRecord("f", ("a",), np.zeros(40, dtype=np.int64), ((0, 1),))
     other = replace(results[1], key="another recipe")
     found = attach(results, record, [results[0], other], results[0])
     assert [r.certified is not None for r in found] == [True, False]
@@ -429,7 +430,7 @@ def test_certified_trial_is_not_measured_again(real: CertifiedSearch) -> None:
         k: v for k, v in before.items() if k != path.name
     }
     assert json.loads(path.read_text())["bits"] == whole["bits"]
-    assert len(real.folder.certification().read()["rounds"]) == 1, "the same round of the error"
+    assert len(real.folder.certification().read().rounds) == 1, "the same round of the error"
 
 
 def test_later_member_gets_a_new_round(real: CertifiedSearch) -> None:
@@ -446,8 +447,8 @@ def test_later_member_gets_a_new_round(real: CertifiedSearch) -> None:
         f"trials not certified on held-out images yet: {added.trial}; run vitpareto search --name s"
     )
     assert real.certify() == {}
-    rounds = real.folder.certification().read()["rounds"]
-    assert rounds[-1] == [added.trial] and len(rounds) == 2
+    rounds = real.folder.certification().read().rounds
+    assert rounds[-1] == (added.trial,) and len(rounds) == 2
     now = {r.trial: r.certified for r in measured(real.folder)}
     assert {t: now[t] for t in before} == before, "no earlier interval may change"
     certificate = now[added.trial]
@@ -459,14 +460,14 @@ def test_later_member_gets_a_new_round(real: CertifiedSearch) -> None:
 
 def test_other_held_out_images_are_refused(real: CertifiedSearch) -> None:
     real.certify()
-    plain = real.folder.certification().read()
+    record = real.folder.certification().read()
     before = real.files()
     try:
-        real.folder.certification().write({**plain, "fingerprint": "of others"})
+        real.folder.certification().write(replace(record, fingerprint="of others"))
         assert real.certify() == {}
         assert "other held-out images" in real.messages[-1] and real.files() == before
     finally:
-        real.folder.certification().write(plain)
+        real.folder.certification().write(record)
 
 
 def test_failing_member_does_not_stop_the_others(
@@ -523,8 +524,8 @@ def test_recovered_front_is_certified(real: CertifiedSearch) -> None:
 
 def test_labels_and_rounds_round_trip() -> None:
     labels = np.array([0, 999, 3, 65535 % 1000])
-    record = Record("abc", tuple(map(str, range(1000))), labels, ((0, 3), (7,)))
-    again = Record.of(json.loads(json.dumps(record.plain())))
+    record = CertificationRecord("abc", tuple(map(str, range(1000))), labels, ((0, 3), (7,)))
+    again = CertificationRecord.from_json(json.loads(json.dumps(record.to_json())))
     assert (again.labels == labels).all() and again.rounds == record.rounds
     assert again.classes == record.classes and again.fingerprint == "abc"
     expected = {0: 0.9 * ERROR / 2, 3: 0.9 * ERROR / 2, 7: 0.1 * ERROR * 0.5}
