@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import ray
 from ray.actor import ActorHandle
@@ -48,15 +49,13 @@ class LatencyActor:
 class RemoteTimer:
     """A `LatencyTimer` that asks a LatencyActor. actor: its handle, which Ray can pickle."""
 
-    actor: ActorHandle
+    actor: ActorHandle[LatencyActor]
 
     def measure(self, recipe: Recipe) -> Latency:
-        latency: Latency = ray.get(self.actor.measure.remote(recipe))
-        return latency
+        return cast(Latency, ray.get(self.actor.measure.remote(recipe)))
 
     def measure_all(self, recipes: Sequence[tuple[int, Recipe]]) -> dict[int, Latency]:
-        latencies: dict[int, Latency] = ray.get(self.actor.measure_all.remote(recipes))
-        return latencies
+        return cast(dict[int, Latency], ray.get(self.actor.measure_all.remote(recipes)))
 
 
 @contextlib.contextmanager
@@ -73,11 +72,10 @@ def latency_actor(
         execution=replace(task.execution, device="cuda" if slot.gpus else "cpu", threads=None),
         latency=replace(task.latency, timer=None),
     )
-    actor: ActorHandle = (
-        ray.remote(LatencyActor)
-        .options(num_cpus=slot.cpus, num_gpus=slot.gpus, resources={slot.resource: slot.amount})
-        .remote(task)
+    remote = ray.remote(LatencyActor).options(
+        num_cpus=slot.cpus, num_gpus=slot.gpus, resources={slot.resource: slot.amount}
     )
+    actor: ActorHandle[LatencyActor] = remote.remote(task)
     try:
         device = _wait_for_slot(actor, target)
         report(f"latencies are measured on {device}, in an exclusive slot of {target}")
@@ -86,10 +84,10 @@ def latency_actor(
         ray.kill(actor)
 
 
-def _wait_for_slot(actor: ActorHandle, target: str) -> str:
+def _wait_for_slot(actor: ActorHandle[LatencyActor], target: str) -> str:
     """The actor's device, once it has started."""
     try:
-        device: str = ray.get(actor.device.remote(), timeout=SLOT_S)
+        return cast(str, ray.get(actor.device.remote(), timeout=SLOT_S))
     except ray.exceptions.GetTimeoutError as error:
         raise UserError(
             f"a slot of latency_on {target!r} must become free within {SLOT_S:.0f} s; other work "
@@ -98,4 +96,3 @@ def _wait_for_slot(actor: ActorHandle, target: str) -> str:
             key="latency_on",
             got=target,
         ) from error
-    return device
