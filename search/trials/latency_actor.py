@@ -75,7 +75,8 @@ def latency_actor(
     remote = ray.remote(LatencyActor).options(
         num_cpus=slot.cpus, num_gpus=slot.gpus, resources={slot.resource: slot.amount}
     )
-    actor: ActorHandle[LatencyActor] = remote.remote(task)
+    # Ray's stubs say that it may be the class itself
+    actor = cast("ActorHandle[LatencyActor]", remote.remote(task))
     try:
         device = _wait_for_slot(actor, target)
         report(f"latencies are measured on {device}, in an exclusive slot of {target}")
