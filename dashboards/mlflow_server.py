@@ -87,30 +87,19 @@ def serve(
     port = _free_port(host, port)
     store = store.absolute()
     ensure_database(store)
-    command = [
-        sys.executable, "-P", "-m", "mlflow", "server",
-        "--backend-store-uri", store_uri(store),
-        "--artifacts-destination", str(artifact_folder(store)),
-        "--host", host, "--port", str(port),
-        # several workers lose TCP_NODELAY, which costs 44 ms per request
-        "--workers", "1",
-    ]  # fmt: skip
-    environment = {
-        **os.environ,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes that are not needed
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONSAFEPATH": "1",  # its own processes import nothing of the store either
-    }
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    with tempfile.TemporaryFile() as output:
+    # uvicorn puts its working directory first on its path: no module of the user may lie there
+    with (
+        tempfile.TemporaryDirectory(prefix="vitpareto-ui-") as empty,
+        tempfile.TemporaryFile() as output,
+    ):
         process = subprocess.Popen(
-            command,
+            _command(store, host, port),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=environment,
-            cwd=store,
+            env=_environment(),
+            cwd=empty,
             start_new_session=True,  # a process group, so that its workers end with it
             preexec_fn=_end_with_parent,
         )
@@ -120,6 +109,28 @@ def serve(
             yield Served(url, page, view, process.pid)
         finally:
             _stop(process)
+
+
+def _command(store: Path, host: str, port: int) -> list[str]:
+    return [
+        sys.executable, "-P", "-m", "mlflow", "server",
+        "--backend-store-uri", store_uri(store),
+        "--artifacts-destination", str(artifact_folder(store)),
+        "--host", host, "--port", str(port),
+        # several workers lose TCP_NODELAY, which costs 44 ms per request
+        "--workers", "1",
+    ]  # fmt: skip
+
+
+def _environment() -> dict[str, str]:
+    """The environment of the server and of the processes that it starts."""
+    return {
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves eight processes that are not needed
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONSAFEPATH": "1",  # `-P` for the processes that it starts
+    }
 
 
 def _end_with_parent() -> None:

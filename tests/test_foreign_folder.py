@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +56,8 @@ def evaluate(*arguments, **options):
 
 
 @dataclass(frozen=True)
-class Place:
-    """A working directory, and what it tries."""
+class WorkingDirectory:
+    """A folder in which commands are run."""
 
     folder: Path
     cache: Path
@@ -92,8 +93,8 @@ def assert_right(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Asser
     """Asserts that trials have the accuracies that this process measures for their recipes."""
 
     def check(found: list[Found]) -> None:
-        place = {"store": str(tmp_path_factory.mktemp("here")), "cache": str(cache)}
-        worker = Worker.open(study_task(check_job(SearchConfig.of({**JOB, **place})), threads=1))
+        folders = {"store": str(tmp_path_factory.mktemp("here")), "cache": str(cache)}
+        worker = Worker.open(study_task(check_job(SearchConfig.of({**JOB, **folders})), threads=1))
         expected = [
             measure_recipe(worker, number, Recipe.from_dict(recipe)).values["top1"]
             for number, (recipe, _) in enumerate(found)
@@ -105,7 +106,7 @@ def assert_right(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Asser
 
 
 @pytest.fixture
-def foreign(tmp_path: Path, cache: Path) -> Place:
+def foreign(tmp_path: Path, cache: Path) -> WorkingDirectory:
     """A research repository: packages and modules of generic names, of which none may be imported,
     and another checkout in a folder below.
     """
@@ -114,7 +115,7 @@ def foreign(tmp_path: Path, cache: Path) -> Place:
         (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('foreign {name}')\n")
     (tmp_path / "statistics.py").write_text("raise RuntimeError('foreign statistics')\n")
     checkout(tmp_path / "vitpareto-old")
-    return Place(tmp_path, cache)
+    return WorkingDirectory(tmp_path, cache)
 
 
 def checkout(folder: Path) -> Path:
@@ -128,21 +129,23 @@ def checkout(folder: Path) -> Path:
     return folder
 
 
-def test_a_search_from_a_folder_of_foreign_modules(foreign: Place, assert_right: Assert) -> None:
+def test_a_search_from_a_folder_of_foreign_modules(
+    foreign: WorkingDirectory, assert_right: Assert
+) -> None:
     assert_right(foreign.search())
 
 
 @pytest.mark.slow
 def test_a_search_from_another_checkout(tmp_path: Path, cache: Path, assert_right: Assert) -> None:
-    place = Place(checkout(tmp_path / "other"), cache)
-    assert_right(place.search())
+    other = WorkingDirectory(checkout(tmp_path / "other"), cache)
+    assert_right(other.search())
 
 
 @pytest.mark.slow
 def test_the_other_checkout_would_be_noticed(tmp_path: Path, cache: Path) -> None:
     """The tests above can fail: run as itself, the other checkout counts all images as right."""
     other = checkout(tmp_path / "other")
-    found = Place(other, cache)
+    found = WorkingDirectory(other, cache)
     done = subprocess.run(
         [sys.executable, "-m", "vitpareto", "search", "--name", "s", "--store", "studies",
          "--cache", cache, "--trials", "2", "--methods", "topk", "--latency", "off",
@@ -204,7 +207,9 @@ print(json.dumps([[r.recipe, r.values["top1"]] for r in results]))
 
 
 @pytest.mark.slow
-def test_a_notebook_cell_among_foreign_modules(foreign: Place, assert_right: Assert) -> None:
+def test_a_notebook_cell_among_foreign_modules(
+    foreign: WorkingDirectory, assert_right: Assert
+) -> None:
     # a kernel has its folder first on its own path: a foreign module must at least import
     (foreign.folder / "statistics.py").write_text("def mean(values):\n    return 0\n")
     job = {**JOB, "name": "n", "store": "studies", "cache": str(foreign.cache)}
@@ -220,7 +225,7 @@ def test_a_notebook_cell_among_foreign_modules(foreign: Place, assert_right: Ass
 
 @pytest.mark.slow
 def test_submit_and_cluster_local_among_foreign_modules(
-    foreign: Place, assert_right: Assert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    foreign: WorkingDirectory, assert_right: Assert, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     log = tmp_path / "cluster"
     log.mkdir()
@@ -233,3 +238,20 @@ def test_submit_and_cluster_local_among_foreign_modules(
             "--name", "s", "--follow", **cluster.environment,
         )  # fmt: skip
     assert_right(foreign.trials(store))
+
+
+@pytest.mark.slow
+def test_ui_among_foreign_modules(foreign: WorkingDirectory) -> None:
+    """The store is the folder of the foreign modules: neither MLflow nor uvicorn imports them."""
+    for name in ("mlflow", "uvicorn"):
+        (foreign.folder / f"{name}.py").write_text(f"raise RuntimeError('foreign {name}')\n")
+    command = [COMMAND, "ui", "--store", "."]
+    with subprocess.Popen(command, cwd=foreign.folder, stdout=subprocess.PIPE, text=True) as served:
+        try:
+            assert served.stdout is not None
+            address = served.stdout.readline().strip()
+            with urllib.request.urlopen(address, timeout=30) as answer:
+                assert b"<title>MLflow" in answer.read()
+        finally:
+            served.terminate()
+            assert served.wait(60) == 143
