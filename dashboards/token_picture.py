@@ -222,8 +222,8 @@ class _Row:
         y -= bool(self.titles) * _TEXT * _LINE
         for column in range(1 + len(self.blocks)):
             x = self._left(column)
-            place = (x / width, (y - self.side) / height, _CELL / width, self.side / height)
-            axes = figure.add_axes(place, label=f"{self.image.name}, column {column}")
+            bounds = (x / width, (y - self.side) / height, _CELL / width, self.side / height)
+            axes = figure.add_axes(bounds, label=f"{self.image.name}, column {column}")
             axes.set_axis_off()
             if column == 0:
                 rows, columns = self.pixels

@@ -91,15 +91,15 @@ def reproduce_command(
     rows = select(published.rows(), words(models or ""))
     found = []
     with ProgressDisplay() as display:
-        place = None
+        setup = None
         if data is None:
             log("top-1 is measured with --data FOLDER, ImageNet-1k's validation images")
         else:
-            place = EvaluationSetup(
+            setup = EvaluationSetup(
                 data, cache_folder(given["cache"]), weights_dir, resolve_device(given["device"]),
                 given["dtype"], given["batch"], display.counter("decoding images"), display.count,
             )  # fmt: skip
-        for row in reproduce(rows, place):
+        for row in reproduce(rows, setup):
             found.append(row)
             if row.accuracy is not None:  # at once: the other rows may take hours
                 log(f"{row.row.timm_tag} {row.row.label}: {row.accuracy.top1:.3f} %")

@@ -1,7 +1,7 @@
 """Published accuracies of untrained methods, measured again on all evaluation images.
 
-Loading, preprocessing and evaluation are those of a study; the splits are joined, because nothing
-is chosen here. A row that cannot be run has a reason and no number.
+Models and images are loaded and evaluated as in a study. All splits are evaluated, because nothing
+is chosen. A row that cannot be measured has a reason instead of a number.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def select(rows: Sequence[PublishedRow], models: Sequence[str] = ()) -> tuple[Pu
 
 
 def is_measurable(row: PublishedRow) -> bool:
-    """Whether the row is an accuracy that follows from public weights and a setting alone."""
+    """Whether the row has an accuracy that needs only public weights and the setting."""
     return not row.trained and row.top1 is not None and row.recipe is not None
 
 
@@ -107,63 +107,68 @@ def _unmeasurable(row: PublishedRow) -> str:
 
 
 def reproduce(
-    rows: Sequence[PublishedRow], place: EvaluationSetup | None
+    rows: Sequence[PublishedRow], setup: EvaluationSetup | None
 ) -> Iterator[ReproducedRow]:
-    """Every row, those of one model and preprocessing together, each as soon as it is measured.
+    """Yield every row as soon as it is measured, grouped by model and preprocessing.
 
-    place: None skips measurement. Raises UserError, before anything is downloaded or decoded, if
-    the data does not match the models (missing folder, other classes).
+    Args:
+        rows: published results.
+        setup: None skips measurement.
+
+    Raises:
+        UserError: the data do not match the models (missing folder, other classes). Raised before
+            anything is downloaded or decoded.
     """
     groups: dict[tuple[str, float | None], list[PublishedRow]] = {}
     for row in rows:
         if not is_measurable(row):
             yield ReproducedRow(row, recompute(row), None, _unmeasurable(row))
-        elif place is None:
+        elif setup is None:
             yield ReproducedRow(row, recompute(row), None, NO_DATA)
         else:
             groups.setdefault((row.timm_tag or row.model, row.crop_pct), []).append(row)
-    if place is None:
+    if setup is None:
         return
-    if place.weights is not None and not place.weights.is_dir():
+    if setup.weights is not None and not setup.weights.is_dir():
         raise UserError(
-            f"weights folder {place.weights} does not exist",
+            f"weights folder {setup.weights} does not exist",
             Code.NOT_FOUND,
-            path=str(place.weights),
+            path=str(setup.weights),
         )
-    opened = {key: _open(*key, place) for key in groups}
+    opened = {key: _open(*key, setup) for key in groups}
     for key, (preprocess, data, head) in opened.items():
         tag, group = key[0], groups[key]
         try:
-            model = load_model(tag, _weights_file(place.weights, tag))
+            model = load_model(tag, _weights_file(setup.weights, tag))
         except UserError as error:
             # the reason without its advice, which names another option
             why = str(error.details.get("reason", error))
             yield from (ReproducedRow(row, recompute(row), None, why) for row in group)
             continue
-        model = model.to(place.device, DTYPES[place.dtype])
-        bench = _RowEvaluator(place, model, preprocess, data, head)
+        model = model.to(setup.device, DTYPES[setup.dtype])
+        evaluator = _RowEvaluator(setup, model, preprocess, data, head)
         for row in group:
             try:
-                yield ReproducedRow(row, recompute(row), bench.measure(row))
+                yield ReproducedRow(row, recompute(row), evaluator.measure(row))
             except NonFiniteLogits as error:
                 yield ReproducedRow(row, recompute(row), None, str(error))
 
 
 def _open(
-    tag: str, crop_pct: float | None, place: EvaluationSetup
+    tag: str, crop_pct: float | None, setup: EvaluationSetup
 ) -> tuple[Preprocess, Data, tuple[int, ...] | None]:
-    """The images as the row's source shows them, and the logits that stand for their labels."""
+    """The source's preprocessing, the images, and the logits that stand for their labels."""
     with torch.device("meta"):
         skeleton = fresh_model(tag)
     preprocess = Preprocess.of(skeleton)
     if crop_pct is not None:
         preprocess = replace(preprocess, crop_pct=crop_pct)
-    data = open_data(place.data, preprocess, cache=place.cache, progress=place.decode)
+    data = open_data(setup.data, preprocess, cache=setup.cache, progress=setup.decode)
     return preprocess, data, check_head(num_classes(skeleton), data)
 
 
 def _weights_file(folder: Path | None, tag: str) -> Path | None:
-    """The file for these weights; None: timm's own. UserError where the folder has none."""
+    """The file of these weights; None for timm's own. Raises UserError if the folder has none."""
     if folder is None:
         return None
     for suffix in WEIGHT_FILES:
@@ -182,41 +187,41 @@ class _RowEvaluator:
 
     def __init__(
         self,
-        place: EvaluationSetup,
+        setup: EvaluationSetup,
         dense: nn.Module,
         preprocess: Preprocess,
         data: Data,
         head: tuple[int, ...] | None,
     ) -> None:
-        self.place, self.dense, self.preprocess, self.head = place, dense, preprocess, head
+        self.setup, self.dense, self.preprocess, self.head = setup, dense, preprocess, head
         self.splits = [data.split(name) for name in EVALUATION]
         self.images = sum(len(split) for split in self.splits)
         self.unreadable = sum(len(split.corrupt) for split in self.splits)
         self.dense_right: np.ndarray | None = None
 
     def measure(self, row: PublishedRow) -> ReproducedAccuracy:
-        """A method that calibrates does so on part of these images, without their labels."""
-        assert row.recipe is not None, "only measurable rows come here"
+        """Measure one row. A method that calibrates uses part of the images, without labels."""
+        assert row.recipe is not None, "the row must be measurable"
         if self.dense_right is None:
             self.dense_right = self._right(self.dense, f"{row.timm_tag}, dense")[0]
         batches = batches_of(
             self.splits[EVALUATION.index("calibration")],
             self.preprocess,
-            batch=self.place.batch,
-            device=self.place.device,
-            dtype=DTYPES[self.place.dtype],
+            batch=self.setup.batch,
+            device=self.setup.device,
+            dtype=DTYPES[self.setup.dtype],
         )
         model = row.recipe.build(self.dense, calibration=(images for images, _ in batches))
         if row.recipe == Recipe():
-            right, alone = self.dense_right, None
+            right, macs_mean = self.dense_right, None
         else:
-            right, alone = self._right(model, row.label)
+            right, macs_mean = self._right(model, row.label)
         recipe = recipe_of(model)
         shape = methods.model_shape(model)
         counts: tuple[int, ...] | None = shape.dense_counts()
         if recipe.tokens is not None:
             counts = recipe.tokens.declared.counts(recipe.tokens.params, shape)
-        macs = alone if counts is None else schedule_macs(recipe, shape, counts)
+        macs = macs_mean if counts is None else schedule_macs(recipe, shape, counts)
         assert macs is not None, "an input-adaptive model's evaluation gives its cost"
         low, high = wilson_interval(int(right.sum()), len(right))
         return ReproducedAccuracy(
@@ -230,8 +235,8 @@ class _RowEvaluator:
         )
 
     def _right(self, model: nn.Module, what: str) -> tuple[np.ndarray, float | None]:
-        """Whether each image's top class is right, bool [M], and the mean MACs an image where
-        images decide them.
+        """Whether the top class of each image is right, bool [M], and the mean MACs per image, None
+        unless images decide them.
         """
         right: list[np.ndarray] = []
         macs: list[float] = []
@@ -240,17 +245,17 @@ class _RowEvaluator:
         def progress(images: int) -> None:
             nonlocal done
             done += images
-            if self.place.seen is not None:
-                self.place.seen(what, done, self.images)
+            if self.setup.seen is not None:
+                self.setup.seen(what, done, self.images)
 
         for split in self.splits:
             found = evaluate(
                 model,
                 split,
                 self.preprocess,
-                batch=self.place.batch,
-                device=self.place.device,
-                dtype=DTYPES[self.place.dtype],
+                batch=self.setup.batch,
+                device=self.setup.device,
+                dtype=DTYPES[self.setup.dtype],
                 head_indices=self.head,
                 progress=progress,
             )

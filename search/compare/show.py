@@ -5,6 +5,7 @@ Models run on the CPU in float32. `search.compare.token_trace` records the trace
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from vitpareto.methods import Code, Recipe, Untrained
 from vitpareto.search.compare.token_trace import TokenTrace, trace_tokens
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.decode_chunks import IMAGE_ERRORS
+from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of
@@ -79,6 +81,34 @@ class TraceRequest:
         return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)
 
 
+@dataclass(frozen=True)
+class ShownImages:
+    """The images to trace.
+
+    Attributes:
+        pixels: normalised, [B, 3, H, W].
+        names: [B].
+        truths: [B], the class of each image; None if unknown.
+    """
+
+    pixels: Tensor
+    names: Sequence[str]
+    truths: Sequence[str | None]
+
+
+@dataclass(frozen=True)
+class ShownClasses:
+    """The classes of the logits.
+
+    Attributes:
+        names: None if unknown.
+        head_indices: the logits that stand for `names`; None for all.
+    """
+
+    names: Sequence[str] | None = None
+    head_indices: tuple[int, ...] | None = None
+
+
 def trace_images(
     asked: TraceRequest,
     files: Sequence[Path] = (),
@@ -96,6 +126,46 @@ def trace_images(
         UserError: an image cannot be read, or a study's model has changed.
         BadInput: the recipe does not fit the model.
     """
+    _check_count(files, images)
+    for file in files:
+        _check_exists(file)
+    dense = _dense_model(asked)
+    shape, _ = asked.recipe.reshape(methods.model_shape(dense), dense, asked.trained)
+    recipe = asked.recipe.checked(shape)
+    preprocess = Preprocess.of(dense)
+    # the embedded data set has class names for the embedded model only
+    known = asked.data is not None or asked.model == embedded_model.NAME
+    spec = asked.data or (embedded_model.NAME if known or not files else None)
+    data = None
+    if spec is not None:
+        opened = functools.partial(
+            open_data, spec, preprocess, cache=cache, seed=asked.seed, progress=progress
+        )
+        data = opened()
+    classes = _classes(dense, asked, data if known else None)
+    if files:
+        shown = _images_of_files(files, preprocess)
+    else:
+        assert data is not None and spec is not None
+        count = min(IMAGES if images is None else images, data.sizes["search"])
+        first = opened(images=count).split("search")  # decodes only these images
+        name = Path(spec.partition(":")[0]).name
+        shown = _images_of_data(first, name, preprocess, classes.names if known else None)
+    pruned, notes = _build(recipe, dense, data, preprocess, shown.pixels, asked.trained)
+    return trace_tokens(
+        dense,
+        pruned,
+        shown.pixels,
+        model=asked.model,
+        names=shown.names,
+        truths=shown.truths,
+        classes=classes.names,
+        head_indices=classes.head_indices,
+        notes=notes,
+    )
+
+
+def _check_count(files: Sequence[Path], images: int | None) -> None:
     if files and images is not None:
         raise UserError(
             "--images must not be given with image files: it counts images of the data",
@@ -109,8 +179,10 @@ def trace_images(
             name="images",
             got=len(files) or images,
         )
-    for file in files:
-        _check_there(file)
+
+
+def _dense_model(asked: TraceRequest) -> nn.Module:
+    """The dense model. Raises UserError if it is not the one that a study measured."""
     dense = load_model(asked.model, asked.weights)
     if asked.fingerprint is not None and (now := fingerprint(dense)) != asked.fingerprint:
         raise UserError(
@@ -121,50 +193,27 @@ def trace_images(
             got=now,
             expected=asked.fingerprint,
         )
-    shape, _ = asked.recipe.reshape(methods.model_shape(dense), dense, asked.trained)
-    recipe = asked.recipe.checked(shape)
-    preprocess = Preprocess.of(dense)
-    # the embedded data set has class names for the embedded model only
-    known = asked.data is not None or asked.model == embedded_model.NAME
-    spec = asked.data or (embedded_model.NAME if known or not files else None)
-    data = None
-    if spec is not None:
-        data = open_data(spec, preprocess, cache=cache, seed=asked.seed, progress=progress)
-    classes, head = _classes(dense, asked, data if known else None)
+    return dense
+
+
+def _images_of_files(files: Sequence[Path], preprocess: Preprocess) -> ShownImages:
+    transform = preprocess.transform()
+    raw = torch.stack([transform(read_image(file)).permute(1, 2, 0) for file in files])
     names = [str(Path(*file.parts[-2:])) for file in files]
-    truths: list[str | None] = [None] * len(files)
-    if files:
-        pictures = [read_image(file) for file in files]
-        transform = preprocess.transform()
-        raw = torch.stack([transform(p).permute(1, 2, 0) for p in pictures])
-    else:
-        assert data is not None and spec is not None
-        count = min(IMAGES if images is None else images, data.sizes["search"])
-        # decodes only the first images of the split
-        few = open_data(
-            spec, preprocess, cache=cache, seed=asked.seed, images=count, progress=progress
-        ).split("search")
-        raw, labels = few.batch(0, len(few))
-        place = Path(spec.partition(":")[0]).name
-        names = [f"{place} search {i}" for i in range(len(few))]
-        truths = [classes[i] if known and classes else None for i in labels.tolist()]
-    shown = preprocess.normalise(raw)
-    notes: list[str] = []
-    pruned = _build(recipe, dense, data, preprocess, shown, notes, asked.trained)
-    return trace_tokens(
-        dense,
-        pruned,
-        shown,
-        model=asked.model,
-        names=names,
-        truths=truths,
-        classes=classes,
-        head_indices=head,
-        notes=notes,
-    )
+    return ShownImages(preprocess.normalise(raw), names, [None] * len(files))
 
 
-def _check_there(file: Path) -> None:
+def _images_of_data(
+    split: Split, name: str, preprocess: Preprocess, classes: Sequence[str] | None
+) -> ShownImages:
+    """All images of a split; `name` is that of the data."""
+    raw, labels = split.batch(0, len(split))
+    truths = [classes[i] if classes else None for i in labels.tolist()]
+    names = [f"{name} search {i}" for i in range(len(split))]
+    return ShownImages(preprocess.normalise(raw), names, truths)
+
+
+def _check_exists(file: Path) -> None:
     if not file.is_file():
         folder = file.is_dir()
         raise UserError(
@@ -176,7 +225,7 @@ def _check_there(file: Path) -> None:
 
 def read_image(file: Path) -> Image.Image:
     """An image as RGB. Raises UserError if the file does not exist or is not an image."""
-    _check_there(file)
+    _check_exists(file)
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
@@ -194,32 +243,15 @@ def _build(
     data: Data | None,
     preprocess: Preprocess,
     shown: Tensor,
-    notes: list[str],
     trained: Mapping[str, Tensor] | None,
-) -> nn.Module:
-    """The pruned model. Appends to `notes` what it was calibrated on and its untrained parts."""
+) -> tuple[nn.Module, list[str]]:
+    """The pruned model, and notes on what it was calibrated on and on its untrained parts."""
     calibration: Iterator[Tensor] | None = None
+    notes: list[str] = []
     step = recipe.tokens
     if step is not None and step.declared.needs_calibration(step.params):
-        if data is None:
-            calibration = iter(shown.split(CALIBRATION_BATCH))
-            notes.append(
-                f"{step.method} is calibrated on the images shown ({len(shown)}): name --data, or "
-                "give the recipe the counts= of an earlier calibration"
-            )
-        else:
-            split = data.split("calibration")
-            batches = batches_of(
-                split,
-                preprocess,
-                batch=CALIBRATION_BATCH,
-                device="cpu",
-                dtype=torch.float32,
-            )
-            calibration = (images for images, _ in batches)
-            notes.append(
-                f"{step.method} is calibrated on the {len(split)} calibration images of {data.spec}"
-            )
+        calibration, note = _calibration(data, preprocess, shown)
+        notes.append(f"{step.method} is calibrated on {note}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", Untrained)
         built = recipe.build(dense, calibration=calibration, weights=trained).eval()
@@ -230,22 +262,36 @@ def _build(
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
             )
-    return built
+    return built, notes
 
 
-def _classes(
-    dense: nn.Module, asked: TraceRequest, data: Data | None
-) -> tuple[Sequence[str] | None, tuple[int, ...] | None]:
-    """Class names and the logits that stand for them; None if unknown."""
+def _calibration(
+    data: Data | None, preprocess: Preprocess, shown: Tensor
+) -> tuple[Iterator[Tensor], str]:
+    """Batches of the data's calibration split, or of the shown images; and which they are."""
+    if data is None:
+        return iter(shown.split(CALIBRATION_BATCH)), (
+            f"the images shown ({len(shown)}): name --data, or give the recipe the counts= of an "
+            "earlier calibration"
+        )
+    split = data.split("calibration")
+    batches = batches_of(
+        split, preprocess, batch=CALIBRATION_BATCH, device="cpu", dtype=torch.float32
+    )
+    return (images for images, _ in batches), f"the {len(split)} calibration images of {data.spec}"
+
+
+def _classes(dense: nn.Module, asked: TraceRequest, data: Data | None) -> ShownClasses:
+    """The classes of the data, or ImageNet-1k's for weights of timm with 1,000 outputs."""
     outputs = num_classes(dense)
     if data is not None:
         head = check_head(outputs, data)
         if data.head_indices is not None:
-            return _imagenet_names(data.head_indices), head
-        return data.classes, head
+            return ShownClasses(_imagenet_names(data.head_indices), head)
+        return ShownClasses(data.classes, head)
     # 1,000 outputs of a user's own weights need not be ImageNet's classes
     own = asked.weights is not None or asked.model.startswith("local-dir:")
-    return (_imagenet_names(range(outputs)) if outputs == 1000 and not own else None), None
+    return ShownClasses(_imagenet_names(range(outputs)) if outputs == 1000 and not own else None)
 
 
 def _imagenet_names(indices: Sequence[int]) -> list[str]:

@@ -146,20 +146,12 @@ def trace_tokens(
     found = []
     for i, image in enumerate(images.split(1)):
         name = names[i] if i < len(names) else f"image {i}"
-        cut: list[Tensor] = []
-        # a `resize` happens inside the model, so the pixels are taken at the patch embedding
-        hook = cast(nn.Module, pruned.patch_embed).register_forward_pre_hook(
-            lambda _, inputs, cut=cut: cut.append(inputs[0])
-        )
-        try:
-            logits, trace = pruned(image, trace=True)
-        finally:
-            hook.remove()
+        logits, trace, embedded = _traced(pruned, image)
         guesses = [_guess(name, x, classes, head_indices) for x in (dense(image), logits)]
         found.append(
             ImageTrace(
                 name,
-                denormalised(cut[0][0], preprocess),
+                denormalised(embedded[0], preprocess),
                 tuple(int(t) - shape.prefix for t in trace.tokens),
                 torch.cat(trace.group).cpu().numpy(),
                 _figures(trace),
@@ -171,6 +163,22 @@ def trace_tokens(
     return TokenTrace(
         model, recipe, shape.grid, shape.patch, merge_kind(recipe), tuple(found), tuple(notes)
     )
+
+
+def _traced(pruned: nn.Module, image: Tensor) -> tuple[Tensor, Trace, Tensor]:
+    """Logits and trace of one image [1, 3, H, W], and the input of the patch embedding.
+
+    A `resize` happens inside the model, so the pixels are taken at the patch embedding.
+    """
+    inputs: list[Tensor] = []
+    hook = cast(nn.Module, pruned.patch_embed).register_forward_pre_hook(
+        lambda _, arguments: inputs.append(arguments[0])
+    )
+    try:
+        logits, trace = pruned(image, trace=True)
+    finally:
+        hook.remove()
+    return logits, trace, inputs[0]
 
 
 def merge_kind(recipe: Recipe) -> MergeKind:

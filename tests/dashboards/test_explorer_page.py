@@ -106,14 +106,14 @@ def test_clicks_pin_two_trials_side_by_side(tab: Tab, page: Path) -> None:
 def test_the_mouse_over_a_trial_shows_its_recipe(tab: Tab, page: Path) -> None:
     opened(tab, page)
     numbers = rows(tab)
-    place = tab.run(
+    position = tab.run(
         f"""(() => {{ const t = TRIALS.find((t) => t.number === {numbers[0]});
         const p = document.getElementById('plot'), l = p._fullLayout, r = p.getBoundingClientRect();
         return [r.left + l.xaxis._offset + l.xaxis.d2p(value(t, 'gmacs')),
                 r.top + l.yaxis._offset + l.yaxis.d2p(value(t, 'top1'))]; }})()"""
     )
-    tab.page.mouse.move(place[0] - 30, place[1])
-    tab.page.mouse.move(*place, steps=5)
+    tab.page.mouse.move(position[0] - 30, position[1])
+    tab.page.mouse.move(*position, steps=5)
     tab.page.wait_for_selector(".hoverlayer .hovertext")
     said = " ".join(tab.page.locator(".hoverlayer .hovertext").all_text_contents())
     assert f"trial {numbers[0]}" in said and "GMACs" in said

@@ -52,14 +52,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("digits") / "val"
     pixels, labels = embedded_images.draw("held-out")
     for i, (image, label) in enumerate(zip(pixels[:60], labels[:60], strict=True)):
-        place = root / embedded_images.CLASSES[label]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(place / f"{i:03}.png")
+        of_class = root / embedded_images.CLASSES[label]
+        of_class.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(of_class / f"{i:03}.png")
     return root
 
 
 @pytest.fixture
-def place(folder: Path, tmp_path: Path) -> EvaluationSetup:
+def evaluation(folder: Path, tmp_path: Path) -> EvaluationSetup:
     return EvaluationSetup(str(folder), tmp_path / "cache", batch=16)
 
 
@@ -68,10 +68,12 @@ def measured(one: ReproducedRow) -> ReproducedAccuracy:
     return one.accuracy
 
 
-def test_dense_and_pruned_are_measured_on_every_image(place: EvaluationSetup, folder: Path) -> None:
+def test_dense_and_pruned_are_measured_on_every_image(
+    evaluation: EvaluationSetup, folder: Path
+) -> None:
     """The figures are those of the evaluation itself, over all splits of the folder."""
     model = embedded_model.build()
-    data = open_data(str(folder), Preprocess.of(model), cache=place.cache)
+    data = open_data(str(folder), Preprocess.of(model), cache=evaluation.cache)
     splits = [data.split(name) for name in EVALUATION]
     assert sum(map(len, splits)) == 60
 
@@ -82,7 +84,7 @@ def test_dense_and_pruned_are_measured_on_every_image(place: EvaluationSetup, fo
         return np.concatenate(found)
 
     seen: list[tuple[str, int, int]] = []
-    watched = replace(place, seen=lambda *what: seen.append(what))
+    watched = replace(evaluation, seen=lambda *what: seen.append(what))
     dense, topk = list(reproduce([DENSE, TOPK], watched))
     expected = right(Recipe.of("topk", keep_rate=0.25, prune_layers=[3, 6, 9]))
     ours = measured(topk)
@@ -97,37 +99,39 @@ def test_dense_and_pruned_are_measured_on_every_image(place: EvaluationSetup, fo
     assert whats == ["digits, dense", TOPK.label] and seen[-1][1:] == (60, 60)
 
 
-def test_what_images_decide_is_calibrated_or_averaged(place: EvaluationSetup) -> None:
-    rajni, ats = list(reproduce([RAJNI, ATS], place))
+def test_what_images_decide_is_calibrated_or_averaged(evaluation: EvaluationSetup) -> None:
+    rajni, ats = list(reproduce([RAJNI, ATS], evaluation))
     dense = 0.0334
     assert 0.2 * dense < measured(rajni).gmacs < dense and rajni.gflops is None
     assert 0.2 * dense < measured(ats).gmacs < dense
 
 
-def test_the_sources_crop_is_taken(place: EvaluationSetup) -> None:
+def test_the_sources_crop_is_taken(evaluation: EvaluationSetup) -> None:
     """A crop of 0.5 enlarges the middle: other pixels, another result."""
-    plain, cropped = list(reproduce([DENSE, replace(DENSE, crop_pct=0.5)], place))
+    plain, cropped = list(reproduce([DENSE, replace(DENSE, crop_pct=0.5)], evaluation))
     assert measured(cropped).top1 < measured(plain).top1
 
 
-def test_unreadable_images_are_counted_and_left_out(place: EvaluationSetup, folder: Path) -> None:
+def test_unreadable_images_are_counted_and_left_out(
+    evaluation: EvaluationSetup, folder: Path
+) -> None:
     pixels, labels = embedded_images.draw("search")
-    root = Path(place.cache).parent / "many"
+    root = Path(evaluation.cache).parent / "many"
     for i in range(200):
         kind = root / embedded_images.CLASSES[labels[i]]
         kind.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i]).save(kind / f"{i:03}.png")
     broken = next(iter(sorted(root.glob("0/*.png"))))
     broken.write_bytes(broken.read_bytes()[:40])
-    (one,) = reproduce([DENSE], replace(place, data=str(root)))
+    (one,) = reproduce([DENSE], replace(evaluation, data=str(root)))
     assert measured(one).images == 199 and measured(one).unreadable == 1
 
 
-def test_weights_from_a_folder(place: EvaluationSetup, tmp_path: Path) -> None:
+def test_weights_from_a_folder(evaluation: EvaluationSetup, tmp_path: Path) -> None:
     """The file named like the tag, and these weights: zeros give one class for every image."""
     state = {k: torch.zeros_like(v) for k, v in embedded_model.build().state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "digits.safetensors")
-    (one,) = reproduce([DENSE], replace(place, weights=tmp_path))
+    (one,) = reproduce([DENSE], replace(evaluation, weights=tmp_path))
     assert measured(one).top1 < 20
 
 
@@ -147,15 +151,15 @@ def test_without_data_no_published_row_has_a_number() -> None:
     assert sum(one.gflops is not None for one in found) == 25, "costs need neither"
 
 
-def test_a_row_without_weights_names_them(place: EvaluationSetup, tmp_path: Path) -> None:
+def test_a_row_without_weights_names_them(evaluation: EvaluationSetup, tmp_path: Path) -> None:
     (tmp_path / "w").mkdir()
-    (one,) = reproduce([DENSE], replace(place, weights=tmp_path / "w"))
+    (one,) = reproduce([DENSE], replace(evaluation, weights=tmp_path / "w"))
     assert one.accuracy is None
     assert "digits.safetensors" in one.why and str(tmp_path / "w") in one.why
 
 
 def test_weights_that_cannot_be_downloaded(
-    place: EvaluationSetup, monkeypatch: pytest.MonkeyPatch
+    evaluation: EvaluationSetup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the loader says is the reason, without the advice for another command."""
     import timm
@@ -172,30 +176,30 @@ def test_weights_that_cannot_be_downloaded(
         DENSE, model="vit_tiny_patch16_224", timm_tag="vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     )
     names = ("n01440764", "n01443537")
-    root = place.cache.parent / "imagenet"
+    root = evaluation.cache.parent / "imagenet"
     for name in names:
         (root / name).mkdir(parents=True)
         for i in range(3):
             Image.new("RGB", (8, 8), (i, 0, 0)).save(root / name / f"{i}.png")
-    (one,) = reproduce([row], replace(place, data=str(root)))
+    (one,) = reproduce([row], replace(evaluation, data=str(root)))
     assert one.accuracy is None
     assert one.why.endswith("are not available (ConnectionError: no route to host)")
 
 
 def test_a_model_with_non_finite_logits_is_reported_and_the_next_row_runs(
-    place: EvaluationSetup, tmp_path: Path
+    evaluation: EvaluationSetup, tmp_path: Path
 ) -> None:
     state = {
         k: torch.full_like(v, torch.nan) for k, v in embedded_model.build().state_dict().items()
     }
     safetensors.torch.save_file(state, tmp_path / "digits.safetensors")
-    found = list(reproduce([DENSE, TOPK], replace(place, weights=tmp_path)))
+    found = list(reproduce([DENSE, TOPK], replace(evaluation, weights=tmp_path)))
     assert numbers(iter(found)) == [None, None]
     assert all("non-finite logits" in one.why for one in found)
 
 
-def test_trained_rows_are_never_measured(place: EvaluationSetup) -> None:
-    (one,) = reproduce([TRAINED], place)
+def test_trained_rows_are_never_measured(evaluation: EvaluationSetup) -> None:
+    (one,) = reproduce([TRAINED], evaluation)
     assert one.accuracy is None and one.why == "fine-tuned by its source"
 
 
@@ -208,7 +212,11 @@ def test_trained_rows_are_never_measured(place: EvaluationSetup) -> None:
     ],
 )
 def test_bad_input_is_refused_before_weights_are_loaded(
-    place: EvaluationSetup, change: dict, code: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    evaluation: EvaluationSetup,
+    change: dict,
+    code: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if change.get("data") == "OTHER":
         for name in ("cat", "dog"):
@@ -222,7 +230,7 @@ def test_bad_input_is_refused_before_weights_are_loaded(
 
     monkeypatch.setattr("vitpareto.search.compare.reproduction.load_model", never)
     with refused(code):
-        list(reproduce([DENSE], replace(place, **change)))
+        list(reproduce([DENSE], replace(evaluation, **change)))
 
 
 def test_rows_of_a_model_by_name() -> None:

@@ -51,8 +51,8 @@ def test_without_files_the_first_search_images_are_shown(cache: Path) -> None:
 
 def test_files_are_shown_as_the_model_sees_them(cache: Path, files: list[Path]) -> None:
     seen = trace_images(TraceRequest(TOPK), files, cache=cache)
-    place = files[0].parent.name
-    assert [image.name for image in seen.images] == [f"{place}/0.png", f"{place}/1.png"]
+    parent = files[0].parent.name
+    assert [image.name for image in seen.images] == [f"{parent}/0.png", f"{parent}/1.png"]
     own = trace_images(TraceRequest(TOPK), images=2, cache=cache)
     for a, b in zip(seen.images, own.images, strict=True):
         assert np.array_equal(a.pixels, b.pixels) and np.array_equal(a.group, b.group)
