@@ -6,6 +6,6 @@ packing      what is sent to a cluster, and where its files are stored there
 jobs         submit, follow, list and stop searches on a cluster
 commands     the commands of this package
 
-Beside them: a Dockerfile and templates for Kubernetes, AWS, Google Cloud and Slurm. May import ray,
-`vitpareto.search` and `vitpareto.methods`; not `vitpareto.dashboards`.
+The folder also has a Dockerfile and templates for Kubernetes, AWS, Google Cloud and Slurm. May
+import ray, `search` and `methods`; not `dashboards`.
 """

@@ -101,7 +101,7 @@ def submit_command(
 
 
 def _follow(head: JobClient, job: str) -> None:
-    """Print a job's log until it ends; exit code 1 where it did not succeed."""
+    """Print a job's log until it ends. Exits with code 1 if the job did not succeed."""
     try:
         for text in head.follow(job):
             typer.echo(text, nl=False)
@@ -172,7 +172,7 @@ def stop_command(job: JobId, address: JobAddress = HEAD) -> None:
 
 
 def _cluster() -> None:
-    """Keeps `local` a subcommand while it is the only one."""
+    """Makes `local` a subcommand although it is the only one."""
 
 
 def local_command(
@@ -196,7 +196,7 @@ def local_command(
     before = signal.getsignal(signal.SIGTERM)
     try:
         with local_nodes(nodes, cpus, port, resource) as cluster:
-            # set after Ray sets its own, which drains for half a minute
+            # replaces Ray's handler, which drains the node for half a minute
             signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
             for i, process in enumerate(cluster.processes):
                 log(f"node {i}{' (head)' if i == 0 else ''}: {cpus} CPUs, process {process}")

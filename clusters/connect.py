@@ -1,6 +1,6 @@
 """Start a private Ray on this machine, or join a Ray cluster; leave it when the block ends.
 
-What runs on it is `search.trials.run_study`'s. Import this module or `search.trials` before ray:
+`search.trials.run_study` runs a search on it. Import this module or `search.trials` before ray:
 they set variables that Ray reads when it is imported (`search.trials.ray_environment`).
 """
 
@@ -36,8 +36,9 @@ log = logging.getLogger("vitpareto")
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """What a cluster offers, in whole CPUs and GPUs. nodes: of a cluster that was joined; none if
-    it is this machine's own Ray.
+    """What a cluster offers, in whole CPUs and GPUs.
+
+    `nodes` are those of a cluster that was joined; empty for a Ray on this machine.
     """
 
     cpus: int
@@ -49,10 +50,10 @@ class ClusterCapacity:
 def local_cluster(workers: int | None = None) -> Iterator[ClusterCapacity]:
     """Start a private Ray on this machine and shut it down when the block ends.
 
-    A Ray that this process has joined already is used and left as it is.
+    If this process has already joined a Ray, that one is used and not shut down.
 
     Args:
-        workers: the number of CPUs to offer at least, also on a smaller machine.
+        workers: offer at least this many CPUs, even if the machine has fewer.
     """
     with contextlib.ExitStack() as stack:
         if not ray.is_initialized():
@@ -101,8 +102,8 @@ def _code_folder() -> Iterator[Path]:
 def _worker_path(folder: Path) -> Iterator[None]:
     """While Ray is started or joined, make `folder` the first entry of the workers' `sys.path`.
 
-    Ray puts the driver's working directory and the folder of its script there. Modules of the same
-    names in these folders would replace those that the driver runs.
+    By default Ray puts the driver's working directory and the folder of its script there. Modules
+    in these folders could then replace those that the driver runs.
     """
     before, script = os.getcwd(), sys.argv[0] if sys.argv else ""
     os.chdir(folder)
@@ -121,7 +122,8 @@ def joined_cluster(address: str) -> Iterator[ClusterCapacity]:
     Args:
         address: HOST:PORT of a head, or `auto` on one of its nodes.
 
-    Raises UserError if none answers, it refuses the token, or Ray or Python differ.
+    Raises:
+        UserError: no cluster answers, the token is refused, or Ray's or Python's version differs.
     """
     if address.startswith(("http://", "https://")):
         raise UserError(

@@ -21,13 +21,13 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.versions import package_versions
 
-#: metadata by which this project's jobs are told from others
+#: metadata that marks this project's jobs
 PROJECT = "vitpareto"
 
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job on a cluster. id, status, message: Ray's; started_ms: in ms since 1970."""
+    """A job on a cluster. `id`, `status` and `message` are Ray's; `started_ms` counts from 1970."""
 
     id: str
     study: str

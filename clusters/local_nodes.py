@@ -31,8 +31,11 @@ LOOPBACK = "127.0.0.1"
 class LocalNodes:
     """A running cluster.
 
-    address: what drivers join. dashboard: where jobs are submitted. token: file with the token of
-    both. processes: each node's raylet, the head's first.
+    Attributes:
+        address: HOST:PORT that drivers join.
+        dashboard: URL to which jobs are submitted.
+        token: file with the token for both.
+        processes: process ids of the nodes' raylets, the head's first.
     """
 
     address: str
@@ -56,9 +59,11 @@ def local_nodes(
         port: of the dashboard and of jobs; 0 means a free one.
         resource: a custom resource of node 1 only, like a kind of device.
 
-    The token comes from the environment (RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN), else a new one is
-    written to a file that only its owner can read. Raises UserError for numbers that make no
-    cluster, and for a port in use.
+    The token is that of the environment (RAY_AUTH_TOKEN_PATH, RAY_AUTH_TOKEN). Without one, a new
+    token is written to a file that only its owner can read.
+
+    Raises:
+        UserError: a number is too small, or the port is in use.
     """
     _check_numbers(nodes, cpus, resource)
     port = port or _free_port()
@@ -126,10 +131,10 @@ def _set_environment(folder: Path, token: Path) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        # despite its name: Ray keeps a loopback address only if clusters over machines are off
+        # despite its name: with 0 Ray keeps the loopback address that it is given
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray records there which cluster started last; the user's other clusters must not see it
+        # Ray records its latest cluster in this folder; that of the user's clusters must not change
         "RAY_TMPDIR": str(folder),
         # jobs run `python`, which must be the one that runs this process
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -151,7 +156,7 @@ def _enter_node_folder(root: Path, node: int) -> dict[str, Any]:
 
 
 def _write_address(root: Path, node: int, address: str) -> None:
-    """A job joins the cluster that its node's folder names; without it, any on the machine."""
+    """Record the cluster in the node's folder: jobs on this node join it and no other cluster."""
     (root / str(node) / "ray_current_cluster").write_text(address)
 
 

@@ -1,8 +1,8 @@
 """Pack a search job for a Ray cluster, and unpack its files there.
 
-A package holds the project's own code, the job, and the files of this machine that the job names,
-so that a cluster needs the packages that the project depends on and nothing else. It holds no
-secrets: tokens and passwords come from the environment, here and there.
+A package holds the project's own code, the job, and the files of this machine that the job names.
+The cluster needs only the dependencies of the project. A package holds no secrets: tokens and
+passwords come from the environment, on this machine and on the cluster.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def store_inputs(job: JobRequest, package: Path, study: Path) -> JobRequest:
 
 
 def _copy_once(source: Path, target: Path) -> None:
-    """Copy a folder so that it exists whole or not at all; an existing one is left as it is."""
+    """Copy a folder completely or not at all; an existing one is not changed."""
     if target.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)

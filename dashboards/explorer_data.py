@@ -102,7 +102,7 @@ def explorer_study(
     Args:
         folder: the study.
         pictures: token pictures (PNG files) by trial.
-        position: of the study on the page, which decides its colour.
+        position: index of the study on the page; decides its colour.
     """
     results = [r for r in measured(folder) if r.state in ("finished", "raced_out")]
     axes, job = objectives_named(folder.objectives), folder.job()

@@ -119,7 +119,10 @@ def front_figure(
             Code.OUT_OF_RANGE,
             objectives=tuple(objectives),
         )
-    content = _Content.of(results, named, published, is_control, recovered)
+    return _draw(_Content.of(results, named, published, is_control, recovered), results, title)
+
+
+def _draw(content: _Content, results: Sequence[TrialResult], title: str) -> Figure:
     lines = textwrap.wrap(title, 70) or [""]
     rows = len(lines) + len(content.styles) + 13  # so that the legend is no taller than the axes
     figure = Figure(figsize=(_WIDTH_INCHES, max(5.6, 1.3 + 0.2 * rows)), layout="constrained")

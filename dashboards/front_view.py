@@ -1,4 +1,4 @@
-"""What the axes of the front's picture show, and the caption that accounts for every trial.
+"""The axes of the front's picture, and its caption, which accounts for every trial.
 
 Draws nothing.
 """

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from vitpareto.dashboards.token_picture import patches_png
 from vitpareto.methods import BadInput
-from vitpareto.search.compare.show import TraceRequest, trace_images
+from vitpareto.search.compare.show import trace_images
+from vitpareto.search.compare.trace_request import TraceRequest
 from vitpareto.search.files.atomic import write_atomic
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.front import front_of

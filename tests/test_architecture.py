@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -120,6 +121,18 @@ def test_every_folder_of_code_is_a_room_that_says_what_it_is_for() -> None:
         name = module_of(start)  # a folder within a room belongs to that room
         assert name.startswith(room_of(name)), f"{folder} lies in no room"
         assert len(_docstring(start).split()) >= 8, start
+
+
+def test_every_room_of_search_names_the_rooms_that_it_may_import() -> None:
+    """The sentence "May import ...; not ..." agrees with the list."""
+    rooms = {name.removeprefix("search.") for name in ALLOWED if name.startswith("search.")}
+    for room in rooms - {"commands"}:  # which may import all
+        text = _docstring(ROOT / "search" / room / "__init__.py").replace("\n", " ")
+        assert "May import " in text, room
+        said, _, refused = text.partition("May import ")[2].partition(". ")[0].partition("not ")
+        may = {name.removeprefix("search.") for name in ALLOWED[f"search.{room}"].split()}
+        assert set(re.findall(r"\w+", said)) & rooms == may & rooms, room
+        assert not set(re.findall(r"\w+", refused)) & may, room
 
 
 def test_every_file_says_what_it_is_for() -> None:

@@ -6,7 +6,8 @@ at every compute budget.
     pruned = vitpareto.prune(model, "tome", r=13)
 
 `__all__` is the public face; everything else may change. Names are imported on first use, so that
-`vitpareto --help` does not import torch.
+`vitpareto --help` does not import torch. This package may import every room; no room may import its
+modules.
 """
 
 from __future__ import annotations

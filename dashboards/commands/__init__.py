@@ -1,8 +1,7 @@
-"""The commands of `dashboards`: what prints tables, draws or serves pages, and `StudyPresenter`,
-with which a search shows its study.
+"""The commands of `dashboards`, which print tables, draw pictures and serve pages.
 
-May import all of `dashboards` and `search`, and not `clusters`. Modules are imported when a command
-runs, so that `vitpareto --help` starts at once.
+`StudyPresenter` shows a study at the end of a search. May import all of `dashboards` and `search`;
+not `clusters`. Modules are imported when a command runs, so that `vitpareto --help` starts at once.
 """
 
 from __future__ import annotations

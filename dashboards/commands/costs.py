@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,10 @@ from vitpareto.search.commands.inputs import cache_folder, job_values
 from vitpareto.search.commands.options import AsCsv, AsJson, with_job_options
 from vitpareto.search.commands.progress import ProgressDisplay
 from vitpareto.search.commands.terminal import log, numbers, print_tables, words
+
+if TYPE_CHECKING:
+    from vitpareto.dashboards.csv_json import Row
+    from vitpareto.search.compare.reproduction import ReproducedRow
 
 
 def add_to(app: typer.Typer) -> None:
@@ -75,8 +80,8 @@ def reproduce_command(
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
-    """Print published figures beside ours: GFLOPs, and top-1 of untrained methods where data and
-    weights are given.
+    """Print published figures beside ours: GFLOPs, and top-1 of untrained methods if --data is
+    given.
 
     \b
     vitpareto reproduce
@@ -89,7 +94,6 @@ def reproduce_command(
 
     given = job_values(options)
     rows = select(published.rows(), words(models or ""))
-    found = []
     with ProgressDisplay() as display:
         setup = None
         if data is None:
@@ -99,10 +103,7 @@ def reproduce_command(
                 data, cache_folder(given["cache"]), weights_dir, resolve_device(given["device"]),
                 given["dtype"], given["batch"], display.counter("decoding images"), display.count,
             )  # fmt: skip
-        for row in reproduce(rows, setup):
-            found.append(row)
-            if row.accuracy is not None:  # at once: the other rows may take hours
-                log(f"{row.row.timm_tag} {row.row.label}: {row.accuracy.top1:.3f} %")
+        found = [_logged(row) for row in reproduce(rows, setup)]
     found.sort(key=lambda row: rows.index(row.row))
     if as_csv or as_json:
         _print_records(published_tables.figure_records(found), as_csv)
@@ -111,7 +112,14 @@ def reproduce_command(
         print_tables(tables, published_tables.figure_notes(found))
 
 
-def _print_records(records: Any, as_csv: bool) -> None:
+def _logged(row: ReproducedRow) -> ReproducedRow:
+    """Log an accuracy as soon as it is measured: the other rows may take hours."""
+    if row.accuracy is not None:
+        log(f"{row.row.timm_tag} {row.row.label}: {row.accuracy.top1:.3f} %")
+    return row
+
+
+def _print_records(records: Sequence[Row], as_csv: bool) -> None:
     from vitpareto.dashboards.csv_json import csv_text, json_lines
 
     typer.echo(csv_text(records) if as_csv else json_lines(records), nl=False)

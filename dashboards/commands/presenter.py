@@ -1,4 +1,4 @@
-"""StudyPresenter: pictures, verdict and tables of a study, for the commands of `search` too."""
+"""`StudyPresenter`: pictures, verdict and tables of a study, also for the commands of `search`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class StudyPresenter:
 def write_study_explorer(
     folder: StudyFolder, path: Path, cache: str | None
 ) -> tuple[Path, Mapping[int, Path]]:
-    """Write the explorer to `path`; it, and the token pictures by trial that it contains."""
+    """Write the explorer to `path`. Returns the path, and its token pictures by trial."""
     from vitpareto.dashboards.explorer_page import write_explorer
     from vitpareto.dashboards.study_token_pictures import token_pictures
 
@@ -55,7 +55,7 @@ def write_study_explorer(
 
 
 def draw_front(folder: StudyFolder, path: Path) -> Path:
-    """Draw the front, and the recovered one, to a picture."""
+    """Draw the front and the recovered front to a file; returns its path."""
     from vitpareto.dashboards.front_plot import plot_front
     from vitpareto.search.study.certificates import measured
 
@@ -74,7 +74,7 @@ def title_of(folder: StudyFolder) -> str:
 
 
 def verdict_of(folder: StudyFolder, max_gmacs: float | None = None) -> str:
-    """What pruning gains at a budget in GMACs, in one sentence; None: at the knee's cost."""
+    """What pruning gains at a budget in GMACs (None: the knee's cost), in one sentence."""
     from vitpareto.search.study.certificates import measured
     from vitpareto.search.study.verdict import verdict
 

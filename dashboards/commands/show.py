@@ -22,7 +22,8 @@ from vitpareto.search.commands.terminal import log
 from vitpareto.search.study.job_keys import KEYS
 
 if TYPE_CHECKING:
-    from vitpareto.search.compare.show import TraceRequest
+    from vitpareto.search.compare.token_trace import TokenTrace
+    from vitpareto.search.compare.trace_request import TraceRequest
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,37 +58,31 @@ def show_command(
     vitpareto show --recipe recipe.yaml --model deit_small_patch16_224 --image cat.jpg dog.jpg
     vitpareto show --study deit-s --trial 12 --out patches.png
     """
-    from vitpareto.dashboards.csv_json import json_lines
     from vitpareto.dashboards.token_picture import check_path, draw_patches
-    from vitpareto.dashboards.token_rows import patch_rows, summary
     from vitpareto.search.compare.show import trace_images
 
     check_path(out)
     check_recipe_or_trial(recipe, study, trial)
     if recipe is not None:
-        asked = _of_recipe(recipe, trained, options)
+        request = _of_recipe(recipe, trained, options)
     else:
         decided = [KEYS[name].option for name in o.given(options)]
         decided += [] if trained is None else ["--trained"]
-        asked = _of_trial(study, trial, store, decided)
+        request = _of_trial(study, trial, store, decided)
     with ProgressDisplay() as display:
-        seen = trace_images(
-            asked, [*(image or []), *(files or [])], images=images, cache=cache_folder(cache),
+        trace = trace_images(
+            request, [*(image or []), *(files or [])], images=images, cache=cache_folder(cache),
             progress=display.counter("decoding images"),
         )  # fmt: skip
-    for note in seen.notes:
+    for note in trace.notes:
         log(f"note: {note}")
-    log(f"picture: {draw_patches(seen, out)}")
-    if as_json:
-        typer.echo(json_lines(patch_rows(seen)), nl=False)
-        return
-    for one in seen.images:
-        typer.echo(summary(one))
+    log(f"picture: {draw_patches(trace, out)}")
+    _print_trace(trace, as_json)
 
 
 def _of_recipe(recipe: Path, trained: Path | None, options: Mapping[str, Any]) -> TraceRequest:
-    """A recipe's file. Raises UserError."""
-    from vitpareto.search.compare.show import TraceRequest
+    """A recipe file on a model, the embedded one by default."""
+    from vitpareto.search.compare.trace_request import TraceRequest
 
     given = job_values(options)
     weights = Path(given["weights"]) if given["weights"] else None
@@ -100,9 +95,9 @@ def _of_recipe(recipe: Path, trained: Path | None, options: Mapping[str, Any]) -
 def _of_trial(
     study: str | None, trial: int | None, store: str | None, given: list[str]
 ) -> TraceRequest:
-    """A trial of a study. Raises UserError where options that the study decides were given."""
+    """A trial of a study. Raises UserError if options are given that the study decides."""
     from vitpareto.methods import Code
-    from vitpareto.search.compare.show import TraceRequest
+    from vitpareto.search.compare.trace_request import TraceRequest
     from vitpareto.search.errors import UserError
 
     assert study is not None and trial is not None
@@ -113,3 +108,14 @@ def _of_trial(
             options=tuple(given),
         )
     return TraceRequest.of_trial(find_study(store, study), trial)
+
+
+def _print_trace(trace: TokenTrace, as_json: bool) -> None:
+    from vitpareto.dashboards.csv_json import json_lines
+    from vitpareto.dashboards.token_rows import patch_rows, summary
+
+    if as_json:
+        typer.echo(json_lines(patch_rows(trace)), nl=False)
+        return
+    for image in trace.images:
+        typer.echo(summary(image))

@@ -1,8 +1,8 @@
 """The commands of `search`: search, demo, recover, measure, export and what belongs to them.
 
-Commands parse, call and print; what they call lies in the other packages of `search` and is
-imported when a command runs, so that `vitpareto --help` starts at once. May import all of `search`,
-and neither `clusters` nor `dashboards`: the root passes in what these contribute (`hooks`).
+Commands parse, call and print. They import the other rooms of `search` when they run, so that
+`vitpareto --help` starts at once. May import all of `search`, not `clusters` or `dashboards`: the
+root passes in what these contribute (`hooks`).
 """
 
 from __future__ import annotations

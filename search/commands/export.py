@@ -133,7 +133,7 @@ def verify_command(
 
 
 def print_verification(found: Verification) -> None:
-    """Print a verification; exit code 1 where the bundle differs from the measured model."""
+    """Print a verification. Exits with code 1 if the bundle differs from the measured model."""
     typer.echo(found.table())
     if not found.verified:
         raise typer.Exit(1)
@@ -175,7 +175,7 @@ def _registration(
     folder: StudyFolder, result: TrialResult, recovered: bool, into_registry: bool,
     alias: Sequence[str] | None, uri: str | None,
 ) -> Registration | None:  # fmt: skip
-    """Where the bundle is registered; None: nowhere. Raises UserError before it is written."""
+    """Where to register the bundle, if anywhere. Raises UserError before the bundle is written."""
     from vitpareto.methods import Code
     from vitpareto.search.errors import UserError
     from vitpareto.search.tracking.registry import check_aliases
@@ -193,7 +193,7 @@ def _registration(
 
 
 def _log_target(folder: StudyFolder, result: TrialResult, max_latency_ms: float) -> None:
-    """A latency holds for the target on which it was measured."""
+    """Log the target for which the latency holds."""
     timed = result.latency or folder.latencies.read().get(result.trial)
     if timed is not None:
         log(f"within {max_latency_ms:g} ms on the measured target: {timed.target}")

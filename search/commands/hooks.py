@@ -1,6 +1,6 @@
-"""What the packages above contribute to a search's commands; the root passes it in.
+"""Protocols for what `clusters` and `dashboards` provide to the commands of `search`.
 
-`search` imports neither `clusters` nor `dashboards`: these protocols are what it needs of them.
+`search` does not import them; the root (`vitpareto.cli`) passes in their implementations.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Capacity(Protocol):
-    """What a Ray cluster offers; nodes: of a cluster that was joined."""
+    """What a Ray cluster offers. `nodes` are those of a cluster that was joined."""
 
     @property
     def cpus(self) -> int: ...
@@ -37,8 +37,9 @@ class Clusters(Protocol):
         """The Ray cluster at an address, left when the block ends."""
 
     def store_inputs(self, job: JobRequest, package: Path, study: Path) -> JobRequest:
-        """Copy the files of a submitted job from its package to the study; the job with their new
-        paths.
+        """Copy the files of a submitted job from its package to the study.
+
+        Returns the job with their new paths.
         """
 
 
@@ -46,7 +47,7 @@ class Presenter(Protocol):
     """How a study is shown at the end of a command."""
 
     def page(self, folder: StudyFolder, cache: str | None = None) -> StudyPage:
-        """Draw the study's explorer and pictures; what MLflow shows beside the study's runs."""
+        """Draw the study's explorer and pictures. Returns what MLflow shows in addition to runs."""
 
     def show(self, folder: StudyFolder, page: StudyPage) -> None:
         """Print where the pictures are, the verdict and the front."""

@@ -1,4 +1,4 @@
-"""Read what commands are given: studies by name, recipe files, trained weights."""
+"""Read the inputs of commands: studies by name, recipe files, trained weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def chosen_store(store: str | None) -> str:
 
 
 def find_study(store: str | None, name: str) -> StudyFolder:
-    """The study of this name. Raises UserError where it does not exist."""
+    """The study of this name. Raises UserError if it does not exist."""
     from vitpareto.search.study.folder import StudyFolder
 
     return StudyFolder.find(chosen_store(store), name)

@@ -88,7 +88,7 @@ def _chosen(
 ) -> Chosen:  # fmt: skip
     """The recipe of a file, or that of a trial. Raises UserError."""
     from vitpareto.methods import Code
-    from vitpareto.search.compare.show import TraceRequest
+    from vitpareto.search.compare.trace_request import TraceRequest
     from vitpareto.search.errors import UserError
     from vitpareto.search.study.job_request import JobRequest
 

@@ -52,8 +52,7 @@ AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV")]
 
 
 def with_job_options(*names: str) -> Callable[[Command], Command]:
-    """Replace a command's `**options` by one option for each of these job keys; None where not
-    given.
+    """Replace a command's `**options` by one option for each of these job keys, None by default.
 
     `space` and `fixed` are mappings: `--set` gives their entries.
     """

@@ -20,10 +20,10 @@ LOG_S = 10.0
 
 
 class ProgressDisplay:
-    """Shows how work advances, until the block ends.
+    """Shows progress until the block ends.
 
     Args:
-        terminal: bars or lines; None: bars where standard error is a terminal.
+        terminal: True for bars, False for lines, None for bars if standard error is a terminal.
     """
 
     def __init__(self, terminal: bool | None = None) -> None:
@@ -42,7 +42,7 @@ class ProgressDisplay:
         self.close()
 
     def close(self) -> None:
-        """Leave the bars as they stand; the next update starts new ones."""
+        """Stop the bars and leave them on the screen; the next update starts new ones."""
         if self._bars is not None:
             self._bars.stop()
         self._bars = None
@@ -59,9 +59,14 @@ class ProgressDisplay:
             self.close()
 
     def show(self, name: str, text: str, done: int, total: int | None, due: bool = False) -> None:
-        """Show one line of text with its bar; total None: without an end.
+        """Show one line of text with its bar.
 
-        due: write it to a log also before the next line is due.
+        Args:
+            name: of the bar; the same name updates the same bar.
+            text: shown beside the bar.
+            done: steps done.
+            total: steps in total; None if it is not known.
+            due: write the line to a log even if less than LOG_S have passed.
         """
         if self._terminal:
             self._draw(name, text, done, total)
@@ -84,13 +89,13 @@ def _bars() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
 
-    # the text is longer than a narrow terminal: it wraps instead of losing its end
+    # on a narrow terminal a long text wraps and is not cut
     text = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=False))
     return Progress(BarColumn(bar_width=20), text, console=Console(stderr=True, highlight=False))
 
 
 class SearchProgress:
-    """How a search stands. `on_result` is a hook of the searcher."""
+    """The progress of a search. `on_result` is a hook of the searcher."""
 
     def __init__(self, display: ProgressDisplay) -> None:
         self._display = display
@@ -105,7 +110,7 @@ class SearchProgress:
         return 60 * self.results / max(self.seconds, 1e-9)
 
     def on_result(self, result: TrialResult | None, state: StudyProgress) -> None:
-        """A result was stored, or (None) a trial was handed out or the search ended."""
+        """Update the display. `result` is None when a trial starts and when the search ends."""
         if self._begin is None:
             self._begin = time.monotonic()
         if result is not None:
@@ -116,7 +121,7 @@ class SearchProgress:
         self._display.show("search", self.text(state), state.done, state.requested, due=ended)
 
     def text(self, state: StudyProgress) -> str:
-        """How the search stands, in one line."""
+        """The state of the search in one line."""
         total = "" if state.requested is None else f"/{state.requested}"
         text = (
             f"{state.done}{total} done, {state.raced_out} of them stopped early, "
@@ -127,7 +132,7 @@ class SearchProgress:
         return text if left is None else f"{text}; about {left // 60} min {left % 60} s left"
 
     def _seconds_left(self, state: StudyProgress) -> int | None:
-        # from the second result on: the first waits for workers to start
+        # not from the first result, which includes the start of the workers
         if self.results < 2 or state.requested is None or state.done >= state.requested:
             return None
         each = (self.seconds - self._first) / (self.results - 1)

@@ -94,13 +94,13 @@ class SearchRunner:
         """Run or continue the study of a job, and print its front.
 
         Args:
-            given: the job; a study that exists keeps its own keys for those that are not given.
-            address: of the Ray cluster to join; None: a Ray on this machine.
+            given: keys of the job. An existing study keeps its values of all other keys.
+            address: of the Ray cluster to join; None for a Ray on this machine.
             package: the folder of a submitted job, with the files that the job names.
 
         Raises:
-            UserError: something in the job is wrong, or nothing was measured.
-            typer.Exit: with 130 where the search was interrupted.
+            UserError: the job is wrong, or nothing was measured.
+            typer.Exit: the search was interrupted (code 130).
         """
         from vitpareto.search.trials.job_check import check_job
         from vitpareto.search.trials.run_study import run_study
@@ -158,7 +158,7 @@ class SearchRunner:
 def _hooks(
     stack: contextlib.ExitStack, prepared: CheckedJob, capacity: Capacity
 ) -> tuple[list[ProgressHook], Callable[[StudyPage, StudyProgress], None]]:
-    """The hooks for MLflow and for Ray's metrics, and what sends a finished study to MLflow."""
+    """Hooks for MLflow and for Ray's metrics, and a function that sends the study to MLflow."""
     from vitpareto.search.tracking.tracker import Tracker
     from vitpareto.search.trials.ray_metrics import Metrics
     from vitpareto.search.trials.resources import TrialResources
@@ -202,7 +202,7 @@ def _log_end(
     progress: SearchProgress,
     seconds: float,
 ) -> None:
-    """Log how the search ended. Raises UserError where nothing was measured."""
+    """Log how the search ended. Raises UserError if nothing was measured."""
     from vitpareto.methods import Code
     from vitpareto.search.errors import UserError
     from vitpareto.search.trials.preparations import preparation_summary

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-#: columns of a table in a log or a pipe, and the least that a table of figures gets
+#: width in characters of tables in a log or a pipe, and minimum width of tables of figures
 WIDE = 160
 
 
@@ -24,7 +24,7 @@ def console() -> Console:
     """The console for tables."""
     from rich.console import Console
 
-    # a log or a pipe has no width: wide enough that no recipe is cut
+    # a log or a pipe has no width; this one is wide enough for every recipe
     return Console(width=None if sys.stdout.isatty() else WIDE, highlight=False)
 
 

@@ -1,7 +1,7 @@
 """Costs of methods side by side, without a study: MACs, parameters, throughput, peak memory.
 
-Methods are compared at equal rates (`setting_at`). No figure depends on weights, so models have
-fresh ones and nothing is downloaded.
+Methods are compared at equal rates (`setting_at`). Costs do not depend on the weights, so weights
+are random and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -132,10 +132,13 @@ def _out_of_range(name: str, value: float, rule: str) -> UserError:
 def cost_rows(
     models: Sequence[str], names: Sequence[str], rates: Sequence[float], bench: CostSettings
 ) -> Iterator[CostRow]:
-    """For each model the dense one, then every method at every rate, each row as it is measured.
+    """Yield rows as they are measured: for each model the dense one, then every method and rate.
 
-    Raises BadInput for unknown models, methods or rates before anything is measured. A method that
-    has no setting at a rate is a row with the reason.
+    A method that has no setting at a rate has a row with the reason.
+
+    Raises:
+        BadInput: a model or method is unknown, or a value is out of range. Raised before anything
+            is measured.
     """
     bench.check_values(rates)
     if not models or not rates:
@@ -194,7 +197,7 @@ def _measured(
     images: Tensor | None,
     bench: CostSettings,
 ) -> CostRow:
-    """The row with its figures; those that need a forward only where `dense` is there."""
+    """The row with its figures. Those that need a forward pass are missing if `dense` is None."""
     shape = methods.model_shape(skeleton)
     after = recipe.reshape(shape, skeleton)[0]
     recipe = recipe.checked(after)
@@ -203,7 +206,7 @@ def _measured(
     row = replace(
         row, gmacs_low=low / 1e9, gmacs_high=high / 1e9, published=_figures(row.model, recipe)
     )
-    if low != high:  # noise and fresh weights would say nothing of it
+    if low != high:  # with random images and weights the counts would mean nothing
         return replace(row, note="images decide")
     built = _built(recipe, skeleton if dense is None else dense)
     row = replace(
@@ -223,7 +226,7 @@ def _measured(
 
 
 def _built(recipe: Recipe, dense: nn.Module) -> nn.Module:
-    """The candidate; the dense model itself for the empty recipe, whose time is the reference."""
+    """The candidate. For the empty recipe it is the dense model itself, not a copy."""
     if recipe == Recipe():
         return dense
     with warnings.catch_warnings():

@@ -34,14 +34,20 @@ class MatchedSetting:
 
 
 def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module) -> MatchedSetting:
-    """The method's setting at `rate` on a model of this shape (`skeleton`: the model, no weights).
+    """The method's setting at a rate, derived from its first preset.
 
-    From the method's first preset: (1) a choice that is a rate takes it; (2) where images decide
-    the counts and the method takes given ones, it is given TopK's at that rate; (3) otherwise the
-    first choice besides the layers is moved within the method's space until the MACs are as near
-    to TopK's at that rate as they come: the most it may cost, where images decide.
+    1. A choice that is a rate gets the value `rate`.
+    2. If images decide the counts and the method accepts given counts, it gets TopK's counts.
+    3. Otherwise the first choice that is not about layers is varied within the method's space until
+       the MACs (their maximum, if images decide) are nearest to TopK's at that rate.
 
-    Raises BadInput where the method has no preset or no setting fits the model.
+    Args:
+        rate: fraction of patches kept at each prune layer.
+        shape: dimensions of the model.
+        skeleton: the model, without weights.
+
+    Raises:
+        BadInput: the method has no preset, or no setting fits the model.
     """
     declared = methods.get(method)
     if not declared.presets:
@@ -64,12 +70,12 @@ def setting_at(method: str, rate: float, shape: ModelShape, skeleton: nn.Module)
         counts = topk.tokens.declared.counts(topk.tokens.params, shape)
         return MatchedSetting(_recipe(declared, declared.check({"counts": counts}, shape)), GIVEN)
     target = recipe_macs(topk, shape)[1]
-    moved = _moved(declared, choices)
+    varied = _varied_choice(declared, choices)
     found: dict[str, tuple[int, Recipe]] = {}
     refused = ""
-    for value in _values(moved):
+    for value in _values(varied):
         try:
-            params = declared.check(declared.resolve({**choices, moved.name: value}, shape), shape)
+            params = declared.check(declared.resolve({**choices, varied.name: value}, shape), shape)
             recipe = _recipe(declared, params)
             if str(recipe) not in found:
                 cost = recipe_macs(recipe, recipe.reshape(shape, skeleton)[0])[1]
@@ -88,8 +94,8 @@ def _recipe(declared: Method, params: dict[str, Any]) -> Recipe:
     return Recipe.of(declared.name, **{k: v for k, v in params.items() if v is not None})
 
 
-def _moved(declared: Method, choices: dict[str, Any]) -> Float | Int:
-    """The choice that `setting_at` moves: the first number of the space that is not a layer's."""
+def _varied_choice(declared: Method, choices: dict[str, Any]) -> Float | Int:
+    """The choice that `setting_at` varies: the first number of the space that is not a layer's."""
     layers = {p.name for p in LAYERS_SPACE}
     for p in declared.space:
         if isinstance(p, (Float, Int)) and p.name in choices and p.name not in layers:

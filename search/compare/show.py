@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitpareto import methods
 from vitpareto.methods import Code, Recipe, Untrained
 from vitpareto.search.compare.token_trace import TokenTrace, trace_tokens
+from vitpareto.search.compare.trace_request import TraceRequest
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.decode_chunks import IMAGE_ERRORS
 from vitpareto.search.data.decoded import Split
@@ -27,58 +28,10 @@ from vitpareto.search.errors import UserError
 from vitpareto.search.measure.accuracy import batches_of
 from vitpareto.search.models import embedded_model
 from vitpareto.search.models.loading import fingerprint, load_model, num_classes
-from vitpareto.search.study.folder import StudyFolder
 
 #: number of images traced if no file is given, and the largest number of images
 IMAGES, MOST = 4, 64
 CALIBRATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class TraceRequest:
-    """A recipe on a model, to be traced.
-
-    Attributes:
-        data: data set for class names, calibration and, if no file is given, images. The embedded
-            data set if None and one is needed.
-        fingerprint: required fingerprint of the model, if a study measured it.
-        trained: the weights that the recipe names.
-    """
-
-    recipe: Recipe
-    model: str = embedded_model.NAME
-    weights: Path | None = None
-    data: str | None = None
-    seed: int = 0
-    fingerprint: str | None = None
-    trained: Mapping[str, Tensor] | None = None
-
-    @classmethod
-    def of_trial(cls, folder: StudyFolder, number: int) -> TraceRequest:
-        """A trial of a study. Raises UserError if it does not exist or was not measured."""
-        results = folder.trials.all()
-        result = next((r for r in results if r.trial == number), None)
-        if result is None:
-            span = f"{results[0].trial} to {results[-1].trial}" if results else "none yet"
-            raise UserError(
-                f"trial {number} does not exist in study {folder.name} (its trials: {span})",
-                Code.NOT_FOUND,
-                study=folder.name,
-                trial=number,
-            )
-        if result.state not in ("finished", "raced_out"):
-            raise UserError(
-                f"trial {number} of study {folder.name} must be measured "
-                f"(got {result.state}: {result.reason})",
-                Code.UNSUPPORTED,
-                trial=number,
-                state=result.state,
-            )
-        job = folder.job().config(store=folder.store)
-        recipe = result.rebuilt_from.to_recipe()
-        known = str(folder.identity.read()["model_fingerprint"])
-        trained = None if recipe.weights is None else folder.artifacts.load(recipe.weights)
-        return cls(recipe, job.model, folder.weights, job.data, job.seed, known, trained)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class ImageTrace:
     def joined(self, together: MergeKind) -> NDArray[np.bool_]:
         """Which original patches share a token with others and are not dropped, bool [depth, n0].
 
-        A patch that was fused alone counts too, because fusing weights it.
+        A patch that was fused alone counts too, because fusing changes its content.
         """
         if together == "fused":
             return self.fused()

@@ -1,5 +1,5 @@
 """Images with labels: datasets by folder or name, splits, order, decoding, the embedded images.
 
-Imports `search.files`; no Ray, Optuna, MLflow or ONNX, and no models. `datasets.open_data` is the
-entry point. It draws no conclusions from images and changes no user's file.
+`datasets.open_data` is the entry point. May import files; not models, measure, study, ray, optuna,
+mlflow or onnx. Files of the user are only read.
 """

@@ -8,6 +8,6 @@
 - `int8`, `specialised`: additional programs; `torch_internals` holds what torch does not document
 - `benchmark`: latency of a bundle's programs
 
-Only this package and `search.runtimes` import onnx and onnxruntime. May import `search.study` and
-what is below it; not `search.trials`, `search.tracking` or `search.compare`.
+Only this room and `search.runtimes` may import onnx and onnxruntime. May import stats, data,
+models, runtimes, measure and study; not files, training, trials, tracking or compare.
 """

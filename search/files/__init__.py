@@ -1,5 +1,5 @@
 """File access: atomic writes, locks between processes, cache folders and object storage.
 
-Imports `search.errors` alone of this project. This is the only room that imports fsspec, pyarrow,
-platformdirs and filelock. It knows nothing about studies, images or models.
+The only room that may import fsspec, pyarrow, platformdirs and filelock. May import `search.errors`
+and no other room. Nothing here knows studies, images or models.
 """

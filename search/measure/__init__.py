@@ -9,9 +9,8 @@
 - `latency`: the records of a latency and of the target that it holds for
 - `accuracy`: per-image correctness on a split
 
-May import `methods`, `search.errors`, `search.files`, `search.data`, `search.models` and
-`search.runtimes`; not Ray, Optuna, MLflow, ONNX or a study. fvcore is imported in `fvcore_macs`
-alone, so that importing this package stays fast.
+May import `methods`, `search.files` and `search.data`; not Ray, Optuna, MLflow, ONNX, models or a
+study. Only `fvcore_macs` imports fvcore, so that importing this package stays fast.
 """
 
 from vitpareto.search.measure.closed_form import macs

@@ -1,6 +1,6 @@
 """Models: loading by name, the embedded model, published checkpoint layouts, trained weights by
 digest, and models that workers map.
 
-Imports `search.data` and `search.files`; no Ray, Optuna, MLflow or ONNX. It measures nothing and
-trains nothing.
+May import data and files; not measure, training, study, ray, optuna, mlflow or onnx. Nothing is
+measured or trained here.
 """

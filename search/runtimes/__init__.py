@@ -1,5 +1,5 @@
 """Runtimes of a model: eager, compiled, CUDA graph, torch.export and onnxruntime.
 
-May import `methods` and `search.errors`; onnx and onnxruntime are imported here and in
-`search.export` only, and only when a program is written or run.
+Only this room and `search.export` may import onnx and onnxruntime, and do so when a program is
+written or run. May import `methods` and `search.errors`, and no other room.
 """

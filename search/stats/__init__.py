@@ -1,6 +1,6 @@
 """Statistics on arrays and counts: intervals, exact tests, confidence sequences, racing, Pareto
 fronts.
 
-Imports numpy, scipy and `search.errors`; the only room that may import scipy. It may not import
-other rooms: nothing here knows trials, studies or files.
+The only room that may import scipy. May import `search.errors` and no other room. Nothing here
+knows trials, studies or files.
 """

@@ -1,5 +1,5 @@
 """The study: job, folder on disk, results, search space, session, front, certificates and verdict.
 
-Only this room imports optuna. It may import errors, stats, files, data, models, runtimes, measure
-and training, but not trials, export, tracking or ray.
+The only room that may import optuna and sqlalchemy. May import stats, files, data, models, measure
+and training; not runtimes, trials, export, tracking, compare or ray.
 """

@@ -1,5 +1,5 @@
 """Gradient training: losses, the loop, checkpoints, fine-tuning, and preparations of methods.
 
-May import methods, and of search: stats, files, data, models, measure. May not import ray, optuna,
-mlflow, onnx, or any room above it (study, trials, export, tracking, compare, commands).
+May import stats, files, data, models and measure; not study, trials, export, tracking, compare,
+ray, optuna, mlflow or onnx.
 """

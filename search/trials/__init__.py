@@ -10,9 +10,8 @@ trial_actor, searcher, tune     trials with Ray Tune; tune_internals holds what 
 ray_cluster, nodes, resources   Ray tasks, the cluster's nodes and how trials share them
 run_study, front_latency, certification, recovery   the steps of a study and after it
 
-May import ray, and every package of `search` below it (study, training, measure, ...); not export,
-tracking, compare, commands, `vitpareto.clusters` or `vitpareto.dashboards`. The only package of
-`search` that imports ray.
+The only room of `search` that may import ray. May import stats, files, data, models, runtimes,
+measure, training and study; not export, tracking, compare or commands.
 """
 
 from vitpareto.search.trials import ray_environment as ray_environment

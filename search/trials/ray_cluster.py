@@ -72,8 +72,8 @@ def run_for_each(
     Args:
         shared: sent to the cluster once.
         cpus, gpus: of one task.
-        poll_s, on_poll: calls `on_poll` with the unfinished items after each such interval in which
-            none finished.
+        poll_s, on_poll: if no task finishes within `poll_s` seconds, `on_poll` is called with the
+            unfinished items.
     """
     remote = ray.remote(function).options(num_cpus=cpus, num_gpus=gpus, max_retries=0)
     reference = ray.put(shared)
@@ -84,9 +84,11 @@ def run_for_each(
 def run_on_nodes(
     function: Callable[..., Result], nodes: Sequence[Node], *arguments: Any, gpus: float = 0.0
 ) -> Iterator[Finished[Node, Result]]:
-    """Run a function once on each node, beside whatever runs there.
+    """Run a function once on each node, even if all CPUs of the node are in use.
 
-    arguments: sent to the cluster once. gpus: held meanwhile, on nodes that have GPUs.
+    Args:
+        arguments: sent to the cluster once.
+        gpus: reserved for the function, on nodes that have GPUs.
     """
     remote, pending = ray.remote(function), {}
     references = [ray.put(argument) for argument in arguments]

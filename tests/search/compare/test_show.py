@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from tests.refusals import refused
 from tests.search import small
 from vitpareto.methods import BadInput, Recipe
-from vitpareto.search.compare.show import MOST, TraceRequest, trace_images
+from vitpareto.search.compare.show import MOST, trace_images
+from vitpareto.search.compare.trace_request import TraceRequest
 from vitpareto.search.data import embedded_images
 from vitpareto.search.errors import UserError
 from vitpareto.search.models import embedded_model

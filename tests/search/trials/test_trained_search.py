@@ -21,7 +21,7 @@ from vitpareto.clusters.connect import ClusterCapacity
 from vitpareto.methods import Recipe
 from vitpareto.methods.slicing.sliced_model import model_widths
 from vitpareto.methods.slicing.snapshots import TrajectorySnapshots
-from vitpareto.search.compare.show import TraceRequest
+from vitpareto.search.compare.trace_request import TraceRequest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export.bundle import export
 from vitpareto.search.export.trial_choice import choose_trial
