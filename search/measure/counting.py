@@ -101,7 +101,8 @@ COUNTERS: dict[str, Counter] = {
     for c in (
         Counter(
             "fvcore",
-            "layers, both products of attention, 5 a LayerNorm element, the method's own products",
+            "layers, both products of attention, 5 per LayerNorm element, the method's own "
+            "products",
             lambda w: w.layers + w.products + 5 * w.norms + w.own,
         ),
         Counter(
@@ -113,13 +114,13 @@ COUNTERS: dict[str, Counter] = {
         # LayerNorm with weights is 4 per element, a softmax module 3
         Counter(
             "thop",
-            "layers, 4 a LayerNorm element, 3 a softmax element; no product of attention",
+            "layers, 4 per LayerNorm element, 3 per softmax element; not the products of attention",
             lambda w: w.layers + 4 * w.norms + 3 * w.scores,
         ),
         # each multiplication counts, including that of the scores by 1 / sqrt(D)
         Counter(
             "torchprofile",
-            "layers, both products of attention and their scaling, 1 a LayerNorm element, the "
+            "layers, both products of attention and their scaling, 1 per LayerNorm element, the "
             "method's own products",
             lambda w: w.layers + w.products + w.scores + w.norms + w.own,
         ),

@@ -24,12 +24,12 @@ RECIPES = {
 
 
 def write_study(
-    store: Path, name: str, trials: int, model: str = "digits", seed: int = 0
+    store: Path, name: str, trials: int, model: str = "digits", seed: int = 0, images: str = "def"
 ) -> StudyFolder:
     """Finished, stopped and failed trials whose accuracy increases with cost, with noise."""
     folder = StudyFolder(store / name)
     folder.create()
-    folder.identity.settle({"model": model, "model_fingerprint": "abc", "data_fingerprint": "def"})
+    folder.identity.settle({"model": model, "model_fingerprint": "abc", "data_fingerprint": images})
     folder.write_job(
         JobRequest({"objectives": ["top1", "gmacs"], "model": model, "data": "digits"})
     )

@@ -19,6 +19,7 @@ from vitpareto.search.errors import Code, UserError
 from vitpareto.search.study.folder import StudyFolder
 from vitpareto.search.study.recorded_recipe import RecordedRecipe
 from vitpareto.search.study.results import TrialResult
+from vitpareto.search.tracking.run_contents import TRIAL_TAG
 from vitpareto.search.tracking.sync import sync
 
 
@@ -67,6 +68,93 @@ def test_a_study_is_served_on_loopback_and_its_processes_end(tmp_path: Path) -> 
     assert not group_of(served.pid)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+#: answers as MLflow does for an experiment with a study's run and a trial's, and one without runs
+STAND_IN = """
+import http.server, json, sys, urllib.parse
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.answer(b"")
+
+    def do_POST(self):
+        self.answer(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def answer(self, body):
+        address = urllib.parse.urlparse(self.path)
+        if address.path == "/health":
+            return self.send(200, {})
+        if address.path.endswith("/get-by-name"):
+            name = urllib.parse.parse_qs(address.query)["experiment_name"][0]
+            known = {"vitpareto/deit-s": "7", "vitpareto/empty": "8"}
+            if name not in known:
+                return self.send(404, {})
+            return self.send(200, {"experiment": {"experiment_id": known[name]}})
+        trial = {"info": {"run_id": "trial"}, "data": {"tags": [{"key": sys.argv[2]}]}}
+        study = {"info": {"run_id": "study"}, "data": {}}
+        runs = [trial, study] if json.loads(body)["experiment_ids"] == ["7"] else []
+        self.send(200, {"runs": runs} if runs else {})
+
+    def send(self, code, answer):
+        self.send_response(code)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Answers).serve_forever()
+"""
+
+
+def stand_in(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a small program instead of MLflow, which takes many seconds."""
+
+    def command(store: Path, host: str, port: int) -> list[str]:
+        return [sys.executable, "-S", "-c", program, str(port), TRIAL_TAG]
+
+    monkeypatch.setattr(mlflow_server, "_command", command)
+    monkeypatch.setattr(mlflow_server, "ensure_database", lambda store: None)
+
+
+def test_addresses_of_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(STAND_IN, monkeypatch)
+    with serve(tmp_path, "deit-s") as served:
+        experiment = f"{served.url}/#/experiments/7"
+        assert served.page.startswith(f"{experiment}/runs/study?")
+        assert served.explorer.startswith(f"{experiment}/runs/study/artifacts/explorer.html?")
+        assert served.view.startswith(f"{experiment}/runs?viewStateShareKey=")
+        assert mlflow_server._pages(served.url, None) == (served.url, served.url)
+        page, _ = mlflow_server._pages(served.url, "empty")
+        assert page == f"{served.url}/#/experiments/8"
+        with refused(Code.NOT_FOUND, UserError, study="other"):
+            mlflow_server._pages(served.url, "other")
+        assert group_of(served.pid)
+    assert not group_of(served.pid)
+
+
+def test_a_program_that_exits_is_reported_with_its_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in("import sys; print('one'); sys.exit('the disk is full')", monkeypatch)
+    with refused(Code.UNAVAILABLE, UserError, exit_code=1) as caught, serve(tmp_path):
+        pass
+    assert "the disk is full" in str(caught.value)
+
+
+def test_a_server_that_does_not_answer_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # ignores SIGTERM, so it has to be killed
+    stand_in(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+        monkeypatch,
+    )
+    monkeypatch.setattr(mlflow_server, "START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(mlflow_server, "STOP_TIMEOUT_S", 0.2)
+    with refused(Code.UNAVAILABLE, UserError, exit_code=None), serve(tmp_path):
+        pass
 
 
 def test_a_used_port_is_refused(tmp_path: Path) -> None:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
+import signal
 import subprocess
 import sys
 import urllib.request
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.command_line import STUDY, TRIALS, Run
+from tests.dashboards.studies import write_study
+from vitpareto.dashboards import mlflow_server
+from vitpareto.dashboards.commands import presenter
+from vitpareto.dashboards.commands.presenter import StudyPresenter
+from vitpareto.dashboards.mlflow_server import Served
 from vitpareto.methods.engine.bad_input import Code
+from vitpareto.search.study.front_table import study_front_rows
 
 
 def test_trials_lists_every_trial(command: Run, study_store: Path) -> None:
@@ -61,6 +70,59 @@ def test_report_writes_a_page(command: Run, study_store: Path, cache: Path, tmp_
 def test_compare_requires_two_studies(command: Run, study_store: Path, tmp_path: Path) -> None:
     compare = ("compare", STUDY, STUDY, "--store", study_store, "--out", tmp_path / "c.html")
     command(*compare).is_refused(Code.OUT_OF_RANGE, name="studies", got=1)
+
+
+def test_compare_writes_one_page(command: Run, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_study(tmp_path, name, 20)
+    page = tmp_path / "c.html"
+    result = command("compare", "one", "two", "--store", tmp_path, "--out", page)
+    assert result.code == 0 and f"explorer: {page}" in result.out and page.exists()
+    assert "hypervolume" in result.out
+
+
+def test_a_study_without_results(command: Run, tmp_path: Path) -> None:
+    """It has an empty front, no page, and nothing to send to MLflow."""
+    folder = write_study(tmp_path, "s", 1)
+    (folder.folder / "trials" / "000000.json").unlink()
+    result = command("front", "s", "--store", tmp_path)
+    assert result.code == 0 and "study s has no finished trial yet" in result.err
+    command("report", "s", "--store", tmp_path).is_refused(Code.EMPTY, study="s")
+    page = StudyPresenter().page(folder)
+    assert page.artifacts == {} and list(page.table) == []
+
+
+def test_front_names_a_recovered_front(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_study(tmp_path, "s", 20)
+    plain = presenter._front_title(folder, study_front_rows(folder))
+    assert plain.startswith("front of s: digits on digits")
+    monkeypatch.setattr(
+        type(folder.recovery), "settings", lambda self: {"epochs": 5, "distill": "soft"}
+    )
+    rows = [replace(row, recovered=True) for row in study_front_rows(folder)]
+    title = presenter._front_title(folder, rows)
+    assert title.startswith("recovered front of s") and "epochs 5, soft distillation" in title
+
+
+@pytest.mark.parametrize("name", [STUDY, None])
+def test_ui_prints_the_addresses(
+    command: Run, study_store: Path, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    """Without the server: that it runs until it is terminated is tested below."""
+    served = Served("http://u", "http://u/#/runs/r?w", "http://u/#/view", 1)
+    monkeypatch.setattr(mlflow_server, "serve", lambda *_, **__: nullcontext(served))
+    monkeypatch.setattr(signal, "pause", lambda: None)
+    handlers: list[int] = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append(number))
+    result = command("ui", *([name] if name else []), "--store", study_store)
+    expected = [served.url]
+    if name:
+        explorer = "explorer: http://u/#/runs/r/artifacts/explorer.html?w"
+        expected = ["front: http://u/#/view", explorer, "study: http://u/#/runs/r?w"]
+    assert result.code == 0 and result.out.splitlines() == expected
+    assert handlers == [signal.SIGTERM, signal.SIGHUP]
 
 
 def test_show_draws_images(command: Run, cache: Path, tmp_path: Path) -> None:
