@@ -22,6 +22,8 @@ from vitpareto.dashboards.commands.presenter import StudyPresenter
 from vitpareto.dashboards.mlflow_server import Served
 from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.study.front_table import study_front_rows
+from vitpareto.search.study.records import RecoverySettings
+from vitpareto.search.training.settings import TrainingSettings
 
 
 def test_trials_lists_every_trial(command: Run, study_store: Path) -> None:
@@ -92,15 +94,12 @@ def test_a_study_without_results(command: Run, tmp_path: Path) -> None:
     assert page.artifacts == {} and list(page.table) == []
 
 
-def test_front_names_a_recovered_front(
-    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_front_names_a_recovered_front(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_study(tmp_path, "s", 20)
     plain = presenter._front_title(folder, study_front_rows(folder))
     assert plain.startswith("front of s: digits on digits")
-    monkeypatch.setattr(
-        type(folder.recovery), "settings", lambda self: {"epochs": 5, "distill": "soft"}
-    )
+    settings = RecoverySettings(TrainingSettings(epochs=5), "images")
+    monkeypatch.setattr(type(folder.recovery), "settings", lambda self: settings)
     rows = [replace(row, recovered=True) for row in study_front_rows(folder)]
     title = presenter._front_title(folder, rows)
     assert title.startswith("recovered front of s") and "epochs 5, soft distillation" in title
