@@ -3,7 +3,7 @@
 connect      start a private Ray on this machine, or join a cluster
 local_nodes  a cluster of several nodes on this machine, to try one
 packing      what is sent to a cluster, and where its files are stored there
-jobs         submit, follow, list and stop searches on a cluster
+jobs         submit, list and stop searches on a cluster, and read their logs
 commands     the commands of this package
 
 The folder also has a Dockerfile and templates for Kubernetes, AWS, Google Cloud and Slurm. May

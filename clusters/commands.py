@@ -95,15 +95,15 @@ def submit_command(
     submitted = head.submit(given)
     typer.echo(submitted)
     if follow:
-        _follow(head, submitted)
+        _print_logs_until_end(head, submitted)
     else:
         log(f"log: vitpareto logs {submitted} --follow; stop: vitpareto stop {submitted}")
 
 
-def _follow(head: JobClient, job: str) -> None:
+def _print_logs_until_end(head: JobClient, job: str) -> None:
     """Print a job's log until it ends. Exits with code 1 if the job did not succeed."""
     try:
-        for text in head.follow(job):
+        for text in head.stream_logs(job):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         log(f"{job} continues; stop: vitpareto stop {job}")
@@ -151,7 +151,7 @@ def logs_command(
 
     head = JobClient(address)
     if follow:
-        _follow(head, job)
+        _print_logs_until_end(head, job)
     else:
         typer.echo(head.logs(job), nl=False)
 

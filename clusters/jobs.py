@@ -1,4 +1,5 @@
-"""Search jobs on a Ray cluster: submit, follow, list and stop them through the head's job server.
+"""Search jobs on a Ray cluster: submit, list and stop them and read their logs, through the head's
+job server.
 
 Results are in the job's store, which must outlive the cluster.
 """
@@ -153,7 +154,7 @@ class JobClient:
         self.find(job_id)
         return str(self.client.get_job_logs(job_id))
 
-    def follow(self, job_id: str) -> Iterator[str]:
+    def stream_logs(self, job_id: str) -> Iterator[str]:
         """Yield the log as it is written, until the job ends."""
         import asyncio
 

@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = "vitpareto"
 FOLDERS = ("methods", "search", "clusters", "dashboards")
 
-#: every room, from the lowest up, and the rooms that it may import; `search.*` stands for all rooms
-#: of search, and `vitpareto` for the root, which wires the command. METHODS are open to all
+#: every room, from the lowest up, and the rooms that it may import; `methods.*` stands for all
+#: rooms of methods, and `vitpareto` for the root, which wires the command. METHODS are open to all
 ALLOWED: dict[str, str] = {
     "methods.engine": "",
     "methods.slicing": "methods.engine",
@@ -43,11 +43,14 @@ ALLOWED: dict[str, str] = {
     "search.compare": "search search.stats search.data search.models search.measure search.study",
     "search.trials": "search search.stats search.files search.data search.models search.runtimes "
     "search.measure search.training search.study",
-    "search.commands": "search search.*",
-    "clusters": "search search.*",
-    "dashboards": "search search.*",
-    "dashboards.commands": "search search.* dashboards",
-    "vitpareto": "methods search search.* clusters dashboards dashboards.commands",
+    "search.commands": "search search.compare search.export search.files search.measure "
+    "search.models search.study search.tracking search.training search.trials",
+    "clusters": "search search.study search.trials search.commands",
+    "dashboards": "search search.stats search.files search.measure search.study search.export "
+    "search.tracking search.compare",
+    "dashboards.commands": "search search.measure search.study search.export search.tracking "
+    "search.compare search.commands dashboards",
+    "vitpareto": "methods search search.commands clusters dashboards dashboards.commands",
 }
 #: rooms that any room outside methods may import
 METHODS = ("methods", "methods.engine", "methods.slicing")

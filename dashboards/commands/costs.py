@@ -10,7 +10,7 @@ import typer
 
 from vitpareto.search.commands.inputs import cache_folder, job_values
 from vitpareto.search.commands.options import AsCsv, AsJson, with_job_options
-from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.progress_display import ProgressDisplay
 from vitpareto.search.commands.terminal import log, numbers, print_tables, words
 
 if TYPE_CHECKING:

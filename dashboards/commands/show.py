@@ -17,7 +17,7 @@ from vitpareto.search.commands.inputs import (
     read_recipe,
     read_weights,
 )
-from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.progress_display import ProgressDisplay
 from vitpareto.search.commands.terminal import log
 from vitpareto.search.study.job_keys import KEYS
 

@@ -15,7 +15,7 @@ from vitpareto.dashboards.commands.presenter import (
     verdict_of,
     write_study_explorer,
 )
-from vitpareto.search.commands.inputs import find_study
+from vitpareto.search.commands.inputs import check_parent, find_study
 from vitpareto.search.commands.options import AsCsv, AsJson, Cache, Store
 from vitpareto.search.commands.terminal import console, log
 
@@ -176,15 +176,6 @@ def _check_suffix(option: str, path: Path | None, suffixes: tuple[str, ...]) -> 
 
 
 def _page_path(path: Path) -> Path:
-    from vitpareto.methods import Code
-    from vitpareto.search.errors import UserError
-
     _check_suffix("--out", path, (".html",))
-    if not path.parent.is_dir():
-        raise UserError(
-            f"--out must be in a folder that exists (got {str(path)!r})",
-            Code.NOT_FOUND,
-            option="--out",
-            path=str(path.parent),
-        )
+    check_parent("--out", path)
     return path

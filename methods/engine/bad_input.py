@@ -74,4 +74,5 @@ def suggestion(word: object, known: Iterable[str], otherwise: str = "") -> str:
 def nearest(word: object, known: Iterable[str]) -> str:
     """As `suggestion`, and all known words if none is similar."""
     known = sorted(known)
-    return suggestion(word, known, f"; known: {', '.join(known) or 'none'}")
+    listed = f"; known: {', '.join(known)}" if known else "; there are none"
+    return suggestion(word, known, listed)

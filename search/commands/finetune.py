@@ -11,7 +11,7 @@ import typer
 
 from vitpareto.search.commands import options as o
 from vitpareto.search.commands.inputs import cache_folder, job_value, job_values, read_recipe
-from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.progress_display import ProgressDisplay
 from vitpareto.search.commands.terminal import log
 
 if TYPE_CHECKING:

@@ -90,3 +90,17 @@ def check_recipe_or_trial(recipe: Path | None, study: str | None, trial: int | N
             Code.MISSING if recipe is None else Code.CONFLICT,
             options=("--recipe", "--study", "--trial"),
         )
+
+
+def check_parent(option: str, path: Path) -> None:
+    """Raise UserError, before anything is measured, if a file cannot be in its folder."""
+    from vitpareto.methods import Code
+    from vitpareto.search.errors import UserError
+
+    if not path.parent.is_dir():
+        raise UserError(
+            f"{option} must be in a folder that exists (got {str(path)!r})",
+            Code.NOT_FOUND,
+            option=option,
+            path=str(path.parent),
+        )

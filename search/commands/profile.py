@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vitpareto.search.commands.inputs import job_value, job_values
+from vitpareto.search.commands.inputs import check_parent, job_value, job_values
 from vitpareto.search.commands.options import job_option, with_job_options
-from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.progress_display import ProgressDisplay
 from vitpareto.search.commands.terminal import log
 
 
@@ -35,6 +35,7 @@ def profile_command(
     from vitpareto.search.measure.device import resolve_device
     from vitpareto.search.models.loading import fresh_model
 
+    check_parent("--out", out)
     given = job_values(options)
     with ProgressDisplay() as display:
         table = measure_latency_table(

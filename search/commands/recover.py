@@ -10,7 +10,7 @@ import typer
 from vitpareto.search.commands.hooks import Clusters, Presenter
 from vitpareto.search.commands.inputs import find_study
 from vitpareto.search.commands.options import Address, Cache, Store, job_option
-from vitpareto.search.commands.progress import ProgressDisplay
+from vitpareto.search.commands.progress_display import ProgressDisplay
 from vitpareto.search.commands.terminal import log
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from vitpareto.search.commands.export import print_verification
 from vitpareto.search.commands.hooks import Capacity, Clusters, Presenter
 from vitpareto.search.commands.inputs import find_study
 from vitpareto.search.commands.options import Address, Cache, Sets, Store, given, with_job_options
-from vitpareto.search.commands.progress import ProgressDisplay, SearchProgress
+from vitpareto.search.commands.progress_display import ProgressDisplay, SearchProgress
 from vitpareto.search.commands.terminal import log
 from vitpareto.search.study.job_keys import KEYS
 
@@ -124,9 +124,7 @@ class SearchRunner:
                 capacity = stack.enter_context(self._clusters.local(config.workers))
             progress = SearchProgress(display)
             hooks, finish = _hooks(stack, prepared, capacity)
-            # SIGTERM, with which batch systems end a job, stops like Ctrl-C; Ray would abort
-            before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-            stack.callback(signal.signal, signal.SIGTERM, before)
+            stack.enter_context(_terminated_as_interrupted())
             outcome = run_study(
                 prepared, cpus=capacity.cpus, gpus=capacity.gpus,
                 hooks=[progress.on_result, *hooks], report=log,
@@ -153,6 +151,16 @@ class SearchRunner:
             # keys that are not given stay as the study was started
             config = folder.job().without("store", "cache").updated(given).config()
         return config
+
+
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, with which batch systems end a job, stops like Ctrl-C; Ray would abort."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _hooks(

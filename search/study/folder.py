@@ -57,6 +57,28 @@ def studies_in(store: Path) -> tuple[str, ...]:
     return tuple(sorted(p.parent.name for p in store.glob("*/study.json")))
 
 
+def _missing(study: StudyFolder, store: str) -> UserError:
+    """The error for a study that does not exist, which names what does."""
+    root, name = study.folder.parent, study.name
+    known = studies_in(root)
+    if known:
+        problem = f"study {name!r} does not exist in {store}{nearest(name, known)}"
+    elif object_store_of(root) is None and not root.is_dir():
+        problem = (
+            f"the store must be a folder that exists (got {store}): give the folder that holds "
+            f"study {name!r} with --store, or in VITPARETO_STORE"
+        )
+    else:
+        problem = (
+            f"study {name!r} does not exist in {store}, which holds no study: give another store "
+            "with --store, or in VITPARETO_STORE"
+        )
+    return UserError(
+        problem, Code.NOT_FOUND, study=name, store=store, known=list(known),
+        closest=closest(name, known),
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class StudyFolder:
     """The location of a study, its job, and access to its files by kind. Workers carry it."""
@@ -81,12 +103,7 @@ class StudyFolder:
         """
         study = cls.open(str(store), name)
         if not study.exists:
-            known = studies_in(study.folder.parent)
-            raise UserError(
-                f"study {name!r} does not exist in {store}{nearest(name, known)}",
-                Code.NOT_FOUND, study=name, store=str(store), known=list(known),
-                closest=closest(name, known),
-            )  # fmt: skip
+            raise _missing(study, str(store))
         study.identity.read()
         return study
 

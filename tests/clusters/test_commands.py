@@ -41,7 +41,7 @@ class Server:
     def logs(self, job_id: str) -> str:
         return f"log of {job_id}\n"
 
-    def follow(self, job_id: str) -> Iterator[str]:
+    def stream_logs(self, job_id: str) -> Iterator[str]:
         yield from ("first\n", "second\n")
 
     def stop(self, job_id: str) -> SubmittedJob:

@@ -76,3 +76,5 @@ def test_profile_refuses_bad_options(command: Run, tmp_path: Path) -> None:
     command(*profile, "--dtype", "float23").is_refused(Code.OUT_OF_RANGE, option="--dtype")
     command(*profile, "--batch", 0).is_refused(Code.OUT_OF_RANGE, option="--batch", got=0)
     command(*profile, "--points", 1).is_refused(Code.OUT_OF_RANGE, name="points", got=1)
+    nowhere = tmp_path / "no" / "p.json"
+    command("profile", "--out", nowhere).is_refused(Code.NOT_FOUND, path=str(nowhere.parent))

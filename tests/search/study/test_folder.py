@@ -116,6 +116,9 @@ def test_study_is_found_by_name_and_the_nearest_is_named(study: StudyFolder) -> 
         StudyFolder.find(study.folder.parent, "deit_s")
     with refused(Code.NOT_FOUND, study="x", known=[]):
         StudyFolder.find(study.folder.parent / "nowhere", "x")
+    with refused(Code.NOT_FOUND, study="x", known=[]) as caught:
+        StudyFolder.find("/nowhere", "x")
+    assert "the store must be a folder that exists (got /nowhere)" in str(caught.value)
 
 
 def test_job_is_read_as_written(study: StudyFolder) -> None:

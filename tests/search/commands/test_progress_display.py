@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from vitpareto.search.commands import progress
-from vitpareto.search.commands.progress import ProgressDisplay, SearchProgress
+from vitpareto.search.commands import progress_display
+from vitpareto.search.commands.progress_display import ProgressDisplay, SearchProgress
 
 
 def test_a_log_gets_a_line_every_ten_seconds_and_the_last(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_display.time, "monotonic", lambda: now[0])
     with ProgressDisplay(terminal=False) as display:
         count = display.counter("decoding images")
         for done in range(1, 101):
