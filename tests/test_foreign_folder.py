@@ -202,7 +202,7 @@ with local_cluster() as capacity:
     outcome = run_study(job, cpus=capacity.cpus, gpus=capacity.gpus)
 results = sorted(outcome.folder.trials.all(), key=lambda r: r.trial)
 import json
-print(json.dumps([[r.recipe, r.values["top1"]] for r in results]))
+print(json.dumps([[r.recipe.to_json(), r.values["top1"]] for r in results]))
 """
 
 

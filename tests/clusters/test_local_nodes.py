@@ -95,10 +95,15 @@ def test_another_token_ray_or_python_is_refused(cluster: Running, tmp_path: Path
     code, said = cluster.run("logs", "kk", "--address", cluster.dashboard, cwd=tmp_path)
     assert code == 2 and "job 'kk' does not exist" in said, said
     ray, python = "ray.__version__ = '2.31.0'", "versions = ray.__version__, '3.9.1'"
+    # the version that the installed package states
+    installed = (
+        "import importlib.metadata as m; stated = m.version\n"
+        "m.version = lambda name: '2.31.0' if name == 'ray' else stated(name)"
+    )
     joins = f"with vitpareto.clusters.connect.joined_cluster('{cluster.address}'): pass"
     for other, call, named in (
         (
-            ray,
+            installed,
             f"from vitpareto.clusters.jobs import JobClient; JobClient('{cluster.dashboard}')",
             "2.31.0",
         ),

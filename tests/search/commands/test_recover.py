@@ -45,7 +45,7 @@ def _measured_with_its_weights(command: Run, store: Path, cache: Path) -> None:
     recipe = store / "r.yaml"
     recipe.write_text(f"weights: {weights.stem}\n")
     measure = ("measure", "--recipe", recipe, "--images", 20, "--cache", cache)
-    command(*measure).is_refused(Code.MISSING, expected=weights.stem)
+    command(*measure).is_refused(Code.MISSING, accepted=weights.stem)
     assert command(*measure, "--trained", weights).code == 0
     recipe.write_text("weights: 0123456789abcdef\n")
     command(*measure, "--trained", weights).is_refused(Code.MISMATCH, got=weights.stem)
