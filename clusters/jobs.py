@@ -17,7 +17,6 @@ from pathlib import Path
 from vitpareto.clusters.packing import JOB, pack_job
 from vitpareto.clusters.ray_internals import VERBOSE_LOGGERS, server_version
 from vitpareto.methods import Code
-from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.job_request import JobRequest
 from vitpareto.search.versions import package_versions
@@ -141,12 +140,13 @@ class JobClient:
         """The job of this id. Raises UserError, with the nearest id, if it does not exist."""
         jobs = {job.id: job for job in self.jobs()}
         if job_id not in jobs:
-            raise UserError(
-                f"job {job_id!r} does not exist at {self.address}{nearest(job_id, jobs)}",
-                Code.NOT_FOUND,
+            raise UserError.unknown(
+                f"job {job_id!r} does not exist at {self.address}",
+                job_id,
+                jobs,
+                code=Code.NOT_FOUND,
                 job=job_id,
                 address=self.address,
-                closest=closest(job_id, jobs),
             )
         return jobs[job_id]
 

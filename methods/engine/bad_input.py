@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import enum
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 
 class Code(enum.StrEnum):
@@ -48,6 +48,25 @@ class BadInput(ValueError):
         super().__init__(message)
         self.code = code
         self.details = details
+
+    @classmethod
+    def unknown(
+        cls,
+        problem: str,
+        word: object,
+        known: Iterable[str],
+        *,
+        code: Code = Code.UNKNOWN_NAME,
+        **details: Any,
+    ) -> Self:
+        """The error for a word that is none of the known ones.
+
+        The message is `problem` and the closest known word, or all of them; `details` hold it as
+        `closest`.
+        """
+        known = tuple(known)
+        match = closest(word, known)
+        return cls(f"{problem}{nearest(word, known)}", code, closest=match, **details)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # keyword arguments are lost by the default, and these errors cross process boundaries

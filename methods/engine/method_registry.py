@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TypeVar
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method import Method
 
 #: what a recipe without a structural step is called in a job
@@ -66,11 +66,11 @@ def names(kind: str | None = None) -> tuple[str, ...]:
 def get(name: str) -> Method:
     """The method of that name. Raises BadInput, with the nearest name, if there is none."""
     if name not in _REGISTRY:
-        raise BadInput(
-            f"unknown method {name!r}{nearest(name, _REGISTRY)}",
-            Code.UNKNOWN_NAME,
+        raise BadInput.unknown(
+            f"unknown method {name!r}",
+            name,
+            _REGISTRY,
             name=name,
             accepted=list(names()),
-            closest=closest(name, _REGISTRY),
         )
     return _REGISTRY[name]

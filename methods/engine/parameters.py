@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest, suggestion
+from vitpareto.methods.engine.bad_input import BadInput, Code, closest, suggestion
 
 
 class Required:
@@ -273,13 +273,13 @@ def check_values(
     names = [p.name for p in declared]
     for name in given:
         if name not in names:
-            raise BadInput(
-                f"{where} has no parameter {name!r}{nearest(name, names)}",
-                Code.UNKNOWN_NAME,
+            raise BadInput.unknown(
+                f"{where} has no parameter {name!r}",
+                name,
+                names,
                 name=name,
                 where=where,
                 accepted=names,
-                closest=closest(name, names),
             )
     out: dict[str, Any] = {}
     skip = set(optional)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vitpareto.methods.engine.bad_input import BadInput, Code, closest, nearest
+from vitpareto.methods.engine.bad_input import BadInput, Code
 from vitpareto.methods.engine.method_registry import get
 from vitpareto.methods.engine.step import Step
 
@@ -31,13 +31,13 @@ def parse_recipe(data: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for key, value in data.items():
         if key not in KEYS:
-            raise BadInput(
-                f"recipe has no key {key!r}{nearest(key, KEYS)}",
-                Code.UNKNOWN_NAME,
+            raise BadInput.unknown(
+                f"recipe has no key {key!r}",
+                key,
+                KEYS,
                 name=key,
                 where="recipe",
                 accepted=list(KEYS),
-                closest=closest(key, KEYS),
             )
         if value is not None:
             fields[key] = _digest(value) if key == "weights" else _step(key, value)

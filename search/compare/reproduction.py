@@ -16,7 +16,6 @@ from torch import nn
 
 from vitpareto import methods
 from vitpareto.methods import BadInput, Code, Recipe, recipe_of
-from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.compare.published import PublishedRow, recompute
 from vitpareto.search.data.datasets import Data, check_head, open_data
 from vitpareto.search.data.preprocess import Preprocess
@@ -86,11 +85,11 @@ def select(rows: Sequence[PublishedRow], models: Sequence[str] = ()) -> tuple[Pu
     known = {row.model for row in rows}
     for name in models:
         if name not in known:
-            raise BadInput(
-                f"no figure is published for model {name!r}{nearest(name, known)}",
-                Code.UNKNOWN_NAME,
+            raise BadInput.unknown(
+                f"no figure is published for model {name!r}",
+                name,
+                known,
                 name=name,
-                closest=closest(name, known),
             )
     return tuple(row for row in rows if not models or row.model in models)
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitpareto.search.errors import Code, UserError, closest, nearest
+from vitpareto.search.errors import Code, UserError
 
 CLASSES = tuple("0123456789")
 #: source digits per split, in the order in which they are dealt
@@ -69,10 +69,12 @@ def glyphs() -> Glyphs:
 def source_digits(split: str) -> NDArray[np.int64]:
     """Which of scikit-learn's 1,797 digits a split draws, in its order: indices [M]."""
     if split not in SPLITS:
-        raise UserError(
-            f"unknown split {split!r}{nearest(split, SPLITS)}",
-            Code.UNKNOWN_NAME, name=split, closest=closest(split, SPLITS),
-        )  # fmt: skip
+        raise UserError.unknown(
+            f"unknown split {split!r}",
+            split,
+            SPLITS,
+            name=split,
+        )
     return glyphs().splits[split]
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from vitpareto.methods import BadInput, Code, Recipe
-from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.errors import UserError
 from vitpareto.search.export import preprocessing
 from vitpareto.search.export.bundle_result import BundleResult
@@ -95,13 +94,13 @@ def bench_bundle(
 def _check(runtimes: Sequence[str], batches: Sequence[int], device: str) -> None:
     for runtime in runtimes:
         if runtime not in RUNTIMES:
-            raise UserError(
-                f"runtime {runtime!r} does not exist{nearest(runtime, RUNTIMES)}",
-                Code.UNKNOWN_NAME,
+            raise UserError.unknown(
+                f"runtime {runtime!r} does not exist",
+                runtime,
+                RUNTIMES,
                 key="runtime",
                 got=runtime,
                 accepted=RUNTIMES,
-                closest=closest(runtime, RUNTIMES),
             )
         if runtime == "onnxruntime":
             check_runtime(runtime, device, "float32")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitpareto.methods import BadInput, Code, Recipe, model_shape
-from vitpareto.methods.engine.bad_input import closest, nearest
 
 
 @dataclass(frozen=True)
@@ -131,11 +130,11 @@ COUNTERS: dict[str, Counter] = {
 def counter(name: str) -> Counter:
     """The convention of this name. Raises BadInput for an unknown one."""
     if name not in COUNTERS:
-        raise BadInput(
-            f"counter {name!r} does not exist{nearest(name, COUNTERS)}",
-            Code.UNKNOWN_NAME,
+        raise BadInput.unknown(
+            f"counter {name!r} does not exist",
+            name,
+            COUNTERS,
             name=name,
             accepted=tuple(COUNTERS),
-            closest=closest(name, COUNTERS),
         )
     return COUNTERS[name]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from vitpareto.methods import Code
-from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.choices import RUNTIMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.runtimes.exported_program import ClassifierGraph, trace_program, write_onnx
@@ -28,11 +27,14 @@ Run = Callable[[Tensor], Any]
 def check_runtime(runtime: str, device: str, dtype: str) -> None:
     """Raise UserError if the runtime is unknown or cannot run on this device in this dtype."""
     if runtime not in RUNTIMES:
-        raise UserError(
-            f"runtime {runtime!r} does not exist{nearest(runtime, RUNTIMES)}",
-            Code.UNKNOWN_NAME, key="runtime", got=runtime, accepted=tuple(RUNTIMES),
-            closest=closest(runtime, RUNTIMES),
-        )  # fmt: skip
+        raise UserError.unknown(
+            f"runtime {runtime!r} does not exist",
+            runtime,
+            RUNTIMES,
+            key="runtime",
+            got=runtime,
+            accepted=tuple(RUNTIMES),
+        )
     if runtime == "cudagraph" and not device.startswith("cuda"):
         raise UserError(
             f"device must be a CUDA device for runtime cudagraph (got {device})",

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vitpareto import methods
-from vitpareto.methods.engine.bad_input import Code, closest, nearest, suggestion
+from vitpareto.methods.engine.bad_input import Code, closest, suggestion
 from vitpareto.search.data.named import NAMES
 from vitpareto.search.errors import UserError
 from vitpareto.search.files.cache import default_cache
@@ -36,11 +36,11 @@ class SearchConfig(JobKeys):
         """
         for name in given:
             if name not in KEYS:
-                raise UserError(
-                    f"a job has no key {name!r}{nearest(name, KEYS)}",
-                    Code.UNKNOWN_NAME,
+                raise UserError.unknown(
+                    f"a job has no key {name!r}",
+                    name,
+                    KEYS,
                     key=name,
-                    closest=closest(name, KEYS),
                 )
         config = cls(**{k: checked_value(k, v) for k, v in given.items() if v is not None})
         # absolute: a study continues by its name, from any folder

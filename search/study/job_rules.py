@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from vitpareto.methods.engine.bad_input import Code, closest, nearest
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.choices import SEARCHABLE_OBJECTIVES
 from vitpareto.search.errors import UserError
 from vitpareto.search.study.database_address import check_url
@@ -42,12 +42,12 @@ def _check_methods(job: JobKeys) -> None:
 def _check_objectives(job: JobKeys) -> None:
     for name in job.objectives:
         if name not in SEARCHABLE_OBJECTIVES:
-            raise UserError(
-                f"unknown objective {name!r}{nearest(name, SEARCHABLE_OBJECTIVES)}",
-                Code.UNKNOWN_NAME,
+            raise UserError.unknown(
+                f"unknown objective {name!r}",
+                name,
+                SEARCHABLE_OBJECTIVES,
                 key="objectives",
                 got=name,
-                closest=closest(name, SEARCHABLE_OBJECTIVES),
             )
     _check_unique("objectives", job.objectives)
     listed = ",".join(job.objectives) or "none"

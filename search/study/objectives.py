@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vitpareto.methods.engine.bad_input import Code, closest, nearest
+from vitpareto.methods.engine.bad_input import Code
 from vitpareto.search.errors import UserError
 
 
@@ -62,10 +62,12 @@ def objectives_named(names: Sequence[str]) -> tuple[Objective, ...]:
     """
     for name in names:
         if name not in OBJECTIVES:
-            raise UserError(
-                f"objective {name!r} does not exist{nearest(name, OBJECTIVES)}",
-                Code.UNKNOWN_NAME, name=name, closest=closest(name, OBJECTIVES),
-            )  # fmt: skip
+            raise UserError.unknown(
+                f"objective {name!r} does not exist",
+                name,
+                OBJECTIVES,
+                name=name,
+            )
     repeated = [name for name in dict.fromkeys(names) if names.count(name) > 1]
     if repeated:
         raise UserError(

@@ -16,7 +16,7 @@ from vitpareto import methods
 from vitpareto.methods import BadInput, ModelShape, Recipe, Step
 from vitpareto.methods.engine.method_registry import NONE
 from vitpareto.methods.engine.parameters import Choice, Float, Int, Parameter
-from vitpareto.search.errors import Code, UserError, closest, nearest
+from vitpareto.search.errors import Code, UserError
 
 if TYPE_CHECKING:  # commands that do not search start without Optuna
     import optuna
@@ -208,12 +208,14 @@ def _narrow_structures(where: str, value: Any, structures: tuple[str, ...]) -> t
         )  # fmt: skip
     for name in wanted:
         if name not in structures:
-            raise UserError(
-                f"{where}: {STRUCTURE} must be one of {', '.join(structures)} (got {name!r})"
-                f"{nearest(name, structures)}",
-                Code.UNKNOWN_NAME, where=where, key=STRUCTURE, got=name,
-                closest=closest(name, structures),
-            )  # fmt: skip
+            raise UserError.unknown(
+                f"{where}: {STRUCTURE} must be one of {', '.join(structures)} (got {name!r})",
+                name,
+                structures,
+                where=where,
+                key=STRUCTURE,
+                got=name,
+            )
     return tuple(s for s in structures if s in wanted)
 
 
@@ -222,23 +224,22 @@ def _find(
 ) -> tuple[str, Parameter]:
     method, _, name = key.partition(".")
     if method not in declared:
-        raise UserError(
-            f"{where}: the method of {key!r} is not part of this search{nearest(method, declared)}",
-            Code.UNKNOWN_NAME,
+        raise UserError.unknown(
+            f"{where}: the method of {key!r} is not part of this search",
+            method,
+            declared,
             where=where,
             key=key,
             name=method,
-            closest=closest(method, declared),
         )
     if name not in declared[method]:
-        raise UserError(
-            f"{where}: {method} has no parameter {name!r} to search"
-            f"{nearest(name, declared[method])}",
-            Code.UNKNOWN_NAME,
+        raise UserError.unknown(
+            f"{where}: {method} has no parameter {name!r} to search",
+            name,
+            declared[method],
             where=where,
             key=key,
             name=name,
-            closest=closest(name, declared[method]),
         )
     return method, declared[method][name]
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vitpareto.search.errors import Code, UserError, closest, nearest
+from vitpareto.search.errors import Code, UserError
 from vitpareto.search.export.bundle_result import BundleResult
 from vitpareto.search.export.preprocessing import normalised
 from vitpareto.search.export.reference_outputs import ReferenceOutputs
@@ -84,12 +84,12 @@ def check_aliases(
     """Raises UserError for an unknown alias, or one that describes another trial."""
     for alias in aliases:
         if alias not in ALIASES:
-            raise UserError(
-                f"unknown alias {alias!r}{nearest(alias, ALIASES)}",
-                Code.UNKNOWN_NAME,
+            raise UserError.unknown(
+                f"unknown alias {alias!r}",
+                alias,
+                ALIASES,
                 alias=alias,
                 accepted=ALIASES,
-                closest=closest(alias, ALIASES),
             )
     valid = ("champion", *aliases_of(folder, result, recovered))
     for alias in aliases:

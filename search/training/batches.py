@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitpareto.methods import Code
-from vitpareto.methods.engine.bad_input import closest, nearest
 from vitpareto.search.data.decoded import Split
 from vitpareto.search.data.preprocess import Preprocess
 from vitpareto.search.errors import UserError
@@ -43,10 +42,13 @@ def choose_augmentation(name: str, preprocess: Preprocess, data: str) -> str:
     if name != "auto":
         if name not in AUGMENTATIONS:
             known = ("auto", *AUGMENTATIONS)
-            raise UserError(
-                f"unknown augmentation {name!r}{nearest(name, known)}",
-                Code.UNKNOWN_NAME, name="augment", got=name, closest=closest(name, known),
-            )  # fmt: skip
+            raise UserError.unknown(
+                f"unknown augmentation {name!r}",
+                name,
+                known,
+                name="augment",
+                got=name,
+            )
         return name
     if data == "digits":
         return "none"
